@@ -1,0 +1,40 @@
+"""Train with BP, FA, DFA and MEM-DFA, and see what each holds in memory: `import memdfa_lab as ml`."""
+
+import importlib
+from typing import Any
+
+from memdfa_lab import datasets, experiments, feedback, losses, models
+from memdfa_lab.blocks import as_blocks
+from memdfa_lab.fit import History, accuracy, fit, predict
+from memdfa_lab.rules import BP, DFA, FA, RULES, MemDFA, Rule
+
+__version__ = "0.1.0"
+__all__ = [
+    "BP",
+    "DFA",
+    "FA",
+    "RULES",
+    "History",
+    "MemDFA",
+    "Rule",
+    "accuracy",
+    "as_blocks",
+    "datasets",
+    "experiments",
+    "feedback",
+    "fit",
+    "losses",
+    "models",
+    "predict",
+]
+LATER = {"figures"}  # modules that need plotting libraries: loaded when first used
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATER:
+        return importlib.import_module(f"memdfa_lab.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LATER})

@@ -1,0 +1,111 @@
+"""A model as a list of blocks: each weight layer with everything after it, up to the next one."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+WEIGHT_LAYERS = (nn.Linear, _ConvNd, nn.Bilinear)
+NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
+
+
+def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
+    """Return the model's own modules, grouped into blocks that are cut before each weight layer.
+
+    `nn.Sequential`s are opened, nested ones too. Any other module is taken whole, so that a residual unit (or a group
+    of layers that you want to keep together) is one block. What stands before the first weight layer belongs to the
+    first block. The blocks hold the modules of `model`; nothing is copied, renamed or moved. Calling it on blocks
+    gives the same blocks.
+
+    Raises TypeError if the model is not a chain of modules; ValueError if it has no weight layer, if nothing in it
+    can be trained, or if two blocks share a parameter or a buffer.
+    """
+    groups: list[list[nn.Module]] = []
+    before_first_weight: list[nn.Module] = []
+    for module in _chain(model):
+        if _has_weight_layer(module):
+            groups.append([*before_first_weight, module])
+            before_first_weight = []
+        elif groups:
+            groups[-1].append(module)
+        else:
+            before_first_weight.append(module)
+    if not groups:
+        raise ValueError("the model has no weight layer (Linear or convolution): there is nothing to train")
+    blocks = nn.Sequential(*(group[0] if len(group) == 1 else nn.Sequential(*group) for group in groups))
+    if not any(parameter.requires_grad for parameter in blocks.parameters()):
+        raise ValueError("every parameter is frozen (requires_grad=False): unfreeze what should be trained")
+    _refuse_sharing(blocks)
+    return blocks
+
+
+def run_block(block: nn.Module, h: Tensor) -> Tensor:
+    """Return block(h). Raises TypeError if that is not a tensor, RuntimeError if the block changed h itself."""
+    version = h._version
+    out = block(h)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"a block maps a tensor to a tensor; {type(block).__name__} returned {type(out).__name__}")
+    if h._version != version:
+        raise RuntimeError(
+            f"{type(block).__name__} works in place on its input, which the block before it (or the caller) still "
+            "needs: use inplace=False where it begins"
+        )
+    return out
+
+
+def _chain(model: nn.Module | Iterable[nn.Module]) -> Iterator[nn.Module]:
+    if isinstance(model, nn.Module) and not _is_chain(model):
+        raise TypeError(
+            f"{type(model).__name__} is not a chain of modules: pass an nn.Sequential, or a list of modules in the "
+            "order in which they run (a unit with a skip inside is one module)"
+        )
+    if not isinstance(model, Iterable) or isinstance(model, (str, bytes, dict)):
+        raise TypeError(f"expected an nn.Sequential or a list of modules, got {type(model).__name__}")
+    for module in model:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected a list of modules, got {type(module).__name__} in it")
+        if isinstance(module, NOT_A_CHAIN):
+            raise TypeError(
+                f"{type(module).__name__} does not map one tensor to one tensor of real numbers: wrap it in a module "
+                "that does, or leave it out"
+            )
+        if _is_chain(module) and not _has_hooks(module):
+            yield from _chain(module)
+        else:
+            yield module
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether the module runs its children one after the other (a subclass may have another forward)."""
+    return isinstance(module, nn.ModuleList) or (
+        isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    # An opened Sequential is never called, so its hooks would be lost without a word.
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _has_weight_layer(module: nn.Module) -> bool:
+    return any(isinstance(part, WEIGHT_LAYERS) for part in module.modules())
+
+
+def _refuse_sharing(blocks: nn.Sequential) -> None:
+    owner: dict[int, tuple[int, str]] = {}
+    for i, block in enumerate(blocks):
+        for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+            for key in _identities(tensor):
+                first, first_name = owner.setdefault(key, (i, name))
+                if first != i:
+                    raise ValueError(
+                        f"blocks {first} and {i} share a tensor ({first_name} and {name}): each block is updated on "
+                        "its own, so give each its own parameters, or put both layers into one module"
+                    )
+
+
+def _identities(tensor: Tensor) -> Iterator[int]:
+    yield id(tensor)
+    if tensor.device.type != "meta" and tensor.numel() and type(tensor) in (Tensor, nn.Parameter):
+        yield -tensor.data_ptr()  # two parameters over one memory; negative: apart from the ids

@@ -1,0 +1,166 @@
+"""The fixed random matrices B that carry the error to a block in place of the transposed weights.
+
+DFA and MEM-DFA (Nøkland 2016; Chu et al. 2020): B_i has shape (C, n_i), C the size of the error and n_i that of the
+block's output, both flattened in logical order; the signal is e B_i, (N, C) @ (C, n_i). FA (Lillicrap et al. 2016): one
+B a weight, of the weight's own shape.
+
+A matrix depends on (seed, key) alone: it is drawn in float32 on the CPU by a generator of its own, then moved, so it is
+the same for every rule, storage and device, and whatever the global generator has done before.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memdfa_lab.names import known
+
+Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
+
+
+def _unit_he_normal(B: Tensor, generator: torch.Generator) -> Tensor:
+    # A normal cut at two standard deviations has a standard deviation of 0.8796: divide, so that it is 1 again.
+    return torch.nn.init.trunc_normal_(B, 0.0, 1.0, -2.0, 2.0, generator=generator).div_(0.87962566103423978)
+
+
+def _unit_normal(B: Tensor, generator: torch.Generator) -> Tensor:
+    return B.normal_(generator=generator)
+
+
+def _unit_uniform(B: Tensor, generator: torch.Generator) -> Tensor:
+    return B.uniform_(-1.0, 1.0, generator=generator)
+
+
+def _orthogonal(B: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.nn.init.orthogonal_(B, generator=generator)
+
+
+# name -> (draw with unit scale, scale from fan_in and fan_out of B seen as a layer)
+DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], Callable[[int, int], float]]] = {
+    "he_normal": (_unit_he_normal, lambda fan_in, fan_out: math.sqrt(2 / fan_in)),  # the authors' (truncated)
+    "normal": (_unit_normal, lambda fan_in, fan_out: math.sqrt(1 / fan_in)),
+    "uniform": (_unit_uniform, lambda fan_in, fan_out: math.sqrt(1 / fan_out)),  # Nøkland's bounds
+    "orthogonal": (_orthogonal, lambda fan_in, fan_out: 1.0),  # singular values all equal
+}
+
+
+class Feedback(ABC):
+    """A family of fixed random matrices.
+
+    `seed` gives the matrices, `distribution` is one of DISTRIBUTIONS, `scale` multiplies them. Subclasses differ in
+    what they keep between uses, not in the matrices (but for `Shared`). Raises ValueError for an unknown distribution,
+    a seed that is not a whole number from 0 on, or a scale that is not a finite positive number.
+    """
+
+    def __init__(self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0):
+        known("distribution", distribution, DISTRIBUTIONS)
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise ValueError(f"seed must be a whole number from 0 on, got {seed!r}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
+        self.seed, self.distribution, self.scale = int(seed), distribution, float(scale)
+        self.matrices: dict[Key, Tensor] = {}
+
+    def project(self, i: int, e: Tensor, shape: torch.Size) -> Tensor:
+        """Return block i's signal e B_i, shape (N, *shape), for the error e, shape (N, ...)."""
+        e = e.flatten(1)
+        return (e @ self.dense(i, e.shape[1], shape.numel(), like=e)).view(-1, *shape)
+
+    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
+        """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), dtype and device of `like`."""
+        # Drawn transposed, one row an output: a slice of the outputs is then a run of the generator.
+        return self._matrix(("block", i), (output_size, error_size), error_size, output_size, like).t()
+
+    def weight(self, j: int, weight: Tensor) -> Tensor:
+        """Return FA's B for the network's j-th parameter: its shape, dtype and device."""
+        out_features, receptive_field = weight.shape[0], weight[0].numel()
+        if weight.dim() == 2:  # dense: He's fan_in is the first dimension of W^T's stand-in, as in the authors' code
+            return self._matrix(("weight", j), tuple(weight.shape), out_features, receptive_field, weight)
+        return self._matrix(("weight", j), tuple(weight.shape), receptive_field, out_features, weight)
+
+    @abstractmethod
+    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
+        """Return the matrix of this key."""
+
+    def _draw(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(_mix(self.seed, key))
+        unit = DISTRIBUTIONS[self.distribution][0]
+        B = unit(torch.empty(shape, dtype=torch.float32, device="cpu"), generator).mul_(factor)
+        return B.to(dtype=like.dtype, device=like.device)
+
+    def _factor(self, fan_in: int, fan_out: int) -> float:
+        return self.scale * DISTRIBUTIONS[self.distribution][1](fan_in, fan_out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to have the same matrices elsewhere."""
+        settings = {"seed": self.seed, "distribution": self.distribution, "scale": self.scale}
+        matrices = {f"{kind} {index}": B for (kind, index), B in self.matrices.items()}
+        return {"kind": type(self).__name__, **settings, "matrices": matrices}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the settings and matrices of `state`. Raises ValueError if it is of another kind."""
+        if state["kind"] != type(self).__name__:
+            raise ValueError(
+                f"this state has {state['kind']} feedback, the rule has {type(self).__name__}: build the rule with "
+                f"feedback=ml.feedback.{state['kind']}()"
+            )
+        self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
+        keys = [(name, name.split()) for name in state["matrices"]]
+        self.matrices = {(kind, int(index)): state["matrices"][name].clone() for name, (kind, index) in keys}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r}, scale={self.scale})"
+
+
+class Stored(Feedback):
+    """Draw each matrix at its first use and keep it: sum of C n_i numbers at rest."""
+
+    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
+        B = self.matrices.get(key)
+        if B is None or tuple(B.shape) != shape:
+            B = self._draw(key, shape, self._factor(fan_in, fan_out), like)
+        self.matrices[key] = B.to(dtype=like.dtype, device=like.device)
+        return self.matrices[key]
+
+
+class Regenerated(Feedback):
+    """Draw each matrix again at every use: nothing at rest, the same numbers as `Stored`."""
+
+    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
+        return self._draw(key, shape, self._factor(fan_in, fan_out), like)
+
+
+class Shared(Feedback):
+    """Keep one matrix, as large as the largest use so far, and give each block a slice of it.
+
+    B_i is the first n_i columns, scaled for block i. Raises ValueError for the orthogonal distribution, of which a
+    slice is not orthogonal.
+    """
+
+    def __init__(self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0):
+        if distribution == "orthogonal":
+            raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
+        super().__init__(seed, distribution, scale)
+
+    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
+        columns = shape[1] if key[0] == "block" else 1
+        rows = math.prod(shape) // columns
+        shared = self.matrices.get((key[0], columns))
+        if shared is None or shared.shape[0] < rows:
+            # Whole blocks of 16 numbers, in which torch draws normals: a larger matrix begins with the smaller one.
+            shared = self._draw((key[0], columns), (math.ceil(rows / 16) * 16, columns), 1.0, like)
+        self.matrices[key[0], columns] = shared = shared.to(dtype=like.dtype, device=like.device)
+        return shared[:rows].view(shape) * self._factor(fan_in, fan_out)
+
+
+KINDS: dict[str, type[Feedback]] = {"stored": Stored, "regenerated": Regenerated, "shared": Shared}
+
+
+def _mix(seed: int, key: Key) -> int:
+    """Return 32 well-mixed bits (all that torch's CPU generator uses of a seed)."""
+    kind, index = key
+    return int(np.random.SeedSequence([seed, ("block", "weight").index(kind), index]).generate_state(1)[0])

@@ -1,0 +1,41 @@
+"""A forward pass that leaves nothing behind, so that it can be run again with the same result.
+
+Pass 1 of MEM-DFA (Chu et al. 2020) needs only the network's output. Whatever else a forward pass changes, the random
+number generator and the buffers, is put back, so that pass 2 draws the same dropout masks and updates BatchNorm's
+statistics once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from memdfa_lab.blocks import run_block
+
+
+def forward_without_trace(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """Return the output of `blocks` for `x`: no graph, generators and buffers as they were before."""
+    device = x.device.type
+    on_accelerator = [x.device] if device not in ("cpu", "meta") else []
+    device_type = device if on_accelerator else "cuda"
+    with torch.no_grad(), torch.random.fork_rng(on_accelerator, device_type=device_type):
+        h = x
+        for block in blocks:
+            with buffers_put_back(block):  # block by block: copies of all buffers would grow with depth
+                h = run_block(block, h)
+    return h
+
+
+@contextmanager
+def buffers_put_back(module: nn.Module) -> Iterator[None]:
+    """Put the module's buffers back on leaving, both the tensors and what they hold."""
+    owners = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    saved = [buffer.clone() for _, _, buffer in owners if buffer is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            values = iter(saved)
+            for part, name, buffer in owners:
+                part._buffers[name] = buffer if buffer is None else buffer.copy_(next(values))
