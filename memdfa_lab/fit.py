@@ -1,0 +1,248 @@
+"""Epochs over a dataset: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
+
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memdfa_lab.files import write_text, written_whole
+from memdfa_lab.rules import Rule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from memdfa_lab.datasets import Data
+
+Scheduler = torch.optim.lr_scheduler.LRScheduler
+TRAIN_ACCURACY_ON = 10_000  # as many training examples, the first ones, tell the training accuracy
+FORMAT = 1
+
+
+@dataclass
+class History:
+    """What came of each epoch, a dict a row: epoch, loss (mean over the epoch), accuracies, seconds of training."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def table(self) -> "pd.DataFrame":
+        """The rows as a pandas table."""
+        import pandas as pd
+
+        columns = ["epoch", "loss", "train_accuracy", "test_accuracy", "seconds"]
+        return pd.DataFrame(self.rows, columns=columns).astype({"epoch": int})
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table, whole or not at all."""
+        write_text(path, self.table.to_csv(index=False))
+
+
+def fit(
+    rule: Rule,
+    data: "Data",
+    epochs: int,
+    batch_size: int = 100,
+    *,
+    seed: int = 0,
+    scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    checkpoint: str | Path | None = None,
+    overwrite: bool = False,
+    save_every_s: float = 60.0,
+    progress: bool = True,
+) -> History:
+    """Train for `epochs` epochs and return the history.
+
+    The order of the examples depends on (seed, epoch) alone; the last batch of an epoch may be shorter. `scheduler`
+    makes a learning-rate scheduler for an optimizer; it steps once an epoch. `checkpoint`: a file that is written
+    after each epoch, every `save_every_s` seconds within one, and on Ctrl-C, after the running step. If it is there
+    already, training goes on where it stopped, with the result of a run that was never cut; `overwrite=True` starts
+    anew. The network trains in training mode, on the device and in the dtype of its weights.
+
+    Raises ValueError for sizes below 1 or a checkpoint that is damaged or belongs to another setting, and whatever
+    `rule.step` raises.
+    """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    run = _Run(rule, [scheduler(made) for made in rule.optimizers if made is not None] if scheduler else [])
+    settings = _settings(rule, data, batch_size, seed)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists() and not overwrite:
+        run.load(path, settings)
+    rule.blocks.train()
+
+    like = next(rule.blocks.parameters())
+    batches = -(-len(data.x_train) // batch_size)
+    saved_at = time.monotonic()
+    with _interrupt_after_step() as interrupt, _bar(epochs * batches, progress) as bar:
+        bar.update(run.epoch * batches + run.batch)
+        while run.epoch < epochs:
+            order = _order(len(data.x_train), seed, run.epoch)
+            while run.batch < batches:
+                chosen = order[run.batch * batch_size : (run.batch + 1) * batch_size]
+                started = time.perf_counter()
+                loss = rule.step(data.x_train[chosen].to(like), data.y_train[chosen].to(like.device))
+                run.loss_sum += loss.item() * len(chosen)
+                run.seconds += time.perf_counter() - started
+                run.batch += 1
+                bar.update()
+                if path is not None and (interrupt.asked or time.monotonic() - saved_at > save_every_s):
+                    run.save(path, settings)
+                    saved_at = time.monotonic()
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+            run.finish_epoch(data)
+            bar.set_postfix(loss=run.rows[-1]["loss"], test=run.rows[-1]["test_accuracy"])
+            if path is not None:
+                run.save(path, settings)
+                saved_at = time.monotonic()
+    return History(run.rows)
+
+
+def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tensor:
+    """Return the network's output (N, C) for x (N, ...), in eval mode and in batches; the mode is put back."""
+    blocks = model.blocks if isinstance(model, Rule) else model
+    like = next(blocks.parameters())
+    modes = [(module, module.training) for module in blocks.modules()]
+    blocks.eval()
+    try:
+        with torch.no_grad():
+            return torch.cat([blocks(batch.to(like)) for batch in x.split(batch_size)])
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def accuracy(model: Rule | nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
+    """Return the part of the examples x (N, ...) whose largest output is the label y (N,)."""
+    return (predict(model, x, batch_size).argmax(1).cpu() == y.cpu()).float().mean().item()
+
+
+@dataclass
+class _Run:
+    """Where a training run is, and all that it takes to go on from there."""
+
+    rule: Rule
+    schedulers: list[Scheduler]
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def finish_epoch(self, data: "Data") -> None:
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.epoch += 1
+        seen = slice(TRAIN_ACCURACY_ON)
+        row = {
+            "epoch": self.epoch,
+            "loss": self.loss_sum / len(data.x_train),
+            "train_accuracy": accuracy(self.rule, data.x_train[seen], data.y_train[seen]),
+            "test_accuracy": accuracy(self.rule, data.x_test, data.y_test),
+            "seconds": self.seconds,
+        }
+        self.rows.append(row)
+        self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
+
+    def save(self, path: Path, settings: dict[str, Any]) -> None:
+        state = {
+            "format": FORMAT,
+            "settings": settings,
+            "rule": self.rule.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "generators": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "progress": {name: getattr(self, name) for name in ("epoch", "batch", "loss_sum", "seconds", "rows")},
+        }
+        with written_whole(path) as file:
+            torch.save(state, file)
+
+    def load(self, path: Path, settings: dict[str, Any]) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            known = state["format"] == FORMAT
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as problem:
+            raise ValueError(
+                f"{path} is damaged or not a checkpoint of memdfa_lab: delete it, or start anew with overwrite=True"
+            ) from problem
+        if not known:
+            raise ValueError(f"{path} was written by another version of memdfa_lab (format {state['format']})")
+        for name, ours in settings.items():
+            if state["settings"].get(name) != ours:
+                raise ValueError(
+                    f"{path} belongs to a run with {name} {state['settings'].get(name)}, this one has {ours}: choose "
+                    "another file, or start anew with overwrite=True"
+                )
+        self.rule.load_state_dict(state["rule"])
+        for scheduler, value in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(value)
+        torch.set_rng_state(state["generators"]["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["generators"]["cuda"])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+
+
+def _settings(rule: Rule, data: "Data", batch_size: int, seed: int) -> dict[str, Any]:
+    """Return what must not change between a run and its continuation."""
+    made = next(optimizer for optimizer in rule.optimizers if optimizer is not None)
+    feedback = {name: value for name, value in rule.feedback.state_dict().items() if name != "matrices"}
+    loss = getattr(rule.loss_fn, "__name__", type(rule.loss_fn).__name__)
+    return {
+        "rule": type(rule).__name__,
+        "data": f"{data.name}, {len(data.x_train)} examples of shape {tuple(data.x_train.shape[1:])}",
+        "loss": loss,
+        "optimizer": f"{type(made).__name__}({', '.join(f'{k}={v}' for k, v in made.defaults.items())})",
+        "clip_norm": rule.clip_norm,
+        "feedback": feedback,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+
+
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
+
+
+@dataclass
+class _Interrupt:
+    asked: bool = False
+
+
+@contextmanager
+def _interrupt_after_step() -> Iterator[_Interrupt]:
+    """Note the first Ctrl-C, so that the running step ends and is saved; a second one acts at once."""
+    interrupt = _Interrupt()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield interrupt
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        interrupt.asked = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _bar(total: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+    from tqdm.notebook import tqdm_notebook
+
+    seen = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)  # in a log file, a bar is noise
+    return tqdm(total=total, disable=not (progress and seen), unit="batch", leave=False)

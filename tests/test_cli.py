@@ -1,0 +1,99 @@
+"""The command line: results, --help with examples, one line and status 2 for wrong arguments."""
+
+import pandas as pd
+import pytest
+
+from memdfa_lab import cli
+
+QUICK = ["--epochs", "1", "--batch-size", "200"]
+
+
+def run(capsys, *arguments):
+    try:
+        status = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse leaves this way
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_train_writes_a_history_a_rule_and_prints_a_table(capsys, tmp_path):
+    status, out, _ = run(capsys, "train", "--rule", "dfa", "memdfa", *QUICK, "--out", tmp_path / "a b")
+    assert status == 0
+    one, other = (pd.read_csv(tmp_path / "a b" / rule / "history.csv") for rule in ("dfa", "memdfa"))
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), other.drop(columns="seconds"))
+    assert "memdfa" in out
+    assert f"{one['test_accuracy'].item():.4f}" in out
+
+
+def test_train_goes_on_with_the_run_in_the_folder(capsys, tmp_path):
+    run(capsys, "train", *QUICK, "--out", tmp_path)
+    first = pd.read_csv(tmp_path / "memdfa" / "history.csv")
+    status, _, _ = run(capsys, "train", "--epochs", 2, "--batch-size", 200, "--out", tmp_path)
+    assert status == 0
+    second = pd.read_csv(tmp_path / "memdfa" / "history.csv")
+    assert list(second["epoch"]) == [1, 2]
+    pd.testing.assert_frame_equal(first, second.head(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "required: command"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--rule", "bpp"], "invalid choice: 'bpp'"),
+        (["train", "--network", "mnist_con"], "did you mean 'mnist_conv'?"),
+        (["train", "--dataset", "mnist5"], "did you mean 'mnist5k'?"),
+        (["train", "--dataset", "no/such.npz"], "no such file"),
+        (["train", "--epochs", "0"], "epochs must be a whole number from 1 on"),
+        (["train", "--epochs", "two"], "invalid int value: 'two'"),
+        (["train", "--lr", "-1"], "Invalid learning rate"),
+        (["train", "--scale", "0"], "scale must be a finite number above 0"),
+        (["train", "--seed", "-1"], "seed must be a whole number from 0 on"),
+        (["train", "--device", "tpu0"], "tpu0"),
+        (["reproduce", "--only", "77"], "no notebook '77'"),
+        (["reproduce", "--only", "02", "-p", "epoch", "3"], "did you mean 'epochs'?"),
+        (["reproduce", "-p", "epochs", "[1"], "-p takes a value as in YAML"),
+    ],
+)
+def test_wrong_arguments_get_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert expected in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err + out
+    assert list(tmp_path.rglob("*")) == []  # nothing was written
+
+
+def test_a_dataset_that_cannot_be_fetched_says_what_to_do(capsys, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.MNIST.download", no_network)
+    status, _, err = run(capsys, "train", "--dataset", "mnist", "--root", tmp_path)
+    assert status == 2
+    assert "--dataset mnist5k" in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(capsys):
+    with pytest.raises(ValueError, match="unknown network"):
+        run(capsys, "train", "--network", "nonsense", "--debug")
+
+
+@pytest.mark.parametrize("command", ["train", "reproduce"])
+def test_help_has_examples(capsys, command):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert f"  memdfa {command}" in out.split("examples:")[1]
+
+
+def test_ctrl_c_ends_with_130_and_one_line(capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memdfa_lab.experiments.train", interrupted)
+    status, _, err = run(capsys, "train")
+    assert status == 130
+    assert err.count("\n") == 1

@@ -1,0 +1,100 @@
+"""Runs in folders: comparing rules, checking a notebook's parameters, the notebooks through papermill."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import memdfa_lab as ml
+from memdfa_lab.experiments import check_parameters, compare, confusion, make_rule, reproduce, summary
+
+EXPECTED = {"epochs": range(1, 11), "lr": (None, (0.0, 1.0)), "rules": [{"bp", "fa"}], "fast": bool, "dataset": str}
+GOOD = {"epochs": 3, "lr": None, "rules": ["bp"], "fast": False, "dataset": "mnist"}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ml.datasets.load("mnist5k").subset(200, 100)
+
+
+def test_compare_gives_each_rule_the_same_start_and_dfa_and_memdfa_the_same_end(data):
+    table, trained = compare("fc_relu", data, ["dfa", "memdfa"], [0, 1], 1)
+    for seed in (0, 1):
+        pairs = zip(*(trained[rule, seed].blocks.parameters() for rule in ("dfa", "memdfa")), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert list(zip(table["rule"], table["seed"], strict=True)) == [
+        ("dfa", 0), ("dfa", 1), ("memdfa", 0), ("memdfa", 1),
+    ]  # fmt: skip
+    assert table["loss"][0] != table["loss"][1]
+
+
+def test_the_summary_is_mean_and_spread_over_seeds_of_the_last_epoch():
+    rows = [("bp", 0, 1, 9.0, 0.1, 0.1, 5.0), ("bp", 0, 2, 1.0, 0.5, 0.6, 5.0), ("bp", 1, 2, 3.0, 0.7, 0.8, 7.0)]
+    columns = ["rule", "seed", "epoch", "loss", "train_accuracy", "test_accuracy", "seconds"]
+    row = summary(pd.DataFrame(rows, columns=columns)).iloc[0]
+    assert (row["seeds"], row["train_loss"], row["seconds"]) == (2, 2.0, 8.5)
+    assert row["test_accuracy"] == pytest.approx(0.7)
+    assert row["test_accuracy_std"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
+
+
+def test_confusion_counts_true_classes_in_rows():
+    counts = confusion(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3)
+    assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("what", ["rule", "network", "optimizer", "loss", "feedback_kind"])
+def test_an_unknown_name_is_refused(data, what):
+    arguments = {"rule": "bp", "network": "fc_relu", what: "nonsense"}
+    with pytest.raises(ValueError, match=r"unknown .* 'nonsense'"):
+        make_rule(data=data, **arguments)
+
+
+def test_good_parameters_pass():
+    check_parameters({**GOOD, "_hidden": 1, "In": [], "ml": ml}, **EXPECTED)
+    check_parameters({**GOOD, "lr": 0.5}, **EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "epochs must be a whole number from 1 to 10, got 0"),
+        ({"epochs": "3"}, "epochs must be a whole number"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"lr": 2.0}, "lr must be None or a number from 0.0 to 1.0, got 2.0"),
+        ({"rules": []}, "rules must be a list"),
+        ({"rules": "[bp]"}, "rules must be a list"),
+        ({"rules": ["bp", "bpp"]}, "each is one of bp, fa, got"),
+        ({"fast": "false"}, "fast must be True or False, got 'false'"),
+        ({"dataset": 3}, "dataset must be text"),
+        ({"epoch": 3}, "unknown parameter 'epoch'; did you mean 'epochs'?"),
+    ],
+)
+def test_wrong_parameters_are_refused_in_one_line(wrong, message):
+    with pytest.raises(ValueError) as problem:  # noqa: PT011  (the message is compared below)
+        check_parameters({**GOOD, **wrong}, **EXPECTED)
+    assert message in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+def test_reproduce_leaves_executed_notebook_figures_and_tables(tmp_path):
+    out = tmp_path / "run 1"
+    parameters = {"epochs": 1, "seeds": [3], "rules": ["dfa", "memdfa"], "batch_size": 100}
+    assert reproduce(out, ["02"], parameters) == out
+    names = {path.name for path in out.iterdir()}
+    assert "02_mnist_mlp.ipynb" in names
+    for name in ("learning_curves", "confusion", "digits"):
+        assert {f"02_mnist_mlp-{name}.svg", f"02_mnist_mlp-{name}.png"} <= names
+    table = pd.read_csv(out / "02_mnist_mlp-histories.csv")
+    assert set(table["rule"]) == {"dfa", "memdfa"}
+    assert table["loss"][0] == table["loss"][1]
+    assert not any(name.startswith(".") for name in names)
+    with pytest.raises(ValueError, match="holds a run already"):
+        reproduce(out, ["02"], parameters)
+
+
+def test_a_failing_cell_is_reported_and_the_notebook_kept(tmp_path):
+    from papermill import PapermillExecutionError
+
+    with pytest.raises(PapermillExecutionError, match="epochs must be a whole number from 1"):
+        reproduce(tmp_path / "run", ["02_mnist_mlp"], {"epochs": 0})
+    assert (tmp_path / "run" / "02_mnist_mlp.ipynb").exists()

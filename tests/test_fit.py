@@ -1,0 +1,251 @@
+"""Training over epochs: evaluation, history, checkpoints that resume bit for bit, also after kill -9 and Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import memdfa_lab as ml
+from memdfa_lab.fit import _order
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ml.datasets.load("mnist5k").subset(300, 100)
+
+
+def with_dropout_and_batch_norm(rule="memdfa", optimizer=SGD):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Flatten(), nn.Linear(784, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, 10)]
+        return ml.RULES[rule](nn.Sequential(*layers), optimizer=optimizer)
+
+
+def assert_same_rule(a, b):
+    for (name, one), other in zip(a.blocks.state_dict().items(), b.blocks.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    for one, other in zip(a.optimizers, b.optimizers, strict=True):
+        for p, q in zip(one.state.values(), other.state.values(), strict=True):
+            assert torch.equal(p["momentum_buffer"], q["momentum_buffer"])
+
+
+def without_seconds(history):
+    return history.table.drop(columns="seconds")
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(rule, steps):
+    """Make the rule fail at a step, in the middle of an epoch."""
+    step, taken = rule.step, []
+
+    def failing(x, y):
+        if len(taken) == steps:
+            raise Cut
+        taken.append(1)
+        return step(x, y)
+
+    rule.step = failing
+
+
+@pytest.mark.parametrize("rule", ml.RULES)
+def test_a_run_cut_within_an_epoch_resumes_to_the_result_of_one_never_cut(rule, data, tmp_path):
+    halved = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    settings = {"batch_size": 32, "scheduler": halved}
+    whole = with_dropout_and_batch_norm(rule)
+    torch.manual_seed(7)
+    expected = ml.fit(whole, data, 3, **settings)
+
+    cut = with_dropout_and_batch_norm(rule)
+    cut_after(cut, 14)
+    torch.manual_seed(7)
+    with pytest.raises(Cut):
+        ml.fit(cut, data, 3, checkpoint=tmp_path / "run.pt", save_every_s=0, **settings)
+    torch.manual_seed(99)  # what the generator does in between must not matter
+    resumed = with_dropout_and_batch_norm(rule)
+    history = ml.fit(resumed, data, 3, checkpoint=tmp_path / "run.pt", **settings)
+
+    assert_same_rule(whole, resumed)
+    assert without_seconds(expected).equals(without_seconds(history))
+    assert [o.param_groups[0]["lr"] for o in resumed.optimizers] == [0.05 / 8] * 2
+
+
+def test_a_finished_run_is_returned_without_training_and_can_be_made_longer(data, tmp_path):
+    path = tmp_path / "run.pt"
+    first = ml.fit(with_dropout_and_batch_norm(), data, 2, checkpoint=path)
+    again = with_dropout_and_batch_norm()
+    cut_after(again, 0)
+    assert ml.fit(again, data, 2, checkpoint=path).rows == first.rows
+    longer = ml.fit(with_dropout_and_batch_norm(), data, 3, checkpoint=path)
+    assert longer.rows[:2] == first.rows
+    assert len(longer.rows) == 3
+    anew = with_dropout_and_batch_norm()
+    cut_after(anew, 0)
+    with pytest.raises(Cut):
+        ml.fit(anew, data, 2, checkpoint=path, overwrite=True)
+
+
+CHILD = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import memdfa_lab as ml
+from test_fit import with_dropout_and_batch_norm
+torch.manual_seed(7)
+rule = with_dropout_and_batch_norm()
+ml.fit(rule, ml.datasets.load("mnist5k").subset(300, 100), {epochs}, 32, checkpoint={path!r}, save_every_s=0)
+torch.save(rule.state_dict(), {path!r} + ".final")
+"""
+
+
+def start(path, epochs):
+    code = CHILD.format(tests=os.path.dirname(__file__), path=str(path), epochs=epochs)
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+
+def wait_for(path):
+    limit = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < limit, "no checkpoint came"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1)])
+def test_a_killed_process_leaves_a_checkpoint_that_resumes_to_the_same_weights(data, tmp_path, number, status):
+    epochs = 60
+    torch.manual_seed(7)
+    whole = with_dropout_and_batch_norm()
+    ml.fit(whole, data, epochs, 32)
+
+    path = tmp_path / "run.pt"
+    process = start(path, epochs)
+    wait_for(path)
+    process.send_signal(number)
+    assert process.wait(60) in (status, -number)
+    assert not (tmp_path / "run.pt.final").exists(), "it ended before it was killed: give it more epochs"
+    resumed = with_dropout_and_batch_norm()
+    ml.fit(resumed, data, epochs, 32, checkpoint=path)
+    assert_same_rule(whole, resumed)
+
+
+def test_no_temporary_file_is_left_when_writing_fails(tmp_path):
+    def fails_halfway():
+        with ml.files.written_whole(tmp_path / "a" / "file") as file:
+            file.write(b"half")
+            raise Cut
+
+    with pytest.raises(Cut):
+        fails_halfway()
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_checkpoint_of_another_setting_is_refused_and_nothing_changes(data, tmp_path):
+    path = tmp_path / "run.pt"
+    ml.fit(with_dropout_and_batch_norm(), data, 1, checkpoint=path)
+    before = path.read_bytes()
+    cases = {
+        "batch_size 100, this one has 50": lambda: ml.fit(with_dropout_and_batch_norm(), data, 1, 50, checkpoint=path),
+        "rule MemDFA, this one has BP": lambda: ml.fit(with_dropout_and_batch_norm("bp"), data, 1, checkpoint=path),
+        "lr=0.05": lambda: ml.fit(
+            with_dropout_and_batch_norm(optimizer=partial(torch.optim.SGD, lr=0.1)), data, 1, checkpoint=path
+        ),
+        "seed 0, this one has 1": lambda: ml.fit(with_dropout_and_batch_norm(), data, 1, seed=1, checkpoint=path),
+        "300 examples": lambda: ml.fit(with_dropout_and_batch_norm(), data.subset(200), 1, checkpoint=path),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message) as problem:
+            call()
+        assert "\n" not in str(problem.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 broken"])
+def test_a_damaged_checkpoint_is_named(data, tmp_path, content):
+    path = tmp_path / "run.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.pt is damaged or not a checkpoint"):
+        ml.fit(with_dropout_and_batch_norm(), data, 1, checkpoint=path)
+    assert path.read_bytes() == content
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(data, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "made"),))
+
+    torch.save({"format": 1, "rule": Evil()}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        ml.fit(with_dropout_and_batch_norm(), data, 1, checkpoint=tmp_path / "run.pt")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
+def test_sizes_that_make_no_sense_are_refused(data, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number from 1 on"):
+        ml.fit(with_dropout_and_batch_norm(), data, **{"epochs": 1, name: value})
+
+
+def test_the_last_batch_is_short_and_every_example_is_seen_once_an_epoch(data):
+    rule, seen = with_dropout_and_batch_norm(), []
+    step = rule.step
+    rule.step = lambda x, y: seen.append(x.flatten(1).sum(1)) or step(x, y)
+    ml.fit(rule, data, 1, 64)
+    assert [len(batch) for batch in seen] == [64, 64, 64, 64, 44]
+    assert torch.equal(torch.cat(seen).sort().values, data.x_train.flatten(1).sum(1).sort().values)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    order = _order(1000, 3, 2)
+    torch.rand(5)
+    assert torch.equal(order, _order(1000, 3, 2))
+    assert not torch.equal(order, _order(1000, 3, 1))
+    assert not torch.equal(order, _order(1000, 2, 2))
+
+
+def test_evaluation_is_in_eval_mode_in_batches_and_puts_each_mode_back(data):
+    rule = with_dropout_and_batch_norm()
+    frozen = rule.blocks[0][2].eval()  # a BatchNorm that its user has put into eval mode
+    running = frozen.running_mean.clone()
+    output = ml.predict(rule, data.x_test, batch_size=7)
+    assert torch.equal(output, ml.predict(rule.blocks, data.x_test, batch_size=7))
+    assert torch.allclose(output, ml.predict(rule, data.x_test), atol=1e-6)
+    assert torch.equal(frozen.running_mean, running)
+    assert [module.training for module in (frozen, rule.blocks, rule.blocks[0])] == [False, True, True]
+    right = (output.argmax(1) == data.y_test).sum().item()
+    assert ml.accuracy(rule, data.x_test, data.y_test) == pytest.approx(right / 100)
+
+
+def test_history_has_the_mean_loss_of_the_epoch_and_is_written_whole(data, tmp_path):
+    rule, losses = with_dropout_and_batch_norm(), []
+    step = rule.step
+    rule.step = lambda x, y: losses.append((step(x, y), len(x))) or losses[-1][0]
+    history = ml.fit(rule, data, 1, 64)
+    mean = sum(loss.item() * n for loss, n in losses) / 300
+    assert history.table["loss"].item() == pytest.approx(mean, rel=1e-12)
+    history.to_csv(tmp_path / "new" / "history.csv")
+    lines = (tmp_path / "new" / "history.csv").read_text().splitlines()
+    assert lines[0] == "epoch,loss,train_accuracy,test_accuracy,seconds"
+    assert len(lines) == 2
+
+
+def test_training_in_float64_follows_the_weights_dtype(data):
+    rule = ml.MemDFA(ml.models.mlp(784, [8], 10).double(), optimizer=SGD)
+    ml.fit(rule, data, 1, 64)
+    assert all(p.dtype == torch.float64 for p in rule.blocks.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_rule_on_a_gpu_learns_as_on_the_cpu(data):
+    on_cpu, on_gpu = (ml.MemDFA(ml.models.mlp(784, [8], 10).to(d), optimizer=SGD) for d in ("cpu", "cuda"))
+    one, other = (ml.fit(rule, data, 1, 64).table["loss"].item() for rule in (on_cpu, on_gpu))
+    assert one == pytest.approx(other, rel=1e-4)
