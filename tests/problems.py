@@ -1,0 +1,368 @@
+"""One list of small nets with data and loss, over which the tests parametrise; a new trap adds a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memdfa_lab import feedback, losses
+from memdfa_lab.rules import RULES, Rule
+
+CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A net, a batch and a loss; `build()` gives the same fresh net every time and leaves the global RNG alone."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    dtype: torch.dtype = torch.float32
+    random: bool = False  # draws from the global RNG in each step
+    twin: bool = False  # made of layers that reference.py has in numpy
+    marks: tuple[Any, ...] = field(default=(), compare=False)
+
+    def build(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return self.make().to(self.dtype)
+
+    @property
+    def x(self) -> Tensor:
+        return torch.randn(6, *self.shape, dtype=self.dtype, generator=torch.Generator().manual_seed(2))
+
+    @property
+    def y(self) -> Tensor:
+        return torch.tensor([0, 3, 4, 1, 2, 3])
+
+    def batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield another batch each step; every third one is short, as the last of an epoch is."""
+        for step in range(steps):
+            size = 4 if step % 3 == 2 else 6
+            yield self.x.roll(step, 0)[:size] * (1 + 0.1 * step), self.y[:size]
+
+    def double(self) -> Problem:
+        return replace(self, dtype=torch.float64)
+
+
+class Residual(nn.Module):
+    """A residual unit: two convolutions and a skip, with a projection where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, inplace: bool = False):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=inplace),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        same = stride == 1 and inputs == outputs
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
+        self.activation = nn.ReLU(inplace=inplace)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.activation(self.body(h) + self.skip(h))
+
+
+def _mlp(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 12), activation(), nn.Linear(12, 10), activation(), nn.Linear(10, CLASSES))
+
+
+def _conv_pool() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(3, stride=2),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
+
+
+def _batchnorm(momentum: float | None) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False),
+        nn.BatchNorm2d(4, momentum=momentum),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 8),
+        nn.BatchNorm1d(8, momentum=momentum),
+        nn.Sigmoid(),
+        nn.Linear(8, CLASSES),
+    )
+
+
+def _leading() -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(2, momentum=None), nn.Flatten(), nn.Linear(18, 10), nn.Tanh(), nn.Linear(10, CLASSES)
+    )
+
+
+def _dropout() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Dropout(0.2),
+        nn.Conv2d(2, 6, 3),
+        nn.ReLU(),
+        nn.Dropout2d(0.4),
+        nn.Flatten(),
+        nn.Linear(24, 12),
+        nn.Dropout(0.5, inplace=True),
+        nn.Tanh(),
+        nn.Linear(12, 10),
+        nn.AlphaDropout(0.3),
+        nn.Linear(10, CLASSES),
+    )
+
+
+def _residual() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        Residual(4, 4),
+        Residual(4, 6, stride=2, inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
+
+
+def _inplace() -> nn.Sequential:
+    relu = partial(nn.ReLU, inplace=True)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), relu(), nn.Flatten(), nn.Linear(16, 8), relu(), nn.Linear(8, CLASSES))
+
+
+def _conv_settings() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=(2, 1), groups=2, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1),
+        nn.Tanh(),
+        nn.Conv2d(6, 6, 2, dilation=2, groups=3),
+        nn.Flatten(),
+        nn.Linear(48, CLASSES),
+    )
+
+
+def _circular() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
+        nn.Tanh(),
+        nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
+        nn.Flatten(),
+        nn.Linear(48, CLASSES),
+    )
+
+
+def _same(kernel: Any) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, kernel, padding="same"),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, kernel, padding="same", dilation=(1, 2)),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 3, padding="valid"),
+        nn.Flatten(),
+        nn.Linear(24, CLASSES),
+    )
+
+
+def _conv1d() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv1d(4, 4, 3, padding="same", dilation=2, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20, CLASSES),
+    )
+
+
+def _conv3d() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(1, 3, (2, 3, 3), stride=(1, 2, 1), padding=(0, 1, 0)),
+        nn.ReLU(),
+        nn.Conv3d(3, 2, (2, 2, 1), padding=(0, 0, 1)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8, CLASSES),
+    )
+
+
+def _transposed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 3, (2, 3), padding=(0, 1), dilation=2, bias=False),
+        nn.Flatten(2),
+        nn.ConvTranspose1d(3, 2, 3, stride=3, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(376, CLASSES),
+    )
+
+
+def _tokens() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        nn.Tanh(),
+        nn.Linear(6, 5),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(15, CLASSES),
+    )
+
+
+def _layernorm() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        nn.LayerNorm(6),
+        nn.GELU(),
+        nn.Linear(6, 4),
+        nn.PReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 8),
+        nn.LayerNorm(8),
+        nn.GELU(),
+        nn.Linear(8, CLASSES),
+    )
+
+
+def _everything() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Dropout(0.1),
+        nn.Conv2d(2, 4, 3, padding="same", bias=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.ReLU(inplace=True),
+        nn.Sequential(Residual(4, 4, inplace=True), nn.Dropout2d(0.3)),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2),
+        nn.GroupNorm(2, 4),
+        nn.PReLU(4),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.5)),
+        nn.Linear(8, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(inplace=True),
+        nn.Linear(6, CLASSES),
+    )
+
+
+def _nested() -> nn.Sequential:
+    features = nn.Sequential(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()), nn.Sequential(nn.MaxPool2d(2)))
+    head = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, CLASSES)))
+    return nn.Sequential(features, nn.Sequential(), head)
+
+
+def _frozen() -> nn.Sequential:
+    net = _mlp(nn.Tanh)
+    net[0].bias.requires_grad_(False)  # part of a block
+    net[2].requires_grad_(False)  # a whole block, in the middle
+    return net
+
+
+def _frozen_ends() -> nn.Sequential:
+    net = _batchnorm(0.1)
+    net[0].requires_grad_(False)
+    net[1].requires_grad_(False)  # its statistics go on
+    net[7].requires_grad_(False)
+    return net
+
+
+# torch warns that it pads once more on one side, which is what is tested here
+_EVEN = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+PROBLEMS = [
+    Problem("mlp_relu", lambda: _mlp(nn.ReLU), (8,), twin=True),
+    Problem("mlp_tanh_mse", lambda: _mlp(nn.Tanh), (8,), losses.mse, twin=True),
+    Problem("mlp_sigmoid_bce", lambda: _mlp(nn.Sigmoid), (8,), losses.bce, twin=True),
+    Problem("conv_pool", _conv_pool, (2, 8, 8), twin=True),
+    Problem("batchnorm", lambda: _batchnorm(0.1), (2, 4, 4)),
+    Problem("batchnorm_momentum_none", lambda: _batchnorm(None), (2, 4, 4)),
+    Problem("leading_batchnorm", _leading, (2, 3, 3)),
+    Problem("dropout", _dropout, (2, 4, 4), random=True),
+    Problem("residual", _residual, (2, 4, 4)),
+    Problem("inplace_relu", _inplace, (2, 4, 4)),
+    Problem("conv_grouped_strided_dilated", _conv_settings, (2, 5, 5), twin=True),
+    Problem("conv_circular", _circular, (2, 4, 4)),
+    Problem("conv_same_odd", lambda: _same(3), (2, 6, 5), twin=True),
+    Problem("conv_same_even", lambda: _same((2, 4)), (2, 6, 5), twin=True, marks=(_EVEN,)),
+    Problem("conv1d", _conv1d, (2, 9), losses.mse, twin=True),
+    Problem("conv3d", _conv3d, (1, 3, 4, 4), twin=True),
+    Problem("conv_transposed", _transposed, (2, 4, 4), twin=True),
+    Problem("linear_on_tokens", _tokens, (3, 4), twin=True),
+    Problem("layernorm_gelu", _layernorm, (3, 4)),
+    Problem("everything", _everything, (2, 8, 8), random=True),
+    Problem("nested", _nested, (2, 4, 4), losses.bce, twin=True),
+    Problem("partly_frozen", _frozen, (8,)),
+    Problem("frozen_ends", _frozen_ends, (2, 4, 4)),
+    Problem("float64", _conv_pool, (2, 8, 8), dtype=torch.float64),
+]
+BY_NAME = {problem.name: problem for problem in PROBLEMS}
+
+
+def params(wanted: Callable[[Problem], bool] = lambda problem: True) -> list[Any]:
+    """Return the problems as pytest parameters, with their marks."""
+    return [pytest.param(p, id=p.name, marks=p.marks) for p in PROBLEMS if wanted(p)]
+
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.1),
+    "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": partial(torch.optim.AdamW, lr=0.01),
+}
+STORAGES = feedback.KINDS
+RULE_NAMES = list(RULES)
+
+
+def make_rule(
+    rule: str | type[Rule], problem: Problem, optimizer: Any = "sgd", storage: Any = "stored", **options: Any
+) -> Rule:
+    """Return the rule on a fresh net of the problem; rule, optimizer and storage by name or as they are."""
+    rule = RULES[rule] if isinstance(rule, str) else rule
+    optimizer = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    storage = STORAGES[storage](seed=3) if isinstance(storage, str) else storage
+    return rule(problem.build(), optimizer, problem.loss, storage, **options)
+
+
+@dataclass
+class Record:
+    """All that training leaves behind: losses, weights and buffers, optimizer state, the global RNG."""
+
+    losses: list[Tensor]
+    tensors: list[Tensor]
+    optimizer: list[dict[str, Any]]
+    rng: Tensor
+
+
+def record(losses: list[Tensor], net: nn.Module, optimizers: list[Any]) -> Record:
+    """Return copies, in the order of the net's parameters, however many optimizers there are."""
+    states = {p: state for made in optimizers if made is not None for p, state in made.state.items()}
+    per_parameter = [deepcopy(states.get(p, {})) for p in net.parameters()]
+    tensors = [tensor.detach().clone() for tensor in net.state_dict().values()]
+    return Record(losses, tensors, per_parameter, torch.get_rng_state())
+
+
+def train(rule: Rule, problem: Problem, steps: int = 4, each_step: Callable[[], None] | None = None) -> Record:
+    """Train from a fixed global seed and return what came of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        losses = []
+        for x, y in problem.batches(steps):
+            losses.append(rule.step(x, y))
+            if each_step is not None:
+                each_step()
+        return record(losses, rule.blocks, rule.optimizers)

@@ -1,0 +1,394 @@
+"""What the rules are held against: numpy twins in float64 written from the equations, plain autograd, comparisons.
+
+The twins know h_i = f_i(W_i h_{i-1} + b_i), e = dL/dlogits and three ways back (BP: W^T; FA: B in its place; DFA: e B_i
+at each block's output). No torch computes anything in them; the model gives its numbers and settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from problems import Problem, Record, record, train
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from memdfa_lab.feedback import Feedback, Regenerated
+from memdfa_lab.rules import Rule
+
+Array = NDArray[np.float64]
+TOLERANCE = 1e-12  # relative to the larger of 1 and the tensor's largest value
+
+
+# ---------------------------------------------------------------------------------------------------- comparisons
+
+
+def assert_identical(a: Any, b: Any, where: str = "") -> None:
+    """Compare two trees of tensors and plain values, bit for bit."""
+    assert type(a) is type(b), f"{where}: {type(a).__name__} against {type(b).__name__}"
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype, f"{where}: {a.dtype} against {b.dtype}"
+        assert torch.equal(a, b), f"{where}: differs by {(a.double() - b.double()).abs().max():.3g}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), f"{where}: {sorted(a)} against {sorted(b)}"
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), f"{where}: {len(a)} against {len(b)} items"
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_identical(left, right, f"{where}[{i}]")
+    else:
+        assert a == b, f"{where}: {a!r} against {b!r}"
+
+
+def assert_same_training(a: Record, b: Record) -> None:
+    """Compare losses, weights and buffers, optimizer state and global RNG, bit for bit."""
+    for name in ("losses", "tensors", "optimizer", "rng"):
+        assert_identical(getattr(a, name), getattr(b, name), name)
+
+
+def assert_close(a: Any, b: Any, where: str = "") -> None:
+    """Compare two lists of arrays or tensors, to TOLERANCE."""
+    assert len(a) == len(b), f"{where}: {len(a)} against {len(b)} items"
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
+        left, right = np.asarray(left), np.asarray(right)
+        assert left.shape == right.shape, f"{where}[{i}]: {left.shape} against {right.shape}"
+        allowed = TOLERANCE * max(1.0, float(np.abs(right).max()))
+        np.testing.assert_allclose(left, right, rtol=0, atol=allowed, err_msg=f"{where}[{i}]")
+
+
+def assert_close_training(a: Record, b: Record) -> None:
+    """Compare losses, weights and buffers, to TOLERANCE."""
+    assert_close(a.losses, b.losses, "losses")
+    assert_close(a.tensors, b.tensors, "tensors")
+
+
+@contextmanager
+def refuses(error: type[Exception], *hints: str) -> Iterator[None]:
+    """Expect the error, with a message of one line that contains each hint."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message, f"more than one line: {message}"
+    for hint in hints:
+        assert hint in message, f"{hint!r} is not in: {message}"
+
+
+# ---------------------------------------------------------------------------------------------- plain autograd
+
+
+def train_plainly(problem: Problem, make_optimizer: Callable[..., torch.optim.Optimizer], steps: int) -> Record:
+    """Train as every tutorial does: loss.backward() and one optimizer over all parameters."""
+    model = problem.build()
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        losses = []
+        for x, y in problem.batches(steps):
+            optimizer.zero_grad()
+            loss = problem.loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return record(losses, model, [optimizer])
+
+
+def surrogate_gradients(rule: Rule, x: Tensor, y: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+    """Return the loss and DFA's gradients, block by block, as those of one scalar: sum_i <h_i, e B_i> + L."""
+    h, total = x, torch.zeros((), dtype=x.dtype)
+    outputs = []
+    for block in rule.blocks:
+        h = block(h.detach())
+        outputs.append(h)
+    loss = rule.loss_fn(h, y)
+    e = torch.autograd.grad(loss, h, retain_graph=True)[0].flatten(1) if h.requires_grad else None
+    if e is None:  # a frozen last block: e comes from a copy of the logits
+        logits = h.detach().requires_grad_()
+        e = torch.autograd.grad(rule.loss_fn(logits, y), logits)[0].flatten(1)
+    for i, output in enumerate(outputs[:-1]):
+        B = rule.feedback.dense(i, e.shape[1], output[0].numel(), like=e)
+        total = total + (output.flatten(1) * (e @ B)).sum()
+    wanted = [[p for p in block.parameters() if p.requires_grad] for block in rule.blocks]
+    flat = torch.autograd.grad(total + loss, [p for block in wanted for p in block])
+    grads = iter(flat)
+    return loss.detach(), [[next(grads) for _ in block] for block in wanted]
+
+
+# -------------------------------------------------------------------------------------------------- numpy layers
+
+
+class LinearTwin:
+    """a = x W^T + b over the last axis."""
+
+    def __init__(self, W: Array, b: Array | None):
+        self.W, self.b = W, b
+
+    def forward(self, x: Array) -> Array:
+        self.x = x
+        return np.einsum("...i,oi->...o", x, self.W) + (0 if self.b is None else self.b)
+
+    def backward(self, g: Array, B: Array) -> Array:
+        flat = g.reshape(-1, g.shape[-1])
+        self.dW = np.einsum("no,ni->oi", flat, self.x.reshape(-1, self.x.shape[-1]))
+        self.db = flat.sum(0)
+        return np.einsum("...o,oi->...i", g, B)
+
+
+def _taps(kernel: tuple[int, ...], sizes: Any, stride: Any, dilation: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each position k in the kernel, and where in the padded image it meets the `sizes` outputs."""
+    for k in np.ndindex(*kernel):
+        starts = [d * offset for d, offset in zip(dilation, k, strict=True)]
+        ends = [start + s * (size - 1) + 1 for start, s, size in zip(starts, stride, sizes, strict=True)]
+        yield (..., *k), (..., *(slice(*cut) for cut in zip(starts, ends, stride, strict=True)))
+
+
+def _grouped(image: Array, groups: int) -> Array:
+    return image.reshape(image.shape[0], groups, image.shape[1] // groups, -1)
+
+
+class ConvTwin:
+    """a[n, o, p] = sum over c, k of W[o, c, k] x[n, c, s p + d k - padding], in groups of channels."""
+
+    def __init__(self, W: Array, b: Array | None, layer: _ConvNd):
+        self.W, self.b, self.groups = W, b, layer.groups
+        self.stride, self.dilation, self.kernel = layer.stride, layer.dilation, W.shape[2:]
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+        if layer.padding == "same":
+            self.padding = [(total // 2, total - total // 2) for total in reach]
+        else:
+            self.padding = [(p, p) for p in ([0] * len(reach) if layer.padding == "valid" else layer.padding)]
+        self.reach = reach
+
+    def _weights_at(self, W: Array, k: Any) -> Array:
+        return W[k].reshape(self.groups, W.shape[0] // self.groups, W.shape[1])
+
+    def forward(self, x: Array) -> Array:
+        self.padded = np.pad(x, [(0, 0), (0, 0), *self.padding])
+        sizes = [
+            (n - reach - 1) // s + 1 for n, reach, s in zip(self.padded.shape[2:], self.reach, self.stride, strict=True)
+        ]
+        out = np.zeros((len(x), self.groups, len(self.W) // self.groups, math.prod(sizes)))
+        self.taps = list(_taps(self.kernel, sizes, self.stride, self.dilation))
+        for k, where in self.taps:
+            patch = _grouped(self.padded[where], self.groups)
+            out += np.einsum("ngcp,goc->ngop", patch, self._weights_at(self.W, k))
+        out = out.reshape(len(x), len(self.W), *sizes)
+        return out if self.b is None else out + self.b.reshape(-1, *[1] * len(sizes))
+
+    def backward(self, g: Array, B: Array) -> Array:
+        self.dW, dpadded = np.zeros_like(self.W), np.zeros_like(self.padded)
+        self.db = g.sum(axis=(0, *range(2, g.ndim)))
+        flat = _grouped(g, self.groups)
+        for k, where in self.taps:
+            patch = self.padded[where]
+            dW = np.einsum("ngop,ngcp->goc", flat, _grouped(patch, self.groups))
+            self.dW[k] = dW.reshape(self.W.shape[:2])
+            dpadded[where] += np.einsum("ngop,goc->ngcp", flat, self._weights_at(B, k)).reshape(patch.shape)
+        cuts = [slice(low, n - high) for (low, high), n in zip(self.padding, dpadded.shape[2:], strict=True)]
+        return dpadded[(..., *cuts)]
+
+
+class ConvTransposeTwin:
+    """Each input pixel p adds W[c, o, k] x[n, c, p] to the output at s p + d k - padding."""
+
+    def __init__(self, W: Array, b: Array | None, layer: _ConvTransposeNd):
+        self.W, self.b, self.groups = W, b, layer.groups
+        self.stride, self.dilation, self.kernel = layer.stride, layer.dilation, W.shape[2:]
+        self.padding, self.output_padding = layer.padding, layer.output_padding
+
+    def _weights_at(self, W: Array, k: Any) -> Array:
+        return W[k].reshape(self.groups, W.shape[0] // self.groups, W.shape[1])
+
+    def forward(self, x: Array) -> Array:
+        self.x, self.outputs = x, self.W.shape[1] * self.groups
+        sizes = x.shape[2:]
+        full = [
+            (n - 1) * s + d * (k - 1) + 1 + extra
+            for n, s, d, k, extra in zip(
+                sizes, self.stride, self.dilation, self.kernel, self.output_padding, strict=True
+            )
+        ]
+        self.full_shape = (len(x), self.outputs, *full)
+        self.crop = (..., *(slice(p, n - p) for p, n in zip(self.padding, full, strict=True)))
+        self.taps = list(_taps(self.kernel, sizes, self.stride, self.dilation))
+        out = np.zeros(self.full_shape)
+        for k, where in self.taps:
+            term = np.einsum("ngcp,gco->ngop", _grouped(x, self.groups), self._weights_at(self.W, k))
+            out[where] += term.reshape(len(x), self.outputs, *sizes)
+        out = out[self.crop]
+        return out if self.b is None else out + self.b.reshape(-1, *[1] * len(sizes))
+
+    def backward(self, g: Array, B: Array) -> Array:
+        self.dW, dx = np.zeros_like(self.W), np.zeros_like(_grouped(self.x, self.groups))
+        self.db = g.sum(axis=(0, *range(2, g.ndim)))
+        full = np.zeros(self.full_shape)
+        full[self.crop] = g
+        for k, where in self.taps:
+            patch = _grouped(full[where], self.groups)
+            dW = np.einsum("ngcp,ngop->gco", _grouped(self.x, self.groups), patch)
+            self.dW[k] = dW.reshape(self.W.shape[:2])
+            dx += np.einsum("ngop,gco->ngcp", patch, self._weights_at(B, k))
+        return dx.reshape(self.x.shape)
+
+
+class PoolTwin:
+    """The largest, or the mean, of each window; the gradient goes to the largest, or is shared out."""
+
+    def __init__(self, kernel: int, stride: int, largest: bool):
+        self.kernel, self.stride, self.largest = kernel, stride, largest
+
+    def forward(self, x: Array) -> Array:
+        self.shape = x.shape
+        dims = x.ndim - 2
+        sizes = [(n - self.kernel) // self.stride + 1 for n in x.shape[2:]]
+        taps = _taps((self.kernel,) * dims, sizes, (self.stride,) * dims, (1,) * dims)
+        self.where = [where for _, where in taps]
+        windows = np.stack([x[where] for where in self.where])
+        if not self.largest:
+            self.share = np.full(windows.shape, 1 / len(windows))
+            return windows.mean(0)
+        self.share = (np.arange(len(windows)).reshape(-1, *[1] * x.ndim) == windows.argmax(0)).astype(float)
+        return windows.max(0)
+
+    def backward(self, g: Array) -> Array:
+        dx = np.zeros(self.shape)
+        for where, share in zip(self.where, self.share, strict=True):
+            dx[where] += share * g
+        return dx
+
+
+class ElementwiseTwin:
+    """h = f(a), with f' told from h alone."""
+
+    def __init__(self, f: Callable[[Array], Array], slope: Callable[[Array], Array]):
+        self.f, self.slope = f, slope
+
+    def forward(self, a: Array) -> Array:
+        self.h = self.f(a)
+        return self.h
+
+    def backward(self, g: Array) -> Array:
+        return g * self.slope(self.h)
+
+
+class FlattenTwin:
+    """Channels, rows, columns in one, in that order."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def forward(self, x: Array) -> Array:
+        self.shape = x.shape
+        return x.reshape(*x.shape[: self.start], -1)
+
+    def backward(self, g: Array) -> Array:
+        return g.reshape(self.shape)
+
+
+WEIGHT_TWINS = (LinearTwin, ConvTwin, ConvTransposeTwin)
+
+
+def _twin_of(layer: nn.Module) -> Any:
+    if isinstance(layer, nn.ReLU):
+        return ElementwiseTwin(lambda a: np.maximum(a, 0), lambda h: (h > 0).astype(float))
+    if isinstance(layer, nn.Tanh):
+        return ElementwiseTwin(np.tanh, lambda h: 1 - h**2)
+    if isinstance(layer, nn.Sigmoid):
+        return ElementwiseTwin(lambda a: 1 / (1 + np.exp(-a)), lambda h: h * (1 - h))
+    if isinstance(layer, nn.Flatten):
+        return FlattenTwin(layer.start_dim)
+    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+        return PoolTwin(layer.kernel_size, layer.stride, isinstance(layer, nn.MaxPool2d))
+    W, b = (None if p is None else p.detach().numpy().copy() for p in (layer.weight, layer.bias))
+    if isinstance(layer, nn.Linear):
+        return LinearTwin(W, b)
+    if isinstance(layer, _ConvTransposeNd):
+        return ConvTransposeTwin(W, b, layer)
+    assert isinstance(layer, _ConvNd), layer
+    return ConvTwin(W, b, layer)
+
+
+def _loss_and_error(name: str, logits: Array, y: Any) -> tuple[float, Array]:
+    """Return L and e = dL/dlogits: each a mean over the batch, so e carries 1/N."""
+    N, C = logits.shape
+    target = np.eye(C)[y]
+    if name == "cross_entropy":
+        shifted = logits - logits.max(1, keepdims=True)
+        log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        return -(target * log_p).sum() / N, (np.exp(log_p) - target) / N
+    if name == "mse":
+        return ((logits - target) ** 2).sum() / (N * C), 2 * (logits - target) / (N * C)
+    assert name == "bce", name
+    p = 1 / (1 + np.exp(-logits))
+    return -(target * np.log(p) + (1 - target) * np.log(1 - p)).sum() / (N * C), (p - target) / (N * C)
+
+
+class Twin:
+    """A net in numpy that learns by "bp", "fa" or "dfa" and plain SGD."""
+
+    def __init__(self, problem: Problem, rule: str, feedback: Feedback, lr: float):
+        self.rule, self.feedback, self.lr, self.loss = rule, feedback, lr, problem.loss.__name__
+        model = problem.build()
+        leaves = [m for m in model.modules() if not isinstance(m, nn.Sequential)]
+        self.layers = [_twin_of(leaf) for leaf in leaves]
+        starts = [i for i, layer in enumerate(self.layers) if isinstance(layer, WEIGHT_TWINS)]
+        starts[0] = 0
+        ends = [*starts[1:], len(self.layers)]
+        self.blocks = [self.layers[start:end] for start, end in zip(starts, ends, strict=True)]
+        order = {id(parameter): j for j, parameter in enumerate(model.parameters())}
+        self.number = {
+            twin: order[id(leaf.weight)]
+            for twin, leaf in zip(self.layers, leaves, strict=True)
+            if isinstance(twin, WEIGHT_TWINS)
+        }
+
+    def _backward(self, layers: list[Any], g: Array) -> Array:
+        for layer in reversed(layers):
+            if not isinstance(layer, WEIGHT_TWINS):
+                g = layer.backward(g)
+                continue
+            B = layer.W
+            if self.rule == "fa":
+                B = self.feedback.weight(self.number[layer], torch.from_numpy(layer.W)).numpy()
+            g = layer.backward(g, B)
+        return g
+
+    def step(self, x: Array, y: Any) -> float:
+        h, outputs = x, []
+        for block in self.blocks:
+            for layer in block:
+                h = layer.forward(h)
+            outputs.append(h)
+        loss, e = _loss_and_error(self.loss, h, y)
+        if self.rule == "dfa":
+            for i, (block, output) in enumerate(zip(self.blocks[:-1], outputs, strict=False)):
+                like = torch.zeros((), dtype=torch.float64)
+                B = self.feedback.dense(i, e.shape[1], output[0].size, like=like).numpy()
+                self._backward(block, (e @ B).reshape(output.shape))
+            self._backward(self.blocks[-1], e)
+        else:
+            self._backward(self.layers, e)
+        for layer in self.number:
+            layer.W = layer.W - self.lr * layer.dW
+            if layer.b is not None:
+                layer.b = layer.b - self.lr * layer.db
+        return loss
+
+    def parameters(self) -> list[Array]:
+        return [array for layer in self.number for array in (layer.W, layer.b) if array is not None]
+
+
+def assert_matches_twin(rule: Rule, twin: str, problem: Problem, steps: int = 4) -> None:
+    """Train the rule (SGD, lr 0.1, feedback seed 3) and its numpy twin: the same losses and weights, to TOLERANCE."""
+    reference = Twin(problem, twin, Regenerated(seed=3), lr=0.1)
+    losses = [reference.step(x.numpy(), y.numpy()) for x, y in problem.batches(steps)]
+    got = train(rule, problem, steps)
+    assert_close(got.losses, losses, "losses")
+    assert_close(got.tensors, reference.parameters(), "weights")
