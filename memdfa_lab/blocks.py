@@ -17,9 +17,11 @@ def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
     first block. The blocks hold the modules of `model`; nothing is copied, renamed or moved. Calling it on blocks
     gives the same blocks.
 
-    Raises TypeError if the model is not a chain of modules; ValueError if it has no weight layer, if nothing in it
-    can be trained, or if two blocks share a parameter or a buffer.
+    Raises TypeError if the model is not a chain of modules; ValueError if it has no weight layer or hooks of its own,
+    if nothing in it can be trained, or if two blocks share a parameter or a buffer.
     """
+    if isinstance(model, nn.Module) and _has_hooks(model):
+        raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")
     groups: list[list[nn.Module]] = []
     before_first_weight: list[nn.Module] = []
     for module in _chain(model):

@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 
 from memdfa_lab.names import known
+from memdfa_lab.phases import label
 
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
 
 
 def _unit_he_normal(B: Tensor, generator: torch.Generator) -> Tensor:
-    # A normal cut at two standard deviations has a standard deviation of 0.8796: divide, so that it is 1 again.
-    return torch.nn.init.trunc_normal_(B, 0.0, 1.0, -2.0, 2.0, generator=generator).div_(0.87962566103423978)
+    # By the inverse of the distribution function, one uniform number an entry: a larger draw then begins with the
+    # smaller one. (torch's trunc_normal_ draws what falls outside again, at the end.) A normal cut at two standard
+    # deviations has a standard deviation of 0.8796: divide, so that it is 1 again.
+    inside = math.erf(math.sqrt(2))  # how much of a normal lies within two standard deviations
+    return B.uniform_(-inside, inside, generator=generator).erfinv_().mul_(math.sqrt(2) / 0.87962566103423978)
 
 
 def _unit_normal(B: Tensor, generator: torch.Generator) -> Tensor:
@@ -67,7 +71,7 @@ class Feedback(ABC):
 
     def project(self, i: int, e: Tensor, shape: torch.Size) -> Tensor:
         """Return block i's signal e B_i, shape (N, *shape), for the error e, shape (N, ...)."""
-        e = e.flatten(1)
+        e = e.reshape(len(e), -1)
         return (e @ self.dense(i, e.shape[1], shape.numel(), like=e)).view(-1, *shape)
 
     def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
@@ -89,8 +93,8 @@ class Feedback(ABC):
     def _draw(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(_mix(self.seed, key))
         unit = DISTRIBUTIONS[self.distribution][0]
-        B = unit(torch.empty(shape, dtype=torch.float32, device="cpu"), generator).mul_(factor)
-        return B.to(dtype=like.dtype, device=like.device)
+        B = unit(label("feedback", torch.empty(shape, dtype=torch.float32, device="cpu")), generator).mul_(factor)
+        return label("feedback", B.to(dtype=like.dtype, device=like.device))
 
     def _factor(self, fan_in: int, fan_out: int) -> float:
         return self.scale * DISTRIBUTIONS[self.distribution][1](fan_in, fan_out)
@@ -121,10 +125,10 @@ class Stored(Feedback):
 
     def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
         B = self.matrices.get(key)
-        if B is None or tuple(B.shape) != shape:
+        if B is None or tuple(B.shape) != shape or _would_lose_bits(B, like):
             B = self._draw(key, shape, self._factor(fan_in, fan_out), like)
-        self.matrices[key] = B.to(dtype=like.dtype, device=like.device)
-        return self.matrices[key]
+        self.matrices[key] = B.to(device=like.device)
+        return self.matrices[key].to(dtype=like.dtype)
 
 
 class Regenerated(Feedback):
@@ -150,14 +154,18 @@ class Shared(Feedback):
         columns = shape[1] if key[0] == "block" else 1
         rows = math.prod(shape) // columns
         shared = self.matrices.get((key[0], columns))
-        if shared is None or shared.shape[0] < rows:
+        if shared is None or shared.shape[0] < rows or _would_lose_bits(shared, like):
             # Whole blocks of 16 numbers, in which torch draws normals: a larger matrix begins with the smaller one.
             shared = self._draw((key[0], columns), (math.ceil(rows / 16) * 16, columns), 1.0, like)
-        self.matrices[key[0], columns] = shared = shared.to(dtype=like.dtype, device=like.device)
-        return shared[:rows].view(shape) * self._factor(fan_in, fan_out)
+        self.matrices[key[0], columns] = shared = shared.to(device=like.device)
+        return (shared[:rows].view(shape) * self._factor(fan_in, fan_out)).to(dtype=like.dtype)
 
 
 KINDS: dict[str, type[Feedback]] = {"stored": Stored, "regenerated": Regenerated, "shared": Shared}
+
+
+def _would_lose_bits(kept: Tensor, like: Tensor) -> bool:
+    return torch.promote_types(kept.dtype, like.dtype) != kept.dtype
 
 
 def _mix(seed: int, key: Key) -> int:

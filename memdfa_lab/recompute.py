@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.blocks import run_block
+from memdfa_lab.phases import label, phase
 
 
 def forward_without_trace(blocks: nn.Sequential, x: Tensor) -> Tensor:
@@ -21,8 +22,8 @@ def forward_without_trace(blocks: nn.Sequential, x: Tensor) -> Tensor:
     device_type = device if on_accelerator else "cuda"
     with torch.no_grad(), torch.random.fork_rng(on_accelerator, device_type=device_type):
         h = x
-        for block in blocks:
-            with buffers_put_back(block):  # block by block: copies of all buffers would grow with depth
+        for i, block in enumerate(blocks):
+            with phase("forward", i), buffers_put_back(block):  # by block: copies of all buffers would grow with depth
                 h = run_block(block, h)
     return h
 
@@ -31,11 +32,14 @@ def forward_without_trace(blocks: nn.Sequential, x: Tensor) -> Tensor:
 def buffers_put_back(module: nn.Module) -> Iterator[None]:
     """Put the module's buffers back on leaving, both the tensors and what they hold."""
     owners = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
-    saved = [buffer.clone() for _, _, buffer in owners if buffer is not None]
+    # An expanded buffer (stride 0) cannot be written to, nor copied into. BatchNorm does not count its writes as
+    # versions of the buffer, so there is no asking what has changed.
+    saved = [None if b is None or 0 in b.stride() else label("workspace", b.clone()) for _, _, b in owners]
     try:
         yield
     finally:
         with torch.no_grad():
-            values = iter(saved)
-            for part, name, buffer in owners:
-                part._buffers[name] = buffer if buffer is None else buffer.copy_(next(values))
+            for (part, name, buffer), before in zip(owners, saved, strict=True):
+                part._buffers[name] = buffer
+                if buffer is not None and before is not None:
+                    buffer.copy_(before)

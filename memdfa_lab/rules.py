@@ -13,6 +13,7 @@ differ in the signal that a block is taught, the error at its output, and in wha
 Sources: FA, Lillicrap et al. 2016; DFA, Nøkland 2016; MEM-DFA, Chu et al. 2020 (arXiv 2012.11745).
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.blocks import as_blocks, run_block
 from memdfa_lab.feedback import Feedback, Stored
+from memdfa_lab.phases import phase
 from memdfa_lab.recompute import forward_without_trace
 from memdfa_lab.transport import FeedbackTransport
 
@@ -50,76 +52,107 @@ class Rule(ABC):
         feedback: Feedback | None = None,
         clip_norm: float | None = None,
     ):
-        if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-            raise TypeError(
-                "optimizer must make one optimizer a block: pass partial(torch.optim.SGD, lr=0.05), not an optimizer"
-            )
         if feedback is not None and not isinstance(feedback, Feedback):
-            raise TypeError(f"feedback must be a Feedback, such as ml.feedback.Stored(seed=0), got {feedback!r}")
+            given = type(feedback).__name__
+            raise TypeError(f"feedback must be a Feedback, such as ml.feedback.Stored(seed=0), not a {given}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, got {clip_norm!r}")
         self.blocks = as_blocks(blocks)
+        self.chain = list(self.blocks)  # nn.Sequential counts up to its i-th module each time
         self.loss_fn = loss_fn
         self.feedback = Stored() if feedback is None else feedback
         self.clip_norm = clip_norm
         self.parameters = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
-        self.optimizers = [optimizer(block) if block else None for block in self.parameters]
-        if any(isinstance(made, torch.optim.LBFGS) for made in self.optimizers):
-            raise ValueError("LBFGS evaluates the whole network again in each step: choose SGD, Adam or another")
+        self.optimizers = [_make_optimizer(optimizer, block) if block else None for block in self.parameters]
 
     @abstractmethod
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Learn from one batch, x (N, ...) and y as the loss takes it; return the loss before the update, 0-d.
 
-        Raises FloatingPointError if loss or error are not finite, before any weight changes.
+        Gradients that parameters hold from before are dropped. Raises FloatingPointError if x, the loss or e are not
+        finite, before any weight changes.
         """
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Return x without a graph, checked; drop gradients that are left from elsewhere."""
+        with phase("begin"):
+            _require_finite("x holds NaN or inf", x)
+        for block in self.parameters:
+            for parameter in block:
+                parameter.grad = None
+        return x.detach()
+
+    def forward(self, i: int, h: Tensor) -> Tensor:
+        """Return block i's output with its graph."""
+        with phase("forward", i):
+            return run_block(self.chain[i], h)
+
+    def recompute(self, i: int, h: Tensor) -> Tensor:
+        """Return block i's output with a graph that ends at h."""
+        with phase("recompute", i):
+            return run_block(self.chain[i], h.detach())
 
     def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, 0-d and detached, and e = dloss/dlogits, of the logits' shape."""
-        logits = logits.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss_fn(logits, y)
-        if loss.dim() != 0:
-            raise ValueError(f"the loss must be a scalar, a mean over the batch; got shape {tuple(loss.shape)}")
-        (e,) = torch.autograd.grad(loss, logits)
-        if not (torch.isfinite(loss) and torch.isfinite(e).all()):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} and its gradient not finite; no weight was changed: lower the learning "
-                "rate, clip (clip_norm=...), or look for NaN and inf in the data"
-            )
-        return loss.detach(), e
+        with phase("error"):
+            logits = logits.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = self.loss_fn(logits, y)
+            if loss.dim() != 0:
+                raise ValueError(f"the loss must be a scalar, a mean over the batch; got shape {tuple(loss.shape)}")
+            (e,) = torch.autograd.grad(loss, logits)
+            _require_finite("the loss or its gradient is not finite", loss, e)
+            return loss.detach(), e
+
+    def backward(self, h: Tensor, e: Tensor) -> None:
+        """Leave the gradient of every block in its parameters, through the graph of the output h."""
+        with phase("backward"):
+            h.backward(e)
 
     def signal(self, i: int, h: Tensor, e: Tensor) -> Tensor:
         """Return what DFA and MEM-DFA teach block i with output h: e B_i, or e itself for the last block."""
         return e if i == len(self.blocks) - 1 else self.feedback.project(i, e, h.shape[1:])
 
-    def local_gradient(self, i: int, h: Tensor, e: Tensor) -> None:
+    def teach(self, i: int, h: Tensor, e: Tensor) -> None:
         """Leave the gradient of block i's signal in its parameters, through the graph of its output h."""
         if self.parameters[i]:
-            h.backward(self.signal(i, h, e))
+            with phase("local gradient", i):
+                h.backward(self.signal(i, h, e))
 
     def update(self, i: int) -> None:
         """Change block i's weights by the gradients they hold, and free those."""
         optimizer = self.optimizers[i]
         if optimizer is None:
             return
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters[i], self.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with phase("update", i):
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters[i], self.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Return what the rule keeps between steps, by what it is for."""
+        states = [state for made in self.optimizers if made is not None for state in made.state.values()]
+        return {
+            "parameters": list(self.blocks.parameters()),
+            "buffers": list(self.blocks.buffers()),
+            "optimizer state": [value for state in states for value in state.values() if isinstance(value, Tensor)],
+            "feedback": list(self.feedback.matrices.values()),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights and buffers, the state of each optimizer, and the feedback; tensors are not copied."""
-        optimizers = [None if made is None else made.state_dict() for made in self.optimizers]
         return {
             "rule": type(self).__name__,
             "blocks": self.blocks.state_dict(),
-            "optimizers": optimizers,
+            "optimizers": [_optimizer_state(made) for made in self.optimizers],
             "feedback": self.feedback.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state. Raises ValueError, and changes nothing, if it is of another rule or network."""
+        """Take over a copy of a state. Raises ValueError, and changes nothing, if it is of another rule or network."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError("this is not the state_dict of a rule; load a model's own into the model")
         if state["rule"] != type(self).__name__:
             raise ValueError(f"this state is of {state['rule']}, the rule is {type(self).__name__}")
         ours = {name: tuple(value.shape) for name, value in self.blocks.state_dict().items()}
@@ -129,22 +162,26 @@ class Rule(ABC):
             raise ValueError(
                 f"this state is of another network: {name} has shape {theirs.get(name)} in it, {ours.get(name)} here"
             )
+        for i, (made, value) in enumerate(zip(self.optimizers, state["optimizers"], strict=True)):
+            kinds = [_optimizer_kind(_optimizer_state(made)), _optimizer_kind(value)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"the state's optimizer of block {i} is {kinds[1]}, the rule's is {kinds[0]}")
         self.feedback.load_state_dict(state["feedback"])
         self.blocks.load_state_dict(state["blocks"])
-        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
-            if optimizer is not None:
-                optimizer.load_state_dict(value)
+        for made, value in zip(self.optimizers, state["optimizers"], strict=True):
+            if made is not None:
+                made.load_state_dict(copy.deepcopy(value["state"]))
 
 
 class BP(Rule):
     """Backpropagation: the exact gradient, and the memory that it takes."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = x.detach()
-        for block in self.blocks:
-            h = run_block(block, h)
+        h = self.begin(x)
+        for i in range(len(self.blocks)):
+            h = self.forward(i, h)
         loss, e = self.error(h, y)
-        h.backward(e)
+        self.backward(h, e)
         for i in range(len(self.blocks)):
             self.update(i)
         return loss
@@ -154,12 +191,12 @@ class FA(Rule):
     """Feedback alignment: BP, with a fixed random B in place of each weight on the way back."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = x.detach()
+        h = self.begin(x)
         with FeedbackTransport(self.feedback, self.blocks):
-            for block in self.blocks:
-                h = run_block(block, h)
+            for i in range(len(self.blocks)):
+                h = self.forward(i, h)
         loss, e = self.error(h, y)
-        h.backward(e)
+        self.backward(h, e)
         for i in range(len(self.blocks)):
             self.update(i)
         return loss
@@ -169,14 +206,14 @@ class DFA(Rule):
     """Direct feedback alignment: each block is taught from the output, all graphs are kept until then."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = x.detach()
+        h = self.begin(x)
         outputs: deque[Tensor] = deque()
-        for block in self.blocks:
-            h = run_block(block, h.detach())
+        for i in range(len(self.blocks)):
+            h = self.forward(i, h.detach())
             outputs.append(h)
         loss, e = self.error(h, y)
         for i in range(len(self.blocks)):
-            self.local_gradient(i, outputs.popleft(), e)
+            self.teach(i, outputs.popleft(), e)
             self.update(i)
         return loss
 
@@ -185,13 +222,46 @@ class MemDFA(Rule):
     """MEM-DFA: DFA's updates, bit for bit, with one block's activations at a time and one more forward pass."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        loss, e = self.error(forward_without_trace(self.blocks, x), y)
-        h = x
-        for i, block in enumerate(self.blocks):
-            h = run_block(block, h.detach())  # with the old W_i; the only graph alive
-            self.local_gradient(i, h, e)
+        h = self.begin(x)
+        loss, e = self.error(forward_without_trace(self.blocks, h), y)
+        for i in range(len(self.blocks)):
+            h = self.recompute(i, h)  # with the old W_i; the only graph alive
+            self.teach(i, h, e)
             self.update(i)  # now W_i may change: nobody needs the old one again
         return loss
 
 
 RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "memdfa": MemDFA}
+
+
+def _make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    wanted = "optimizer must make one optimizer a block from its parameters: pass partial(torch.optim.SGD, lr=0.05)"
+    if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
+        raise TypeError(f"{wanted}, not a {type(factory).__name__}")
+    made = factory(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"{wanted}; what was passed made a {type(made).__name__}")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the whole network again in each step: choose SGD, Adam or another")
+    if {id(p) for group in made.param_groups for p in group["params"]} != {id(p) for p in parameters}:
+        raise ValueError(f"{wanted}; what was passed took other parameters than the block's")
+    return made
+
+
+def _optimizer_state(made: torch.optim.Optimizer | None) -> dict[str, Any] | None:
+    return None if made is None else {"kind": type(made).__name__, "state": made.state_dict()}
+
+
+def _optimizer_kind(state: dict[str, Any] | None) -> str:
+    if state is None:
+        return "none (frozen)"
+    return f"{state['kind']} of {sum(len(group['params']) for group in state['state']['param_groups'])} tensors"
+
+
+def _require_finite(problem: str, *tensors: Tensor) -> None:
+    for tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(
+                f"{problem}; no weight was changed: look for NaN and inf in the data, lower the learning rate, or clip "
+                "(clip_norm=...)"
+            )

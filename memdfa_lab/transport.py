@@ -68,7 +68,8 @@ class FeedbackTransport(TorchFunctionMode):
 
     Torch calls `__torch_function__` in place of each function that a module uses, so modules stay as they are.
     Raises ValueError for a weight that is not a parameter of the model (weight_norm computes one in each forward
-    pass): it has no B, and would silently learn as in BP.
+    pass), and for attention and bilinear layers: they have no B, and would silently learn as in BP. A module that
+    multiplies by its weight with an operator of its own (x @ self.weight) is not seen; give it a linear.
     """
 
     def __init__(self, feedback: Feedback, model: nn.Module):
@@ -79,9 +80,15 @@ class FeedbackTransport(TorchFunctionMode):
         self.handlers |= dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), self._conv)
         transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
         self.handlers |= dict.fromkeys(transposed, self._conv_transpose)
+        self.handlers |= dict.fromkeys((F.multi_head_attention_forward, F.bilinear), self._refuse)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.handlers.get(func, func)(*args, **(kwargs or {}))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise ValueError(
+            "FA has no B for attention and bilinear layers, and they would silently learn as in BP: use DFA or MEM-DFA"
+        )
 
     def _get_B(self, weight: Tensor) -> GetB:
         j = self.index.get(id(weight))

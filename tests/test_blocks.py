@@ -179,7 +179,6 @@ class TestTheUsersModel:
         made.step(problem.x, problem.y)
         assert calls == [1]
 
-    @pytest.mark.xfail(reason="as_blocks opens the outermost Sequential whatever hooks it has", strict=True)
     def test_keeps_or_refuses_hooks_on_the_model_itself(self):
         problem = BY_NAME["nested"]
         model = problem.build()

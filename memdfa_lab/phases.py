@@ -1,0 +1,42 @@
+"""What a rule is doing right now, for whoever measures it: the phase, the block, and what a tensor is for.
+
+Rules say it as they go; nobody listening, it costs next to nothing. Rules know no profiler, and profilers no rule.
+"""
+
+from types import TracebackType
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Listener(Protocol):
+    def enter(self, name: str, block: int | None) -> None: ...
+    def leave(self) -> None: ...
+    def label(self, category: str, tensor: Tensor) -> None: ...
+
+
+listeners: list[Listener] = []
+
+
+class phase:
+    """Within it, the step is in the phase `name` of a block: forward, error, recompute, backward, ..."""
+
+    def __init__(self, name: str, block: int | None = None):
+        self.name, self.block = name, block
+
+    def __enter__(self) -> None:
+        for listener in listeners:
+            listener.enter(self.name, self.block)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for listener in listeners:
+            listener.leave()
+
+
+def label(category: str, tensor: Tensor) -> Tensor:
+    """Say what a tensor is for (feedback, error, gradients, ...), and return it."""
+    for listener in listeners:
+        listener.label(category, tensor)
+    return tensor
