@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from memdfa_lab import datasets, experiments, feedback, losses, models
+from memdfa_lab import datasets, experiments, feedback, losses, memory, models
 from memdfa_lab.blocks import as_blocks
 from memdfa_lab.fit import History, accuracy, fit, predict
 from memdfa_lab.rules import BP, DFA, FA, RULES, MemDFA, Rule
@@ -24,6 +24,7 @@ __all__ = [
     "feedback",
     "fit",
     "losses",
+    "memory",
     "models",
     "predict",
 ]

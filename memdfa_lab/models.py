@@ -111,9 +111,8 @@ def _convnet(
     """Convolutions made from the number of input channels, then one hidden dense layer."""
 
     def layers(shape: Shape, classes: int) -> list[nn.Module]:
-        convolutions = features(shape[0])
         with torch.device("meta"):  # the size of the feature map, without computing it
-            flat = nn.Sequential(*convolutions).to("meta")(torch.empty(2, *shape)).flatten(1).shape[1]
+            flat = nn.Sequential(*features(shape[0]))(torch.empty(2, *shape)).flatten(1).shape[1]
         norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
         dense = [nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), *norm, nn.Linear(hidden, classes)]
         return [*features(shape[0]), *dense]

@@ -1,0 +1,182 @@
+"""What a step holds, counted: every storage that is born or freed in it, in order, to the byte.
+
+A TorchDispatchMode sees each operation that torch runs. A storage that comes out of one for the first time was born
+there; a weak reference tells when it is freed. Views and in-place operations have the storage of another tensor and
+count nothing. What an operation allocates and frees inside itself is not seen (`memory.process` sees that too).
+"""
+
+import time
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memdfa_lab import phases
+from memdfa_lab.memory.trace import Event, Storage, Trace
+
+Known = Callable[[], Mapping[str, Iterable[Tensor]]]
+# What is born in a phase, unless it is labelled or turns out to be something else; in others, workspace.
+BORN_IN = {
+    "forward": "activations",
+    "recompute": "activations",
+    "error": "error",
+    "backward": "error",
+    "local gradient": "error",
+}
+SILENT = ("prim::", "profiler::")  # questions and markers, not operations
+
+
+def measure(step: Any, *batch: Tensor, steps: int = 1, warm_up: int = 0, tensors: Known | None = None) -> Trace:
+    """Run steps on a batch and return what they held.
+
+    `step` is anything with a method `step`, or a callable; it is called with the batch, `steps` times, as it would be
+    without us: the results are the same, bit for bit. `warm_up` steps before are not counted: the first step makes the
+    optimizer's state and stored feedback, which rest from then on. `tensors` tells what rests, by category; it is
+    `step.tensors` if there is one. The batch rests too, as "input".
+
+    Whatever the step raises goes through; use `Ledger` to look at a step that fails.
+    """
+    run = step.step if hasattr(step, "step") else step
+    known: Known = tensors or getattr(step, "tensors", dict)
+    for _ in range(warm_up):
+        run(*batch)
+    with Ledger(lambda: {**known(), "input": batch}) as ledger:
+        for _ in range(steps):
+            run(*batch)
+    return ledger.trace()
+
+
+class Ledger(TorchDispatchMode):
+    """Count all that is born and freed within it; `trace()` gives the account, also after an exception.
+
+    `known` is called at the start, for what rests (category -> tensors), and once more at the end, so that what was
+    made in between to stay (an optimizer's state) is known too.
+    """
+
+    def __init__(self, known: Known = dict):
+        super().__init__()
+        self.known = known
+        self.events: list[Event] = []
+        self.resting: dict[str, int] = {}
+        self._storages: dict[int, Storage] = {}  # by address, while they live
+        self._alive: dict[int, Any] = {}  # weak references to them
+        self._operations, self._name = 0, ""
+        self._phases: list[tuple[str, int | None]] = [("", None)]
+        # In the backward pass, a node's sequence number tells which block's forward pass made it.
+        self._numbers: list[int] = []
+        self._blocks: list[int | None] = []
+
+    def __enter__(self) -> "Ledger":
+        self._started = time.perf_counter()
+        for category, tensors in self.known().items():
+            for tensor in tensors:
+                if _address(tensor) not in self._storages:
+                    storage = self._watch(tensor, category, "resting")
+                    self.resting[category] = self.resting.get(category, 0) + storage.size_bytes
+        phases.listeners.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, problem, traceback)
+        phases.listeners.remove(self)
+        for category, tensors in self.known().items():
+            for tensor in tensors:
+                self._call_it(category, tensor)
+        self._alive.clear()  # nothing more is noted
+
+    def trace(self) -> Trace:
+        """Return the account so far."""
+        return Trace(self.events, self.resting)
+
+    # What the rule says (`memdfa_lab.phases`).
+
+    def enter(self, name: str, block: int | None) -> None:
+        self._phases.append((name, block))
+        self._note_node(block)
+
+    def leave(self) -> None:
+        self._phases.pop()
+        self._note_node(self._phases[-1][1])
+
+    def label(self, category: str, tensor: Tensor) -> None:
+        self._call_it(category, tensor)
+
+    def _note_node(self, block: int | None) -> None:
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._blocks.append(block)
+
+    # What torch does.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name.startswith(SILENT):
+            return out
+        self._operations, self._name = self._operations + 1, name
+        node = torch._C._current_autograd_node()
+        for tensor in _tensors(out):
+            seen = self._storages.get(_address(tensor))
+            if seen is None:
+                was_there = name != "aten::lift_fresh" and _address(tensor) in map(_address, _tensors((args, kwargs)))
+                seen = self._watch(tensor, self._category(), "outside" if was_there else "born")
+                self._note(seen.size_bytes, seen, node)
+            elif seen.size_bytes != tensor.untyped_storage().nbytes():  # resized
+                change = tensor.untyped_storage().nbytes() - seen.size_bytes
+                seen.size_bytes += change
+                self._note(change, seen, node)
+            if node is not None and node.name().endswith("AccumulateGrad"):
+                self._call_it("gradients", tensor)
+        return out
+
+    def _category(self) -> str:
+        return BORN_IN.get(self._phases[-1][0], "workspace")
+
+    def _call_it(self, category: str, tensor: Tensor) -> None:
+        storage = self._storages.get(_address(tensor))
+        if storage is not None and storage.kind == "born":
+            storage.category = category
+
+    def _watch(self, tensor: Tensor, category: str, kind: str) -> Storage:
+        untyped, address = tensor.untyped_storage(), _address(tensor)
+        storage = Storage(category, untyped.nbytes(), tuple(tensor.shape), str(tensor.dtype)[6:], kind)
+        self._storages[address] = storage
+        self._alive[address] = weakref.ref(untyped, partial(self._freed, address))
+        return storage
+
+    def _freed(self, address: int, reference: Any) -> None:
+        del self._alive[address]
+        storage = self._storages.pop(address)
+        self._note(-storage.size_bytes, storage, torch._C._current_autograd_node())
+
+    def _note(self, change: int, storage: Storage, node: Any) -> None:
+        if change == 0 or storage.kind == "outside":
+            return
+        phase, block = self._phases[-1]
+        if block is None and node is not None and self._numbers:
+            block = self._blocks[bisect_right(self._numbers, node._sequence_nr()) - 1]
+        seconds = time.perf_counter() - self._started
+        self.events.append(Event(seconds, self._operations, self._name, phase, block, change, storage))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.layout is torch.strided:  # others keep several storages, each a tensor of its own
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
