@@ -20,7 +20,7 @@ def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
     Raises TypeError if the model is not a chain of modules; ValueError if it has no weight layer or hooks of its own,
     if nothing in it can be trained, or if two blocks share a parameter or a buffer.
     """
-    if isinstance(model, nn.Module) and _has_hooks(model):
+    if isinstance(model, nn.Module) and has_hooks(model):
         raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")
     groups: list[list[nn.Module]] = []
     before_first_weight: list[nn.Module] = []
@@ -39,6 +39,11 @@ def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
         raise ValueError("every parameter is frozen (requires_grad=False): unfreeze what should be trained")
     _refuse_sharing(blocks)
     return blocks
+
+
+def parts_of(block: nn.Module) -> list[nn.Module]:
+    """Return the modules that a block runs, in order."""
+    return list(_chain(block)) if _is_chain(block) and not has_hooks(block) else [block]
 
 
 def run_block(block: nn.Module, h: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def _chain(model: nn.Module | Iterable[nn.Module]) -> Iterator[nn.Module]:
                 f"{type(module).__name__} does not map one tensor to one tensor of real numbers: wrap it in a module "
                 "that does, or leave it out"
             )
-        if _is_chain(module) and not _has_hooks(module):
+        if _is_chain(module) and not has_hooks(module):
             yield from _chain(module)
         else:
             yield module
@@ -84,8 +89,8 @@ def _is_chain(module: nn.Module) -> bool:
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    # An opened Sequential is never called, so its hooks would be lost without a word.
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: a module that is opened is never called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 

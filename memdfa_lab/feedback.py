@@ -10,7 +10,7 @@ the same for every rule, storage and device, and whatever the global generator h
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ def _unit_he_normal(B: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _unit_normal(B: Tensor, generator: torch.Generator) -> Tensor:
-    return B.normal_(generator=generator)
+    inside = 1 - 2**-24  # the inverse is infinite at 1; this cuts the normal at 5.4 standard deviations
+    return B.uniform_(-inside, inside, generator=generator).erfinv_().mul_(math.sqrt(2))
 
 
 def _unit_uniform(B: Tensor, generator: torch.Generator) -> Tensor:
@@ -69,10 +70,13 @@ class Feedback(ABC):
         self.seed, self.distribution, self.scale = int(seed), distribution, float(scale)
         self.matrices: dict[Key, Tensor] = {}
 
-    def project(self, i: int, e: Tensor, shape: torch.Size) -> Tensor:
-        """Return block i's signal e B_i, shape (N, *shape), for the error e, shape (N, ...)."""
-        e = e.reshape(len(e), -1)
-        return (e @ self.dense(i, e.shape[1], shape.numel(), like=e)).view(-1, *shape)
+    def columns(
+        self, i: int, parts: Sequence[slice], error_size: int, output_size: int, like: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield B_i[:, part], shape (error_size, outputs of the part), for parts that follow one another."""
+        B = self.dense(i, error_size, output_size, like)
+        for part in parts:
+            yield B[:, part]
 
     def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
         """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), dtype and device of `like`."""
@@ -91,7 +95,12 @@ class Feedback(ABC):
         """Return the matrix of this key."""
 
     def _draw(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(_mix(self.seed, key))
+        return self._drawn(self._generator(key), shape, factor, like)
+
+    def _generator(self, key: Key) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(_mix(self.seed, key))
+
+    def _drawn(self, generator: torch.Generator, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         unit = DISTRIBUTIONS[self.distribution][0]
         B = unit(label("feedback", torch.empty(shape, dtype=torch.float32, device="cpu")), generator).mul_(factor)
         return label("feedback", B.to(dtype=like.dtype, device=like.device))
@@ -132,7 +141,18 @@ class Stored(Feedback):
 
 
 class Regenerated(Feedback):
-    """Draw each matrix again at every use: nothing at rest, the same numbers as `Stored`."""
+    """Draw each matrix again at every use, some columns at a time: nothing at rest, the same numbers as `Stored`."""
+
+    def columns(
+        self, i: int, parts: Sequence[slice], error_size: int, output_size: int, like: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield B_i[:, part] as `Feedback.columns` does; no whole B_i is made (but for orthogonal ones)."""
+        if self.distribution == "orthogonal":
+            yield from super().columns(i, parts, error_size, output_size, like)
+            return
+        generator, factor = self._generator(("block", i)), self._factor(error_size, output_size)
+        for part in parts:
+            yield self._drawn(generator, (part.stop - part.start, error_size), factor, like).t()
 
     def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
         return self._draw(key, shape, self._factor(fan_in, fan_out), like)
@@ -155,10 +175,45 @@ class Shared(Feedback):
         rows = math.prod(shape) // columns
         shared = self.matrices.get((key[0], columns))
         if shared is None or shared.shape[0] < rows or _would_lose_bits(shared, like):
-            # Whole blocks of 16 numbers, in which torch draws normals: a larger matrix begins with the smaller one.
-            shared = self._draw((key[0], columns), (math.ceil(rows / 16) * 16, columns), 1.0, like)
+            shared = self._draw((key[0], columns), (rows, columns), 1.0, like)  # it begins with the smaller one
         self.matrices[key[0], columns] = shared = shared.to(device=like.device)
         return (shared[:rows].view(shape) * self._factor(fan_in, fan_out)).to(dtype=like.dtype)
+
+
+class Signal:
+    """What a block with outputs of `shape` is taught: e B_i, all of it or some outputs at a time; e for the last block.
+
+    `feedback` None means the last block. Whoever gets a signal may overwrite it: each is asked for once.
+    """
+
+    def __init__(self, i: int, e: Tensor, shape: torch.Size, feedback: Feedback | None):
+        self.i, self.e, self.shape, self.feedback = i, e, shape, feedback
+
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (part, signal of these outputs, shape (N, outputs of the part)), the outputs flattened."""
+        parts = _quarters(self.shape.numel())
+        if self.feedback is None:
+            yield from ((part, self.e[:, part]) for part in parts)
+            return
+        e = self.e.reshape(len(self.e), -1)
+        matrices = self.feedback.columns(self.i, parts, e.shape[1], self.shape.numel(), like=e)
+        for part, B in zip(parts, matrices, strict=True):
+            yield part, e @ B
+
+    def whole(self) -> Tensor:
+        """Return the signal, shape (N, *shape)."""
+        if self.feedback is None:
+            return self.e
+        signal = self.e.new_empty(len(self.e), self.shape.numel())
+        for part, s in self.slices():
+            signal[:, part] = s
+            del s  # before the next one is made
+        return signal.view(-1, *self.shape)
+
+
+def _quarters(size: int) -> list[slice]:
+    width = math.ceil(size / 4 / 16) * 16  # whole vectors for the processor
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 KINDS: dict[str, type[Feedback]] = {"stored": Stored, "regenerated": Regenerated, "shared": Shared}

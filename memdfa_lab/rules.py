@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab import local
 from memdfa_lab.blocks import as_blocks, run_block
-from memdfa_lab.feedback import Feedback, Stored
+from memdfa_lab.feedback import Feedback, Signal, Stored
+from memdfa_lab.local import Local
 from memdfa_lab.phases import phase
 from memdfa_lab.recompute import forward_without_trace
 from memdfa_lab.transport import FeedbackTransport
@@ -87,10 +89,15 @@ class Rule(ABC):
         with phase("forward", i):
             return run_block(self.chain[i], h)
 
-    def recompute(self, i: int, h: Tensor) -> Tensor:
-        """Return block i's output with a graph that ends at h."""
+    def keep(self, i: int, h: Tensor) -> Local:
+        """Return block i's forward pass with what its local gradient needs."""
+        with phase("forward", i):
+            return local.forward(self.chain[i], h)
+
+    def recompute(self, i: int, h: Tensor) -> Local:
+        """Return the same as `keep`, the second time that h passes the block."""
         with phase("recompute", i):
-            return run_block(self.chain[i], h.detach())
+            return local.forward(self.chain[i], h)
 
     def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, 0-d and detached, and e = dloss/dlogits, of the logits' shape."""
@@ -109,15 +116,18 @@ class Rule(ABC):
         with phase("backward"):
             h.backward(e)
 
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Tensor:
+    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
         """Return what DFA and MEM-DFA teach block i with output h: e B_i, or e itself for the last block."""
-        return e if i == len(self.blocks) - 1 else self.feedback.project(i, e, h.shape[1:])
+        last = i == len(self.chain) - 1
+        return Signal(i, e, h.shape[1:], None if last else self.feedback)
 
-    def teach(self, i: int, h: Tensor, e: Tensor) -> None:
-        """Leave the gradient of block i's signal in its parameters, through the graph of its output h."""
+    def teach(self, i: int, block: Local, e: Tensor) -> Tensor:
+        """Turn block i's signal into the gradient of its weights, change them, and return its output."""
         if self.parameters[i]:
             with phase("local gradient", i):
-                h.backward(self.signal(i, h, e))
+                block.teach(self.signal(i, block.out, e), self.optimizers[i] if self.clip_norm is None else None)
+            self.update(i)
+        return block.out
 
     def update(self, i: int) -> None:
         """Change block i's weights by the gradients they hold, and free those."""
@@ -203,18 +213,17 @@ class FA(Rule):
 
 
 class DFA(Rule):
-    """Direct feedback alignment: each block is taught from the output, all graphs are kept until then."""
+    """Direct feedback alignment: each block is taught from the output; what that needs is kept until then."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x)
-        outputs: deque[Tensor] = deque()
+        kept: deque[Local] = deque()
         for i in range(len(self.blocks)):
-            h = self.forward(i, h.detach())
-            outputs.append(h)
+            kept.append(self.keep(i, h))
+            h = kept[-1].out
         loss, e = self.error(h, y)
         for i in range(len(self.blocks)):
-            self.teach(i, outputs.popleft(), e)
-            self.update(i)
+            self.teach(i, kept.popleft(), e)
         return loss
 
 
@@ -225,9 +234,7 @@ class MemDFA(Rule):
         h = self.begin(x)
         loss, e = self.error(forward_without_trace(self.blocks, h), y)
         for i in range(len(self.blocks)):
-            h = self.recompute(i, h)  # with the old W_i; the only graph alive
-            self.teach(i, h, e)
-            self.update(i)  # now W_i may change: nobody needs the old one again
+            h = self.teach(i, self.recompute(i, h), e)  # h_i comes from the old W_i, which nobody needs again
         return loss
 
 

@@ -16,7 +16,7 @@ from test_rules import assert_bad_batch_changes_nothing
 from torch import Tensor, nn
 
 from memdfa_lab.blocks import as_blocks, run_block
-from memdfa_lab.feedback import Stored
+from memdfa_lab.feedback import Signal, Stored
 from memdfa_lab.recompute import buffers_put_back, forward_without_trace
 from memdfa_lab.rules import BP, DFA, FA, MemDFA, Rule
 
@@ -76,10 +76,8 @@ class MemDFAWithOwnPass(MemDFA):
         loss, e = self.error(self.first_pass(x), y)
         h = x
         for i, block in enumerate(self.blocks):
-            before = h.detach()
-            h = run_block(block, before)
-            self.teach(i, h, e)
-            self.update(i)
+            before = h
+            h = self.teach(i, self.recompute(i, before), e)
             if not self.old_weights:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_put_back(block):
                     h = run_block(block, before)
@@ -114,20 +112,36 @@ class SumOverTheBatch(Rule):
 
 
 class LastBlockIsGivenBe(Rule):
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Tensor:
-        return self.feedback.project(i, e, h.shape[1:])
+    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
+        return Signal(i, e, h.shape[1:], self.feedback)
+
+
+class Times(Signal):
+    factor = 1.0
+
+    def slices(self):
+        for part, s in super().slices():
+            yield part, s * self.factor
+
+
+class Zeroed(Times):
+    factor = 0.0
+
+
+class Negated(Times):
+    factor = -1.0
 
 
 class BackwardZeroed(Rule):
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Tensor:
-        signal = super().signal(i, h, e)
-        return signal if i == len(self.blocks) - 1 else torch.zeros_like(signal)
+    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
+        last = i == len(self.blocks) - 1
+        return super().signal(i, h, e) if last else Zeroed(i, e, h.shape[1:], self.feedback)
 
 
 class WrongSign(Rule):
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Tensor:
-        signal = super().signal(i, h, e)
-        return signal if i == len(self.blocks) - 1 else -signal
+    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
+        last = i == len(self.blocks) - 1
+        return super().signal(i, h, e) if last else Negated(i, e, h.shape[1:], self.feedback)
 
 
 class ErrorZeroed(Rule):
@@ -158,10 +172,10 @@ def mutant(mixin: type[Rule], base: type[Rule]) -> type[Rule]:
 
 
 class RedrawnEachUse(Stored):
-    def project(self, i: int, e: Tensor, shape: torch.Size) -> Tensor:
-        signal = super().project(i, e, shape)
+    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
+        B = super().dense(i, error_size, output_size, like)
         self.seed, self.matrices = self.seed + 1, {}
-        return signal
+        return B
 
     def weight(self, j: int, weight: Tensor) -> Tensor:
         B = super().weight(j, weight)
@@ -172,10 +186,10 @@ class RedrawnEachUse(Stored):
 class RedrawnEachStep(Stored):
     """Right in the first step, another B in each later one."""
 
-    def project(self, i: int, e: Tensor, shape: torch.Size) -> Tensor:
+    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
         if i == 0:
             self.seed, self.matrices = self.seed + 1, {}
-        return super().project(i, e, shape)
+        return super().dense(i, error_size, output_size, like)
 
 
 class FromTheGlobalGenerator(Stored):
@@ -190,12 +204,18 @@ class Transposed(Stored):
         return super().dense(i, error_size, output_size, like).t().reshape(error_size, output_size)
 
 
-class ChannelsLast(Stored):
+class ChannelsLast(Signal):
     """B_i e laid out over the feature map with the channels last."""
 
-    def project(self, i: int, e: Tensor, shape: torch.Size) -> Tensor:
-        signal = super().project(i, e, torch.Size([*shape[1:], shape[0]]))
-        return signal.movedim(-1, 1)
+    def whole(self) -> Tensor:
+        channels, *rest = self.shape
+        return super().whole().reshape(-1, *rest, channels).movedim(-1, 1).contiguous()
+
+
+class InMemoryOrder(Rule):
+    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
+        last = i == len(self.blocks) - 1
+        return (Signal if last or h.dim() < 3 else ChannelsLast)(i, e, h.shape[1:], None if last else self.feedback)
 
 
 class ZeroFeedback(Stored):
@@ -233,7 +253,7 @@ MUTANTS = {
     "B redrawn at each use, FA": (FA, with_storage(check_equals_twin, RedrawnEachUse), "mlp_relu"),
     "B from the global generator": (DFA, with_storage(check_equals_twin, FromTheGlobalGenerator), "mlp_relu"),
     "B transposed": (DFA, with_storage(check_equals_twin, Transposed), "mlp_relu"),
-    "B in memory order": (DFA, with_storage(check_equals_twin, ChannelsLast), "conv_grouped_strided_dilated"),
+    "B in memory order": (mutant(InMemoryOrder, DFA), check_equals_twin, "conv_grouped_strided_dilated"),
     "FA with the weights": (FA, with_storage(check_equals_twin, WeightTransport), "conv_pool"),
     "FA with another layer's B": (FA, with_storage(check_equals_twin, NumberedFromOne), "conv_pool"),
     "FA backward zeroed": (FA, with_storage(check_equals_twin, ZeroFeedback), "conv_pool"),

@@ -43,7 +43,7 @@ def measure(step: Any, *batch: Tensor, steps: int = 1, warm_up: int = 0, tensors
     Whatever the step raises goes through; use `Ledger` to look at a step that fails.
     """
     run = step.step if hasattr(step, "step") else step
-    known: Known = tensors or getattr(step, "tensors", dict)
+    known: Known = getattr(step, "tensors", dict) if tensors is None else tensors
     for _ in range(warm_up):
         run(*batch)
     with Ledger(lambda: {**known(), "input": batch}) as ledger:

@@ -1,0 +1,201 @@
+"""The local gradient by hand against the one by autograd, and what each holds."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from problems import OPTIMIZERS, params, train
+from problems import make_rule as make
+from reference import assert_close_training
+from torch import nn
+
+import memdfa_lab as ml
+from memdfa_lab import local
+from memdfa_lab.memory import measure, predict
+
+SGD = partial(torch.optim.SGD, lr=0.01)
+
+
+def by_autograd(monkeypatch):
+    monkeypatch.setattr(local, "_by_hand", lambda block: ([], None, []))
+
+
+@pytest.mark.parametrize("rule", ["dfa", "memdfa"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("problem", params())
+def test_both_ways_give_the_same_updates_in_float64(problem, optimizer, rule, monkeypatch):
+    problem = problem.double()
+    by_hand = train(make(rule, problem, optimizer), problem)
+    by_autograd(monkeypatch)
+    assert_close_training(by_hand, train(make(rule, problem, optimizer), problem))
+
+
+@pytest.mark.parametrize("problem", params())
+def test_both_ways_give_the_same_update_in_float32(problem, monkeypatch):
+    by_hand = train(make("memdfa", problem), problem, steps=1)
+    by_autograd(monkeypatch)
+    for one, other in zip(by_hand.tensors, train(make("memdfa", problem), problem, steps=1).tensors, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * max(1.0, other.abs().max().item())
+
+
+def block_of(*layers, features=(12,)):
+    """The layers between a first and a last block, so that a signal comes from B."""
+    torch.manual_seed(0)
+    return nn.Sequential(*layers), torch.randn(6, *features)
+
+
+CONV = (3, 8, 8)
+BY_HAND = {
+    "relu": (lambda: [nn.Linear(12, 40), nn.ReLU()], (12,)),
+    "in-place relu": (lambda: [nn.Linear(12, 40), nn.ReLU(inplace=True)], (12,)),
+    "leaky relu": (lambda: [nn.Linear(12, 40), nn.LeakyReLU(0.2)], (12,)),
+    "tanh": (lambda: [nn.Linear(12, 40), nn.Tanh()], (12,)),
+    "sigmoid": (lambda: [nn.Linear(12, 40, bias=False), nn.Sigmoid()], (12,)),
+    "gelu": (lambda: [nn.Linear(12, 40), nn.GELU()], (12,)),
+    "gelu by tanh": (lambda: [nn.Linear(12, 40), nn.GELU("tanh")], (12,)),
+    "none": (lambda: [nn.Linear(12, 40)], (12,)),
+    "flatten first": (lambda: [nn.Flatten(), nn.Linear(192, 40), nn.ReLU()], CONV),
+    "batch norm": (lambda: [nn.Linear(12, 40), nn.BatchNorm1d(40), nn.ReLU()], (12,)),
+    "batch norm behind": (lambda: [nn.Linear(12, 40), nn.ReLU(), nn.BatchNorm1d(40)], (12,)),
+    "batch norm without weights": (lambda: [nn.Linear(12, 40), nn.BatchNorm1d(40, affine=False), nn.Tanh()], (12,)),
+    "batch norm of the batch": (lambda: [nn.Linear(12, 40), nn.BatchNorm1d(40, track_running_stats=False)], (12,)),
+    "batch norm in eval mode": (lambda: [nn.Linear(12, 40), nn.BatchNorm1d(40).eval(), nn.ReLU()], (12,)),
+    "two activations": (lambda: [nn.Linear(12, 40), nn.Tanh(), nn.Sigmoid()], (12,)),
+    "activation, view, activation": (lambda: [nn.Linear(12, 40), nn.Tanh(), nn.Identity(), nn.ReLU()], (12,)),
+    "conv, max pool, relu": (lambda: [nn.Conv2d(3, 5, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()], CONV),
+    "conv, relu, max pool": (lambda: [nn.Conv2d(3, 5, 3, padding="same"), nn.ReLU(), nn.MaxPool2d(2)], CONV),
+    "conv, tanh, view, max pool": (
+        lambda: [nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Identity(), nn.MaxPool2d(2), nn.Flatten()],
+        CONV,
+    ),
+    "conv, overlapping pools": (
+        lambda: [nn.Conv2d(3, 5, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, 1)],
+        CONV,
+    ),
+    "conv, norm, relu, avg pool": (
+        lambda: [nn.Conv2d(3, 6, 3, 2, 1, groups=3), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2)],
+        CONV,
+    ),
+    "dilated conv, flatten": (lambda: [nn.Conv2d(3, 4, 3, dilation=2, bias=False), nn.ReLU(), nn.Flatten()], CONV),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_block_by_hand_has_autograds_gradients(name):
+    layers, features = BY_HAND[name]
+    block, x = block_of(*layers(), features=features)
+    block, x = block.double(), x.double()
+    assert local._by_hand(block)[1] is not None, "this block is not done by hand"
+    before, other = x.clone(), copy.deepcopy(block)
+    expected, by_hand = local._ByAutograd(other, x), local.forward(block, x)
+    assert isinstance(by_hand, local._ByHand)
+    assert torch.equal(by_hand.out, expected.out)
+    assert all(map(torch.equal, block.buffers(), other.buffers()))
+    gradients = []
+    for way, net in ((expected, other), (by_hand, block)):
+        signal = ml.feedback.Signal(0, torch.linspace(-1, 1, 60).view(6, 10).double(), way.out.shape[1:], FEEDBACK)
+        way.teach(signal, None)
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
+    assert torch.equal(x, before)
+
+
+FEEDBACK = ml.feedback.Regenerated(1)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(12, 40), nn.Dropout()],
+        [nn.Linear(12, 40), nn.LayerNorm(40)],
+        [nn.utils.parametrizations.weight_norm(nn.Linear(12, 40))],
+        [nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular")],
+        [nn.Conv2d(3, 5, 2, padding="same")],
+        [nn.ConvTranspose2d(3, 5, 2)],
+    ],
+)
+def test_any_other_block_is_left_to_autograd(layers):
+    assert local._by_hand(nn.Sequential(*layers))[1] is None
+
+
+def test_hooks_on_a_layer_are_not_passed_over():
+    block, x = block_of(nn.Linear(12, 40), nn.ReLU())
+    calls = []
+    block[1].register_forward_hook(lambda *args: calls.append(1))
+    local.forward(block, x)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "plain"),
+    [
+        ({}, True),
+        ({"foreach": True}, True),
+        ({"momentum": 0.9}, False),
+        ({"weight_decay": 0.1}, False),
+        ({"maximize": True}, False),
+    ],
+)
+def test_only_plain_sgd_is_done_where_the_weight_lies(settings, plain):
+    layer = nn.Linear(3, 2)
+    assert local._plain_lr(torch.optim.SGD(layer.parameters(), lr=0.1, **settings), layer.weight) == (
+        0.1 if plain else None
+    )
+    assert local._plain_lr(torch.optim.Adam(layer.parameters()), layer.weight) is None
+    hooked = torch.optim.SGD(layer.parameters(), lr=0.1)
+    hooked.register_step_pre_hook(lambda *args: None)
+    assert local._plain_lr(hooked, layer.weight) is None
+
+
+def test_a_learning_rate_for_each_parameter_is_respected():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def two_rates(parameters):
+        weight, bias = parameters
+        return torch.optim.SGD([{"params": [weight], "lr": 0.0}, {"params": [bias], "lr": 0.5}], lr=0.1)
+
+    rule = ml.MemDFA(net, two_rates)
+    before = [p.detach().clone() for p in net.parameters()]
+    rule.step(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    changed = [not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)]
+    assert changed == [False, True, False, True]
+
+
+@pytest.mark.parametrize(("width", "batch"), [(800, 128), (256, 2048)])
+def test_memdfa_holds_two_activations_and_a_quarter_of_a_signal(width, batch):
+    trace = predict("memdfa", lambda: ml.models.mlp(width, [width] * 8, 10), (batch, width), SGD, FEEDBACK)
+    activation = 4 * batch * width
+    quarter = 4 * batch * -(-width // 64) * 16
+    small = 4 * (batch * 10 + -(-width // 64) * 16 * 10 + width + 16)  # e, a quarter of B, db, scalars
+    assert trace.peak_by_category["activations"] == 2 * activation
+    assert trace.peak_bytes <= 2 * activation + quarter + small
+
+
+def test_with_momentum_one_gradient_is_added_and_nothing_more():
+    def build():
+        return ml.models.mlp(256, [256] * 4, 10)
+
+    plain = predict("memdfa", build, (512, 256), SGD, FEEDBACK).peak_bytes
+    momentum = predict("memdfa", build, (512, 256), partial(SGD, momentum=0.9), FEEDBACK).peak_bytes
+    fused = predict("memdfa", build, (512, 256), partial(torch.optim.Adam, fused=True), FEEDBACK).peak_bytes
+    assert momentum - plain == fused - plain == 4 * 256 * 256
+
+
+def test_no_whole_feedback_matrix_is_made():
+    trace = predict("memdfa", lambda: ml.models.mlp(64, [512] * 2, 10), (4, 64), SGD, FEEDBACK)
+    drawn = trace.timeline.query("category == 'feedback' and bytes > 0")["bytes"]
+    assert drawn.max() == 4 * 128 * 10
+    stored = measure(ml.MemDFA(ml.models.mlp(64, [512] * 2, 10), SGD), torch.ones(4, 64), torch.zeros(4).long())
+    assert stored.timeline.query("category == 'feedback' and bytes > 0")["bytes"].max() == 4 * 512 * 10
+
+
+def test_pooling_takes_the_room_of_the_convolutions_output():
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10)
+        )
+
+    trace = predict("memdfa", build, (8, 3, 32, 32), SGD, FEEDBACK)
+    large = trace.timeline[trace.timeline["bytes"] >= 4 * 8 * 16 * 32 * 32]
+    assert list(large["phase"]) == ["forward", "recompute"]  # the output, twice; no gradient of its size
