@@ -4,12 +4,14 @@ import importlib
 from typing import Any
 
 from memdfa_lab import datasets, experiments, feedback, losses, memory, models
+from memdfa_lab.baselines import BASELINES
 from memdfa_lab.blocks import as_blocks
 from memdfa_lab.fit import History, accuracy, fit, predict
 from memdfa_lab.rules import BP, DFA, FA, RULES, MemDFA, Rule
 
 __version__ = "0.1.0"
 __all__ = [
+    "BASELINES",
     "BP",
     "DFA",
     "FA",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memdfa_lab import datasets, feedback, models
+from memdfa_lab.baselines import BASELINES
 from memdfa_lab.files import write_text
 from memdfa_lab.fit import History, fit
 from memdfa_lab.losses import LOSSES
@@ -62,9 +63,11 @@ def make_rule(
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is not there: use cpu, or install a torch that finds your GPU")
     setting = models.get(network)
-    return known("rule", rule, RULES)(
+    return known("rule", rule, {**RULES, **BASELINES})(
         models.build(network, data.input_shape, data.classes, seed=seed).to(device),
-        optimizer=partial(known("optimizer", optimizer, OPTIMIZERS), lr=setting.lr[rule] if lr is None else lr),
+        optimizer=partial(
+            known("optimizer", optimizer, OPTIMIZERS), lr=setting.lr.get(rule, setting.lr["bp"]) if lr is None else lr
+        ),
         loss_fn=known("loss", loss or setting.loss, LOSSES),
         feedback=known("feedback", feedback_kind, feedback.KINDS)(seed, distribution, scale),
         clip_norm=clip_norm,

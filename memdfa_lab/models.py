@@ -3,6 +3,7 @@
 Sources: "Chu et al." is the authors' public code for MEM-DFA (repository chutney42/zpp-mem).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,13 +42,17 @@ class Network:
 
 
 def names() -> list[str]:
-    """Return the names that `build` takes."""
+    """Return the names that `build` takes; a ReLU MLP has a name too, such as 784-[800]x32-10."""
     return list(NETWORKS)
 
 
 def get(name: str) -> Network:
     """Return the network of that name. Raises ValueError, with the nearest name, if there is none."""
-    return known("network", name, NETWORKS)
+    spelt = re.fullmatch(r"(\d+)-\[(\d+)\]x(\d+)-10", str(name))
+    if spelt is None:
+        return known("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
+    inputs, width, depth = map(int, spelt.groups())
+    return Network(_mlp([width] * depth, "relu"), (1, 1, inputs), "mnist", 128, 1, _same_lr(0.01), source="its name")
 
 
 def build(name: str, input_shape: Shape | None = None, classes: int = 10, seed: int = 0) -> nn.Sequential:
@@ -142,6 +147,23 @@ def _liao_cifar(batch_norm: bool) -> Callable[[Shape, int], list[nn.Module]]:
     return _convnet(features, hidden=128, batch_norm=batch_norm)
 
 
+def _vgg_16(batch_norm: bool) -> Callable[[Shape, int], list[nn.Module]]:
+    def layers(shape: Shape, classes: int) -> list[nn.Module]:
+        modules: list[nn.Module] = []
+        channels = shape[0]
+        for filters in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
+            if isinstance(filters, str):
+                modules.append(nn.MaxPool2d(2))
+            else:
+                norm = [nn.BatchNorm2d(filters)] if batch_norm else []
+                modules += [nn.Conv2d(channels, filters, 3, padding="same"), *norm, nn.ReLU()]
+                channels = filters
+        flat = channels * (shape[1] // 32) * (shape[2] // 32)
+        return [*modules, *_dense(flat, [4096, 4096], classes, "relu")]
+
+    return layers
+
+
 def _initialised(make: Callable[[], list[nn.Module]], seed: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -172,4 +194,6 @@ NETWORKS: dict[str, Network] = {
     "liao_mnist": Network(_mnist_conv("valid"), MNIST, "mnist", 100, 150, _same_lr(0.005)),
     "liao_cifar": Network(_liao_cifar(False), CIFAR10, "cifar10", 100, 100, _same_lr(1e-5) | {"bp": 0.001}),
     "liao_cifar_bn": Network(_liao_cifar(True), CIFAR10, "cifar10", 100, 100, _same_lr(1e-5) | {"bp": 0.001}),
+    "vgg_16": Network(_vgg_16(False), CIFAR10, "cifar10", 100, 80, _same_lr(5e-6) | {"bp": 0.001}),
+    "vgg_16_bn": Network(_vgg_16(True), CIFAR10, "cifar10", 100, 80, _same_lr(5e-6) | {"bp": 0.001}),
 }

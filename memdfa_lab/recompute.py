@@ -5,7 +5,7 @@ number generator and the buffers, is put back, so that pass 2 draws the same dro
 statistics once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,14 +15,17 @@ from memdfa_lab import local
 from memdfa_lab.phases import label, phase
 
 
-def forward_without_trace(blocks: nn.Sequential, x: Tensor) -> Tensor:
-    """Return the output of `blocks` for `x`: no graph, generators and buffers as they were before."""
+def forward_without_trace(blocks: Iterable[nn.Module], x: Tensor, first: int = 0) -> Tensor:
+    """Return the output of `blocks` for `x`: no graph, generators and buffers as they were before.
+
+    `first`: the number of the first of these blocks in the network, for who listens to the phases.
+    """
     device = x.device.type
     on_accelerator = [x.device] if device not in ("cpu", "meta") else []
     device_type = device if on_accelerator else "cuda"
     with torch.no_grad(), torch.random.fork_rng(on_accelerator, device_type=device_type):
         h = x
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(blocks, first):
             with phase("forward", i), buffers_put_back(block):  # by block: copies of all buffers would grow with depth
                 h = local.forward(block, h).out
     return h

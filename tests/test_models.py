@@ -1,10 +1,15 @@
 """The networks by name: sizes as in their source, weights from the seed alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 import memdfa_lab as ml
+
+VGG_FILTERS = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+VGG_CONVOLUTIONS = sum((9 * a + 1) * b for a, b in pairwise(VGG_FILTERS))
 
 # name -> (blocks, parameters), counted by hand from the source's table
 SIZES = {
@@ -17,6 +22,8 @@ SIZES = {
     "liao_mnist": (4, 26 * 20 + 501 * 50 + (50 * 4 * 4 + 1) * 500 + 501 * 10),
     "liao_cifar": (5, 76 * 32 + 801 * 64 + 1601 * 64 + (64 * 4 * 4 + 1) * 128 + 129 * 10),
     "liao_cifar_bn": (5, 76 * 32 + 801 * 64 + 1601 * 64 + (64 * 4 * 4 + 1) * 128 + 129 * 10 + 2 * (32 + 64 + 64 + 128)),
+    "vgg_16": (16, VGG_CONVOLUTIONS + 513 * 4096 + 4097 * 4096 + 4097 * 10),
+    "vgg_16_bn": (16, VGG_CONVOLUTIONS + 2 * 4224 + 513 * 4096 + 4097 * 4096 + 4097 * 10),
 }
 
 
@@ -35,6 +42,12 @@ def test_a_network_has_the_blocks_and_parameters_of_its_source(name):
 @pytest.mark.parametrize("name", ml.models.names())
 def test_every_network_runs_on_three_channels_of_32_by_32(name):
     assert ml.models.build(name, (3, 32, 32)).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_an_mlp_is_spelt_by_its_widths():
+    network = ml.models.build("784-[80]x3-10")
+    assert [p.shape[0] for p in network.parameters() if p.dim() == 2] == [80, 80, 80, 10]
+    assert network(torch.zeros(2, 784)).shape == (2, 10)
 
 
 def test_weights_come_from_the_seed_and_the_global_generator_is_left_alone():

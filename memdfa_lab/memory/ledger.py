@@ -133,7 +133,7 @@ class Ledger(TorchDispatchMode):
                 change = tensor.untyped_storage().nbytes() - seen.size_bytes
                 seen.size_bytes += change
                 self._note(change, seen, node)
-            if node is not None and node.name().endswith("AccumulateGrad"):
+            if node is not None and node.name().endswith("AccumulateGrad") and self._phases[-1][0] != "update":
                 self._call_it("gradients", tensor)
         return out
 

@@ -14,9 +14,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memdfa_lab.memory.ledger import measure
+from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.trace import Trace
 from memdfa_lab.names import known
 
@@ -55,6 +55,22 @@ def predict(
         return trace if trace.end_bytes == 0 else measure(made, x, y, steps=steps)
 
 
+def kept_bytes(run: Callable[[nn.Module, Tensor], Any], blocks: nn.Sequential, x: Tensor) -> list[int]:
+    """Return, block by block, how many bytes there are more while the result of `run(block, h)` is held.
+
+    Nothing is computed; the result's `out` is the next block's h.
+    """
+    sizes = []
+    with _disable_current_modes(), META, _ShapesAlone():
+        h = torch.empty(x.shape, dtype=x.dtype)
+        for block in _without_data(blocks).children():
+            with Ledger() as ledger:
+                result = run(block, h)
+                sizes.append(ledger.trace().end_bytes)
+            h = result.out
+    return sizes
+
+
 def _everywhere() -> list[str]:
     return ["cpu", "cuda", "meta"]  # Adam(fused=True) asks whether the device can do it; the CPU can
 
@@ -74,7 +90,7 @@ def _class_of(rule: Any) -> Any:
         return rule
     import memdfa_lab  # by name only: nothing here knows what a rule does
 
-    return known("rule", rule, memdfa_lab.RULES)
+    return known("rule", rule, {**memdfa_lab.RULES, **memdfa_lab.BASELINES})
 
 
 def _without_data(network: Network) -> nn.Module:
