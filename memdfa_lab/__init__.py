@@ -33,6 +33,13 @@ __all__ = [
 LATER = {"figures"}  # modules that need plotting libraries: loaded when first used
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """Make %%memory known to a notebook: `%load_ext memdfa_lab`."""
+    from memdfa_lab.magic import MemoryMagic
+
+    shell.register_magics(MemoryMagic)
+
+
 def __getattr__(name: str) -> Any:
     if name in LATER:
         return importlib.import_module(f"memdfa_lab.{name}")

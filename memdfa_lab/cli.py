@@ -1,4 +1,4 @@
-"""The command line: memdfa train | reproduce."""
+"""The command line: memdfa train | reproduce | profile | bench."""
 
 import argparse
 import sys
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import memdfa_lab as ml
+from memdfa_lab.bench import ALL as BENCH_RULES
+from memdfa_lab.bench import NETWORKS, bench
 from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import DISTRIBUTIONS, KINDS
+from memdfa_lab.files import write_text
 from memdfa_lab.losses import LOSSES
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -51,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
     _add_train(commands)
     _add_reproduce(commands)
+    _add_profile(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -153,6 +158,100 @@ def _reproduce(options: argparse.Namespace) -> None:
         raise ValueError(f"-p takes a value as in YAML, such as 3, true, mnist or [bp, dfa]: {problem}") from problem
     out = ml.experiments.reproduce(options.out, options.only, parameters)
     print(f"executed notebooks, figures and tables are in {out}/")
+
+
+def _add_profile(commands: Any) -> None:
+    command = _add(
+        commands,
+        "profile",
+        _profile,
+        "say what one training step holds in memory, rule by rule, measured or predicted",
+        "  memdfa profile --network long_fc --batch 128 --rules all\n"
+        "  memdfa profile --network '784-[800]x32-10' --batch 10000 --predict --plot profile.svg\n",
+    )
+    add = command.add_argument
+    add(
+        "--network",
+        default="long_fc",
+        metavar="NAME",
+        help=f"a ReLU MLP such as 784-[800]x32-10, or {', '.join(ml.models.names())}",
+    )
+    add("--batch", type=int, default=128, help="batch size; default: 128")
+    add("--rules", nargs="+", default=list(ml.RULES), choices=[*BENCH_RULES, "all"], help="default: bp fa dfa memdfa")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: sgd")
+    add("--feedback", choices=KINDS, default="regenerated", help="default: regenerated")
+    add("--predict", action="store_true", help="do not run the step: any size, in seconds")
+    add("--csv", type=Path, help="write every birth and free to this file")
+    add("--plot", type=Path, help="draw the profiles into this file (svg and png beside it)")
+
+
+def _profile(options: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from memdfa_lab.memory import CATEGORIES
+
+    rules = list(BENCH_RULES) if "all" in options.rules else list(dict.fromkeys(options.rules))
+    traces = {
+        rule: ml.experiments.profile(
+            rule, options.network, options.batch, options.optimizer, options.feedback, measured=not options.predict
+        )
+        for rule in rules
+    }
+    rows = [
+        {"rule": rule, "peak": trace.peak_bytes, **trace.peak_by_category, "at rest": trace.resting_bytes}
+        for rule, trace in traces.items()
+    ]
+    table = pd.DataFrame(rows).fillna(0)
+    table = table[[name for name in ("rule", "peak", *CATEGORIES, "at rest") if name in table]]
+    how = "predicted" if options.predict else "measured"
+    print(f"{options.network}, batch {options.batch}, {options.optimizer}: bytes, {how}; the peak is above rest")
+    print(table.to_string(index=False, float_format="{:.0f}".format))
+    if options.csv:
+        timelines = [trace.timeline.assign(rule=rule) for rule, trace in traces.items()]
+        write_text(options.csv, pd.concat(timelines).to_csv(index=False))
+    if options.plot:
+        labels = {ml.figures.STYLES[rule][0]: trace.timeline for rule, trace in traces.items()}
+        ml.figures.save(ml.figures.memory_profiles(labels), options.plot)
+
+
+def _add_bench(commands: Any) -> None:
+    command = _add(
+        commands,
+        "bench",
+        _bench,
+        "time steps of the rules side by side, in turns, and give the peak beside each",
+        "  memdfa bench\n"
+        "  memdfa bench --network '784-[800]x32-10' --batch 128 --rules bp memdfa --rounds 21 --out bench\n",
+    )
+    add = command.add_argument
+    add("--network", nargs="+", metavar="NAME", help=f"default: {', '.join(NETWORKS)}")
+    add("--batch", type=int, help="batch size; default: 128, 2048, 512, 100, 100, 32 for these, else 128")
+    add("--rules", nargs="+", default=["all"], choices=[*BENCH_RULES, "all"], help="default: all, with the baselines")
+    add("--feedback", choices=KINDS, default="regenerated", help="default: regenerated")
+    add("--rounds", type=int, default=9, help="steps of each rule that count; default: 9")
+    add("--out", type=Path, help="write bench.csv and the figure (svg, png) into this folder")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import pandas as pd
+
+    rules = list(BENCH_RULES) if "all" in options.rules else options.rules
+    tables = []
+    for network in options.network or NETWORKS:
+        batch = options.batch or NETWORKS.get(network, 128)
+        tables.append(bench(network, batch, rules, feedback_kind=options.feedback, rounds=options.rounds))
+        if len(tables) == 1:
+            print(
+                f"torch {tables[0]['torch'][0]}, {tables[0]['threads'][0]} threads, {options.rounds} rounds, in turns"
+            )
+        shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)
+        print(f"\n{network}, batch {batch}: seconds a step and ratio to BP (median, quartiles), peak above rest")
+        columns = ["rule", "median_s", "low_s", "high_s", "ratio", "ratio_low", "ratio_high", "peak_mib"]
+        print(shown[columns].to_string(index=False, float_format="{:.3f}".format), flush=True)
+        if options.out:  # after each network: a bench that is cut leaves what it has
+            table = pd.concat(tables)
+            write_text(options.out / "bench.csv", table.to_csv(index=False))
+            ml.figures.save(ml.figures.frontier(table), options.out / "bench")
 
 
 if __name__ == "__main__":

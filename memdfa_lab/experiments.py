@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memdfa_lab import datasets, feedback, models
+from memdfa_lab import datasets, feedback, memory, models
 from memdfa_lab.baselines import BASELINES
 from memdfa_lab.files import write_text
 from memdfa_lab.fit import History, fit
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from memdfa_lab.datasets import Data
+    from memdfa_lab.memory import Trace
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
@@ -149,6 +150,33 @@ def summary(table: "pd.DataFrame") -> "pd.DataFrame":
         train_accuracy=("train_accuracy", "mean"),
         seconds=("seconds", "mean"),
     ).reset_index()
+
+
+def profile(
+    rule: str,
+    network: str,
+    batch_size: int,
+    optimizer: str = "sgd",
+    feedback_kind: str = "regenerated",
+    measured: bool = False,
+    seed: int = 0,
+) -> "Trace":
+    """Return what a step in the steady state holds, from names; predicted, or `measured` on random data.
+
+    Raises ValueError for unknown names and a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be 1 or more, got {batch_size}")
+    shape = (batch_size, *models.get(network).input_shape)
+    make = partial(known("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
+    storage = known("feedback", feedback_kind, feedback.KINDS)(seed)
+    build = partial(models.build, network)
+    if not measured:
+        return memory.predict(rule, build, shape, make, storage)
+    made = known("rule", rule, {**RULES, **BASELINES})(build(), make, feedback=storage)
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(shape, generator=generator), torch.randint(10, (batch_size,), generator=generator)
+    return memory.measure(made, x, y, warm_up=1)
 
 
 def confusion(y: Tensor, predicted: Tensor, classes: int) -> "np.ndarray":
