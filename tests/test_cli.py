@@ -54,6 +54,9 @@ def test_train_goes_on_with_the_run_in_the_folder(capsys, tmp_path):
         (["reproduce", "--only", "77"], "no notebook '77'"),
         (["reproduce", "--only", "02", "-p", "epoch", "3"], "did you mean 'epochs'?"),
         (["reproduce", "-p", "epochs", "[1"], "-p takes a value as in YAML"),
+        (["profile", "--network", "long_fcc"], "did you mean 'long_fc'?"),
+        (["profile", "--batch", "0"], "the batch size must be 1 or more"),
+        (["bench", "--network", "fc_relu", "--rounds", "0"], "rounds must be 1 or more"),
     ],
 )
 def test_wrong_arguments_get_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, expected):
@@ -82,7 +85,7 @@ def test_debug_shows_the_traceback(capsys):
         run(capsys, "train", "--network", "nonsense", "--debug")
 
 
-@pytest.mark.parametrize("command", ["train", "reproduce"])
+@pytest.mark.parametrize("command", ["train", "reproduce", "profile", "bench"])
 def test_help_has_examples(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -97,3 +100,27 @@ def test_ctrl_c_ends_with_130_and_one_line(capsys, monkeypatch):
     status, _, err = run(capsys, "train")
     assert status == 130
     assert err.count("\n") == 1
+
+
+def test_profile_predicts_what_it_measures(capsys, tmp_path):
+    arguments = ["profile", "--network", "784-[64]x3-10", "--batch", "16", "--rules", "all"]
+    status, measured, _ = run(capsys, *arguments, "--csv", tmp_path / "m.csv")
+    assert status == 0
+    _, predicted, _ = run(capsys, *arguments, "--predict", "--csv", tmp_path / "p.csv", "--plot", tmp_path / "p.svg")
+    assert measured.splitlines()[1:] == predicted.splitlines()[1:]
+    assert measured.splitlines()[0].replace("measured", "predicted") == predicted.splitlines()[0]
+    one, other = (pd.read_csv(tmp_path / name).drop(columns="time_s") for name in ("m.csv", "p.csv"))
+    pd.testing.assert_frame_equal(one, other)
+    assert {"p.svg", "p.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_bench_times_each_rule_beside_bp_and_keeps_what_it_has(capsys, tmp_path):
+    arguments = ["bench", "--network", "784-[32]x2-10", "--batch", 8, "--rules", "memdfa", "--rounds", 3]
+    status, out, _ = run(capsys, *arguments, "--out", tmp_path)
+    assert status == 0
+    table = pd.read_csv(tmp_path / "bench.csv")
+    assert list(table["rule"]) == ["bp", "memdfa"]
+    assert table["ratio"][0] == 1.0
+    assert table["peak_bytes"][1] < table["peak_bytes"][0]
+    assert "threads" in out.splitlines()[0]
+    assert (tmp_path / "bench.svg").exists()
