@@ -1,0 +1,66 @@
+"""README says what is so: its table of peaks, its example, its links, its commands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memdfa_lab as ml
+from memdfa_lab.figures import STYLES
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+NAMES = {label: rule for rule, (label, _) in STYLES.items()}
+
+
+def peaks() -> list[tuple[str, str, int, dict[str, str]]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("|")]
+    header = next(row for row in rows if row[0] == "rule" and "N=" in row[1])
+    found = []
+    for row in rows:
+        if row[0] in NAMES and "**" in row[1]:
+            for column, cell in zip(header[1:], row[1:], strict=True):
+                network, batch = column.split(", N=")
+                numbers = dict(re.findall(r"([aefgw]) (\d+\.\d\d)", cell))
+                numbers["peak"] = re.search(r"\*\*(.*?)\*\*", cell)[1]
+                found.append((NAMES[row[0]], network, int(batch), numbers))
+    return found
+
+
+def test_the_table_has_every_rule_and_baseline():
+    assert {rule for rule, *_ in peaks()} == {*ml.RULES, *ml.BASELINES}
+
+
+@pytest.mark.parametrize(("rule", "network", "batch", "numbers"), peaks())
+def test_each_peak_in_the_table_is_the_predicted_one(rule, network, batch, numbers):
+    trace = ml.experiments.profile(rule, network, batch)
+    expected = {name[0]: f"{value / 2**20:.2f}" for name, value in trace.peak_by_category.items()}
+    assert numbers == expected | {"peak": f"{trace.peak_bytes / 2**20:.2f}"}
+
+
+def test_the_example_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1].replace("epochs=3", "epochs=1")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "peak" in done.stdout
+    assert "test_accuracy" in done.stdout
+
+
+def test_links_lead_to_files_that_are_there():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in link]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_commands_are_known():
+    from memdfa_lab.cli import _parser
+
+    for command in re.findall(r"`(memdfa [a-z]+)", TEXT):
+        assert command.split()[1] in _parser().format_help()
+    targets = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z]+)", TEXT):
+        if target != "and":
+            assert f"\n{target}:" in targets
