@@ -122,10 +122,14 @@ def _convolution_gradient(m: Any, h: Tensor, s: Tensor, part: slice, plain: Opti
         padding = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size, strict=True)]
     wanted = [False, m.weight.requires_grad, m.bias is not None and m.bias.requires_grad]
     settings = (m.stride, padding, m.dilation, False, [0] * dims, m.groups)
-    _, dW, db = aten.convolution_backward(s, h, m.weight, [m.out_channels], *settings, wanted)
-    for parameter, gradient in ((m.weight, dW), (m.bias, db)):
-        if gradient is not None:
-            parameter.grad = label("gradients", gradient)
+    # oneDNN copies what it is given into a layout of its own: less of the batch at a time, if that outweighs dW.
+    some = len(s) if s.numel() < 4 * m.weight.numel() else -(-len(s) // 4)
+    for s_some, h_some in zip(s.split(some), h.split(some), strict=True):
+        _, dW, db = aten.convolution_backward(s_some, h_some, m.weight, [m.out_channels], *settings, wanted)
+        for parameter, gradient in ((m.weight, dW), (m.bias, db)):
+            if gradient is not None:
+                label("gradients", gradient)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:

@@ -1,7 +1,30 @@
 """Memory of a training step: measured per tensor, predicted before running, as a formula, as the system saw it."""
 
+import importlib
+from typing import Any
+
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.predict import predict
+from memdfa_lab.memory.process import allocator_peak, compare, cuda_peak, cuda_snapshot, resident_peak
 from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
 
-__all__ = ["CATEGORIES", "Ledger", "Trace", "measure", "predict", "readable"]
+__all__ = [
+    "CATEGORIES",
+    "Ledger",
+    "Trace",
+    "allocator_peak",
+    "compare",
+    "cuda_peak",
+    "cuda_snapshot",
+    "formula",
+    "measure",
+    "predict",
+    "readable",
+    "resident_peak",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "formula":  # it needs sympy, which takes a while to load
+        return importlib.import_module("memdfa_lab.memory.formula")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
