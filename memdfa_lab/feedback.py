@@ -20,6 +20,7 @@ from torch import Tensor
 from memdfa_lab.names import known
 from memdfa_lab.phases import label
 
+SMALL_BYTES = 2**16
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
 
 
@@ -191,7 +192,7 @@ class Signal:
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (part, signal of these outputs, shape (N, outputs of the part)), the outputs flattened."""
-        parts = _quarters(self.shape.numel())
+        parts = _quarters(self.shape.numel(), len(self.e) * self.e.element_size())
         if self.feedback is None:
             yield from ((part, self.e[:, part]) for part in parts)
             return
@@ -211,8 +212,9 @@ class Signal:
         return signal.view(-1, *self.shape)
 
 
-def _quarters(size: int) -> list[slice]:
-    width = math.ceil(size / 4 / 16) * 16  # whole vectors for the processor
+def _quarters(size: int, column_bytes: int) -> list[slice]:
+    # A quarter of the outputs, but not so few that calling torch takes longer than the work: 64 KiB of signal.
+    width = math.ceil(max(size / 4, SMALL_BYTES / column_bytes) / 16) * 16  # whole vectors for the processor
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 

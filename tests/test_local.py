@@ -183,10 +183,10 @@ def test_with_momentum_one_gradient_is_added_and_nothing_more():
 
 
 def test_no_whole_feedback_matrix_is_made():
-    trace = predict("memdfa", lambda: ml.models.mlp(64, [512] * 2, 10), (4, 64), SGD, FEEDBACK)
+    trace = predict("memdfa", lambda: ml.models.mlp(64, [512] * 2, 10), (256, 64), SGD, FEEDBACK)
     drawn = trace.timeline.query("category == 'feedback' and bytes > 0")["bytes"]
     assert drawn.max() == 4 * 128 * 10
-    stored = measure(ml.MemDFA(ml.models.mlp(64, [512] * 2, 10), SGD), torch.ones(4, 64), torch.zeros(4).long())
+    stored = measure(ml.MemDFA(ml.models.mlp(64, [512] * 2, 10), SGD), torch.ones(256, 64), torch.zeros(256).long())
     assert stored.timeline.query("category == 'feedback' and bytes > 0")["bytes"].max() == 4 * 512 * 10
 
 
