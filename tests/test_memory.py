@@ -399,9 +399,9 @@ COMBINATIONS = [
 def test_predicted_equals_measured_for_the_packages_networks(name, rule, optimizer, storage):
     shape = ml.models.get(name).input_shape
     make, kind = STEADY[optimizer], STORAGES[storage]
-    for batch in (3, 5) if "long" not in name else (3,):
+    for batch in (3, 5) if "long" not in name else (32,):  # of 3, BatchNorm's slopes through 200 layers overflow
         made = EVERY_RULE[rule](ml.models.build(name), make, feedback=kind())
-        measured = measure(made, torch.randn(batch, *shape), torch.arange(batch), warm_up=1)
+        measured = measure(made, torch.randn(batch, *shape), torch.arange(batch) % 10, warm_up=1)
         predicted = predict(EVERY_RULE[rule], name, (batch, *shape), make, kind())
         assert events(predicted) == events(measured)
         assert predicted.resting_by_category == measured.resting_by_category

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import memdfa_lab as ml
@@ -64,3 +65,14 @@ def test_commands_are_known():
     for target in re.findall(r"`?make ([a-z]+)", TEXT):
         if target != "and":
             assert f"\n{target}:" in targets
+
+
+def test_the_mnist_table_is_that_of_the_run():
+    table = pd.read_csv(ROOT / "reports" / "mnist_fc_relu" / "histories.csv")
+    for label in ("BP", "FA", "DFA", "MEM-DFA"):
+        (cells,) = re.findall(
+            rf"^\| {label} \| (\d+\.\d\d ± \d\.\d\d) \| (\d+\.\d\d ± \d\.\d\d) \|", TEXT, re.MULTILINE
+        )
+        for epoch, cell in zip((5, 20), cells, strict=True):
+            runs = 100 * table[(table["rule"] == NAMES[label]) & (table["epoch"] == epoch)]["test_accuracy"]
+            assert cell == f"{runs.mean():.2f} ± {runs.std():.2f}"
