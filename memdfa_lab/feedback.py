@@ -8,6 +8,7 @@ A matrix depends on (seed, key) alone: it is drawn in float32 on the CPU by a ge
 the same for every rule, storage and device, and whatever the global generator has done before.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -190,9 +191,12 @@ class Signal:
     def __init__(self, i: int, e: Tensor, shape: torch.Size, feedback: Feedback | None):
         self.i, self.e, self.shape, self.feedback = i, e, shape, feedback
 
-    def slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (part, signal of these outputs, shape (N, outputs of the part)), the outputs flattened."""
-        parts = _quarters(self.shape.numel(), len(self.e) * self.e.element_size())
+    def slices(self, whole: int = 16) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (part, signal of these outputs, shape (N, outputs of the part)), the outputs flattened.
+
+        A part, but for the last, has a multiple of `whole` outputs; 16 fill a processor's vectors.
+        """
+        parts = _quarters(self.shape.numel(), len(self.e) * self.e.element_size(), whole)
         if self.feedback is None:
             yield from ((part, self.e[:, part]) for part in parts)
             return
@@ -201,20 +205,21 @@ class Signal:
         for part, B in zip(parts, matrices, strict=True):
             yield part, e @ B
 
-    def whole(self) -> Tensor:
-        """Return the signal, shape (N, *shape)."""
+    def whole(self, out: Tensor) -> Tensor:
+        """Return the signal in the shape (N, *shape) and the memory layout of the block's output."""
         if self.feedback is None:
             return self.e
-        signal = self.e.new_empty(len(self.e), self.shape.numel())
-        for part, s in self.slices():
-            signal[:, part] = s
+        signal, pixels = torch.empty_like(out), self.shape[1:].numel()
+        for part, s in self.slices(pixels if pixels > 1 else 16):
+            channels = slice(part.start // pixels, part.stop // pixels)
+            signal[:, channels] = s.view(len(s), -1, *self.shape[1:])
             del s  # before the next one is made
-        return signal.view(-1, *self.shape)
+        return signal
 
 
-def _quarters(size: int, column_bytes: int) -> list[slice]:
+def _quarters(size: int, column_bytes: int, whole: int) -> list[slice]:
     # A quarter of the outputs, but not so few that calling torch takes longer than the work: 64 KiB of signal.
-    width = math.ceil(max(size / 4, SMALL_BYTES / column_bytes) / 16) * 16  # whole vectors for the processor
+    width = math.ceil(max(size / 4, SMALL_BYTES / column_bytes) / whole) * whole
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
@@ -225,6 +230,7 @@ def _would_lose_bits(kept: Tensor, like: Tensor) -> bool:
     return torch.promote_types(kept.dtype, like.dtype) != kept.dtype
 
 
+@functools.cache
 def _mix(seed: int, key: Key) -> int:
     """Return 32 well-mixed bits (all that torch's CPU generator uses of a seed)."""
     kind, index = key

@@ -55,11 +55,13 @@ class _ByAutograd(Local):
         self.out = self.graph.detach()
 
     def teach(self, signal: Signal, plain: Optimizer) -> None:
-        self.graph.backward(signal.whole())
+        self.graph.backward(signal.whole(self.out))
 
 
 class _ByHand(Local):
     def __init__(self, weight: Any, layers: list[nn.Module], h: Tensor):
+        if isinstance(weight, nn.Conv2d):
+            h = _laid_out_for(weight, h)
         self.weight, self.h = weight, h
         self.backs: list[Back] = []
         with torch.no_grad():
@@ -75,7 +77,7 @@ class _ByHand(Local):
         dense = isinstance(self.weight, nn.Linear)
         gradient = _dense_gradient if dense else _convolution_gradient
         with torch.no_grad():
-            for part, s in signal.slices() if dense else [(slice(None), signal.whole())]:
+            for part, s in signal.slices() if dense else [(slice(None), signal.whole(self.out))]:
                 for back in self.backs:
                     s = back(s, part)
                 gradient(self.weight, self.h, s, part, plain)
@@ -91,6 +93,20 @@ def _by_hand(block: nn.Module) -> tuple[list[nn.Module], nn.Module | None, list[
     if not known or _has_any_global_hook() or any(map(has_hooks, parts)) or not _pads_alike(weight):
         return [], None, []
     return parts[:at], weight, layers
+
+
+def _laid_out_for(m: nn.Conv2d, h: Tensor) -> Tensor:
+    """Return images (N, C, H, W) in the layout in which oneDNN copies least; where it is not used, as they are.
+
+    That is each pixel's channels side by side (pooling is much faster on it, too), but for filters that outweigh h:
+    those would be copied three times.
+    """
+    if h.is_cuda or h.dtype not in (torch.float32, torch.bfloat16):
+        return h
+    if h.numel() < m.weight.numel():
+        return h.contiguous()
+    N, C, H, W = h.shape
+    return h.permute(0, 2, 3, 1).flatten(1).view(N, H, W, C).permute(0, 3, 1, 2)  # strides that say so for C = 1, too
 
 
 def _pads_alike(weight: Any) -> bool:
@@ -122,14 +138,10 @@ def _convolution_gradient(m: Any, h: Tensor, s: Tensor, part: slice, plain: Opti
         padding = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size, strict=True)]
     wanted = [False, m.weight.requires_grad, m.bias is not None and m.bias.requires_grad]
     settings = (m.stride, padding, m.dilation, False, [0] * dims, m.groups)
-    # oneDNN copies what it is given into a layout of its own: less of the batch at a time, if that outweighs dW.
-    some = len(s) if s.numel() < 4 * m.weight.numel() else -(-len(s) // 4)
-    for s_some, h_some in zip(s.split(some), h.split(some), strict=True):
-        _, dW, db = aten.convolution_backward(s_some, h_some, m.weight, [m.out_channels], *settings, wanted)
-        for parameter, gradient in ((m.weight, dW), (m.bias, db)):
-            if gradient is not None:
-                label("gradients", gradient)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    _, dW, db = aten.convolution_backward(s, h, m.weight, [m.out_channels], *settings, wanted)
+    for parameter, gradient in ((m.weight, dW), (m.bias, db)):
+        if gradient is not None:
+            parameter.grad = label("gradients", gradient)
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:
@@ -229,8 +241,10 @@ def _avg_pool(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
 
 
 def _view(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    dense = h.dim() == 2
-    return m(h), lambda s, part: s if dense else s.reshape(h.shape)
+    out = m(h)
+    if out.shape == h.shape:
+        return out, lambda s, part: s
+    return out, lambda s, part: torch.empty_like(h).copy_(s.view(h.shape))  # in the layout of h
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:

@@ -222,17 +222,21 @@ class TestProject:
         feedback = kind(0)
         e = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         B = dense(feedback, 2, 10, 24, e)
-        signal = Signal(2, e, torch.Size([2, 3, 4]), feedback).whole()
         by_hand = torch.zeros(4, 2, 3, 4, dtype=torch.float64)
         for c in range(2):
             for row in range(3):
                 for column in range(4):
                     by_hand[:, c, row, column] = (e * B[:, (c * 3 + row) * 4 + column]).sum(1)
-        torch.testing.assert_close(signal, by_hand, rtol=1e-12, atol=1e-12)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            out = torch.empty(4, 2, 3, 4, dtype=torch.float64, memory_format=layout)
+            signal = Signal(2, e, out.shape[1:], feedback).whole(out)
+            torch.testing.assert_close(signal, by_hand, rtol=1e-12, atol=1e-12)
+            assert signal.stride() == out.stride()
 
     def test_an_error_of_more_dimensions_is_flattened(self):
         e = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(1))
-        signal, flat = (Signal(0, error, torch.Size([7]), Stored(0)).whole() for error in (e, e.flatten(1)))
+        out = torch.empty(4, 7)
+        signal, flat = (Signal(0, error, out.shape[1:], Stored(0)).whole(out) for error in (e, e.flatten(1)))
         assert torch.equal(signal, flat)
 
 

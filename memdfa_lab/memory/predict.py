@@ -82,7 +82,11 @@ class _ShapesAlone(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:  # `if torch.isfinite(x):`, but there is no x
             return 1
-        return func(*args, **({**kwargs, "device": META} if "device" in kwargs else kwargs))
+        out = func(*args, **({**kwargs, "device": META} if "device" in kwargs else kwargs))
+        if func is torch.ops.aten.convolution.default:  # in the layout that it has on the CPU
+            layout = torch._C._conv_determine_backend_memory_format(*args[:2], torch._C._ConvBackend.Mkldnn)
+            return torch.empty_like(out, memory_format=layout)
+        return out
 
 
 def _class_of(rule: Any) -> Any:
