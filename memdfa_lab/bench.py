@@ -1,21 +1,25 @@
 """Time and memory of rules side by side: in one process, in turns, as ratios to BP.
 
-A machine's speed drifts, and others use it too; so each round gives every rule one step, in an order drawn anew, and a
-ratio compares two steps of the same round. What is reported is the median over rounds, and the quartiles beside it.
+A machine's speed drifts, and others use it too; so each round gives every contender one step, in an order drawn anew,
+and a ratio compares two steps of the same round. What is reported is the median over rounds, and the quartiles beside
+it.
 """
 
 import gc
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from memdfa_lab import feedback, models
+from memdfa_lab import feedback, local, models
 from memdfa_lab.baselines import BASELINES
-from memdfa_lab.memory.predict import predict
+from memdfa_lab.memory import measure
+from memdfa_lab.memory.predict import kept_bytes
 from memdfa_lab.names import known
 from memdfa_lab.rules import RULES
 
@@ -34,64 +38,109 @@ NETWORKS = {
 }
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A rule with what it is set to: `options` go to the rule; `setting` says in a table what they mean."""
+
+    rule: str
+    feedback: str = "none"
+    setting: str = ""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
+    """Return BP and the rules, those that use feedback once with each kind. Raises ValueError for unknown names."""
+    found = [Contender("bp")]
+    for rule in dict.fromkeys(rules):
+        known("rule", rule, ALL)
+        uses_feedback = rule in RULES and rule != "bp"
+        for kind in kinds if uses_feedback else ["none"]:
+            found.append(Contender(rule, kind))
+    return list(dict.fromkeys(found))
+
+
+def frontier(network: str, batch_size: int, kind: str = "regenerated", points: int = 5) -> list[Contender]:
+    """Return BP, MEM-DFA keeping from nothing to everything, and checkpointing with more and more segments."""
+    blocks = models.build(network)
+    x = torch.empty(batch_size, *models.get(network).input_shape, device="meta")
+    everything = sum(kept_bytes(local.forward, blocks, x))
+    found = [Contender("bp")]
+    for k in range(points):
+        part = k / (points - 1)
+        options = {"keep_bytes": math.inf if k == points - 1 else int(part * everything)}
+        found.append(Contender("memdfa", kind, f"keeps {part:.0%}", options))
+    root = round(math.sqrt(len(blocks)))
+    for segments in sorted({min(2, len(blocks)), max(1, root // 2), root, min(2 * root, len(blocks)), len(blocks)}):
+        for rule in ("checkpoint", "checkpoint_step_in_backward"):
+            found.append(Contender(rule, "none", f"{segments} segments", {"segments": segments}))
+    return found
+
+
 def bench(
     network: str,
     batch_size: int,
-    rules: Sequence[str] = tuple(ALL),
+    against: Sequence[Contender] = (),
     optimizer: Any = None,
-    feedback_kind: str = "regenerated",
     rounds: int = 9,
     warm_up: int = 2,
     seed: int = 0,
+    channels_last: bool = False,
 ) -> "pd.DataFrame":
-    """Return a row a rule: median step time and quartiles, its ratio to BP's round by round, and the predicted peak.
+    """Return a row a contender: median step time and quartiles, its ratio to BP's round by round, the measured peak.
 
-    BP is always among the rules, the first row. `optimizer` as a rule takes it, SGD with a rate too small to matter
-    if not given. torch's number of threads is left as it is. Raises ValueError for unknown names and sizes below 1.
+    The first row is BP's, always; then `against` (all rules and baselines, feedback regenerated, if not given).
+    `optimizer` as a rule takes it, SGD with a rate too small to matter if not given. `channels_last` lays out images
+    and filters of all of them so. torch's number of threads is left as it is. Raises ValueError for unknown names and
+    sizes below 1.
     """
     import pandas as pd
 
     for name, value in (("batch size", batch_size), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
-    names = list(dict.fromkeys(("bp", *rules)))
-    kind = known("feedback", feedback_kind, feedback.KINDS)
+    every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL), ["regenerated"]))]))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (batch_size, *models.get(network).input_shape)
     make = optimizer or partial(torch.optim.SGD, lr=1e-6)
-    classes = {name: known("rule", name, ALL) for name in names}
 
     order = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator).to(memory_format=layout)
     y = torch.randint(10, (batch_size,), generator=generator)
-    made = {name: rule(models.build(network), optimizer=make, feedback=kind(seed)) for name, rule in classes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    made = []
+    for one in every:
+        net = models.build(network).to(memory_format=layout)
+        B = None if one.feedback == "none" else known("feedback", one.feedback, feedback.KINDS)(seed)
+        made.append(known("rule", one.rule, ALL)(net, optimizer=make, feedback=B, **one.options))
+    seconds: list[list[float]] = [[] for _ in every]
     for turn in range(warm_up + rounds):
-        for name in order.permutation(names):
+        for k in order.permutation(len(every)):
             gc.collect()  # not in the middle of somebody's step
             started = time.perf_counter()
-            made[name].step(x, y)
+            made[k].step(x, y)
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[k].append(time.perf_counter() - started)
 
     rows = []
-    for name in names:
-        ratios = np.divide(seconds[name], seconds["bp"])
-        low, median, high = np.quantile(seconds[name], (0.25, 0.5, 0.75))
-        ratio_low, ratio, ratio_high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        trace = predict(name, partial(models.build, network), shape, make, kind(seed))
+    for one, rule, taken in zip(every, made, seconds, strict=True):
+        low, median, high = np.quantile(taken, (0.25, 0.5, 0.75))
+        ratio_low, ratio, ratio_high = np.quantile(np.divide(taken, seconds[0]), (0.25, 0.5, 0.75))
         rows.append(
             {
                 "network": network,
                 "batch_size": batch_size,
-                "rule": name,
+                "rule": one.rule,
+                "feedback": one.feedback,
+                "setting": one.setting,
                 "median_s": median,
                 "low_s": low,
                 "high_s": high,
+                "us_a_block": 1e6 * median / len(rule.blocks),
                 "ratio": ratio,
                 "ratio_low": ratio_low,
                 "ratio_high": ratio_high,
-                "peak_bytes": trace.peak_bytes,
+                "peak_bytes": measure(rule, x, y).peak_bytes,
             }
         )
-    return pd.DataFrame(rows).assign(rounds=rounds, threads=torch.get_num_threads(), torch=torch.__version__)
+    run = {"rounds": rounds, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return pd.DataFrame([{**row, **run, "channels_last": channels_last} for row in rows])

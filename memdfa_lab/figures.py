@@ -255,27 +255,33 @@ def peak_fillings(table: pd.DataFrame) -> Figure:
 
 
 def frontier(table: pd.DataFrame) -> Figure:
-    """Draw time against memory, a panel a network and a point a rule (`ml.bench`): down and left is better.
+    """Draw time against memory, a panel a network and a point a contender of `bench`: down and left is better.
 
-    `table` has the columns network, batch_size, rule, ratio, ratio_low, ratio_high, peak_bytes.
+    `table` has the columns network, batch_size, rule, feedback, ratio, ratio_low, ratio_high, peak_bytes. Points of one
+    rule that differ in their setting are joined; open markers are rules whose feedback is stored.
     """
     with plt.rc_context(SETTINGS):
         networks = list(table.groupby(["network", "batch_size"], sort=False))
         rows = math.ceil(len(networks) / 2)
-        figure, panels = plt.subplots(rows, 2, figsize=(8, 2.9 * rows + 0.7), layout="constrained", squeeze=False)
+        figure, panels = plt.subplots(rows, 2, figsize=(8, 2.9 * rows + 0.9), layout="constrained", squeeze=False)
         for axes in panels.flat[len(networks) :]:
             axes.remove()
-        for axes, ((network, batch_size), points) in zip(panels.flat, networks, strict=False):
-            for _, point in points.iterrows():
-                label, style = STYLES[point["rule"]]
-                error = [[point["ratio"] - point["ratio_low"]], [point["ratio_high"] - point["ratio"]]]
-                look = {"color": style["color"], "marker": style["marker"], "markersize": 7, "linestyle": ""}
-                axes.errorbar(point["peak_bytes"] / MIB, point["ratio"], yerr=error, label=label, elinewidth=1, **look)
+        handles = {}
+        for axes, ((network, batch_size), contenders) in zip(panels.flat, networks, strict=False):
+            for (rule, feedback), points in contenders.groupby(["rule", "feedback"], sort=False):
+                label, style = STYLES[rule]
+                label += ", B stored" if feedback == "stored" else ""
+                error = [points["ratio"] - points["ratio_low"], points["ratio_high"] - points["ratio"]]
+                look = {"color": style["color"], "marker": style["marker"], "markersize": 7, "elinewidth": 1}
+                look |= {"linestyle": style["linestyle"] if len(points) > 1 else "", "linewidth": 1.2}
+                look |= {"markerfacecolor": "white"} if feedback == "stored" else {}
+                handles[label] = axes.errorbar(points["peak_bytes"] / MIB, points["ratio"], yerr=error, **look)
             axes.set(title=f"{network}, batch {batch_size}", xscale="log")
             axes.set(xlabel="peak above rest (MiB)", ylabel="step time / BP's")
+            axes.set_ylim(bottom=0)
             axes.title.set_fontsize(10)
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
+        figure.legend(handles.values(), handles.keys(), **place)
     plt.close(figure)
     return figure
 

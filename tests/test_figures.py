@@ -96,9 +96,15 @@ def test_every_rule_has_a_style_of_its_own():
         assert len({look[part] for look in looks}) == len(looks)
 
 
-def test_the_frontier_has_a_point_a_rule():
-    row = {"network": "a", "batch_size": 1, "ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1, "peak_bytes": 2**20}
-    figure = figures.frontier(pd.DataFrame([row | {"rule": rule} for rule in figures.STYLES]))
-    assert [container.get_label() for container in figure.axes[0].containers] == [
-        label for label, _ in figures.STYLES.values()
-    ]
+def test_the_frontier_has_a_point_a_rule_and_joins_settings():
+    row = {"network": "n", "batch_size": 4, "ratio": 1.0, "ratio_low": 0.4, "ratio_high": 1.2, "peak_bytes": 2**20}
+    rows = [row | {"rule": rule, "feedback": "none"} for rule in figures.STYLES]
+    rows.append(rows[0] | {"rule": "memdfa", "feedback": "stored", "ratio": 0.5})
+    rows += [rows[0] | {"rule": "dfa", "feedback": "stored", "ratio": ratio} for ratio in (0.6, 0.7)]
+    figure = figures.frontier(pd.DataFrame(rows))
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() in "osD^vPX*"]
+    assert sorted(len(line.get_ydata()) for line in drawn) == [1] * 9 + [2]
+    assert {tuple(line.get_ydata()) for line in drawn} == {(1.0,), (0.5,), (0.6, 0.7)}
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels[-2:] == ["MEM-DFA, B stored", "DFA, B stored"]
