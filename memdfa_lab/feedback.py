@@ -179,7 +179,8 @@ class Shared(Feedback):
         if shared is None or shared.shape[0] < rows or _would_lose_bits(shared, like):
             shared = self._draw((key[0], columns), (rows, columns), 1.0, like)  # it begins with the smaller one
         self.matrices[key[0], columns] = shared = shared.to(device=like.device)
-        return (shared[:rows].view(shape) * self._factor(fan_in, fan_out)).to(dtype=like.dtype)
+        B = label("feedback", shared[:rows].view(shape) * self._factor(fan_in, fan_out))
+        return label("feedback", B.to(dtype=like.dtype))
 
 
 class Signal:

@@ -17,7 +17,8 @@ def bce(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _one_hot(output: Tensor, y: Tensor) -> Tensor:
-    return F.one_hot(y, output.shape[1]).to(output.dtype)
+    # F.one_hot looks at the labels, and takes another way where there are none: memory could not be predicted.
+    return output.new_zeros(len(y), output.shape[1]).scatter_(1, y[:, None], 1)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": mse, "bce": bce}

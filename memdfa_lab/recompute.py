@@ -6,7 +6,7 @@ statistics once.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,18 @@ def forward_without_trace(blocks: Iterable[nn.Module], x: Tensor, first: int = 0
 
     `first`: the number of the first of these blocks in the network, for who listens to the phases.
     """
-    device = x.device.type
-    on_accelerator = [x.device] if device not in ("cpu", "meta") else []
-    device_type = device if on_accelerator else "cuda"
-    with torch.no_grad(), torch.random.fork_rng(on_accelerator, device_type=device_type):
+    with torch.no_grad(), generators_put_back(x.device):
         h = x
         for i, block in enumerate(blocks, first):
             with phase("forward", i), buffers_put_back(block):  # by block: copies of all buffers would grow with depth
                 h = local.forward(block, h).out
     return h
+
+
+def generators_put_back(device: torch.device) -> AbstractContextManager[None]:
+    """Put torch's global generators, the CPU's and that of `device`, back on leaving."""
+    on_accelerator = [device] if device.type not in ("cpu", "meta") else []
+    return torch.random.fork_rng(on_accelerator, device_type=device.type if on_accelerator else "cuda")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import memdfa_lab as ml
-from memdfa_lab.memory import Trace, formula, measure, predict
+from memdfa_lab.memory import Trace, allocator_peak, formula, measure, predict
 from memdfa_lab.memory.formula import C, L, N, deepest, depth_from_which, largest_batch, moments, n, n_0, peak, s, terms
 
 OPTIMIZERS = {
@@ -26,12 +26,14 @@ def net(widths):
     return ml.models.mlp(widths[0], widths[1:-1], widths[-1])
 
 
-def measured(rule, widths, batch, feedback="stored", optimizer="sgd") -> Trace:
+def made(rule, widths, batch, feedback="stored", optimizer="sgd") -> tuple[ml.Rule, Tensor, Tensor]:
     rule = ml.RULES[rule] if isinstance(rule, str) else rule
-    made = rule(net(widths), OPTIMIZERS[optimizer], feedback=FEEDBACK[feedback]())
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(batch, widths[0], generator=generator), torch.arange(batch) % widths[-1]
-    return measure(made, x, y, warm_up=1)
+    x = torch.randn(batch, widths[0], generator=torch.Generator().manual_seed(0))
+    return rule(net(widths), OPTIMIZERS[optimizer], feedback=FEEDBACK[feedback]()), x, torch.arange(batch) % widths[-1]
+
+
+def measured(*setting) -> Trace:
+    return measure(*made(*setting), warm_up=1)
 
 
 def predicted(rule, widths, batch, feedback="stored", optimizer="sgd") -> Trace:
@@ -90,11 +92,20 @@ def test_the_slopes_over_depth_are_the_textbooks():
     assert terms("memdfa", feedback="regenerated")["feedback"] == 0
 
 
+def by_the_ledger(*setting) -> int:
+    return measured(*setting).peak_bytes
+
+
+def by_the_allocator(*setting) -> int:
+    return allocator_peak(*made(*setting))
+
+
+@pytest.mark.parametrize("seen", [by_the_ledger, by_the_allocator])
 @pytest.mark.parametrize("batch", [8, 100])
 @pytest.mark.parametrize("rule", ml.RULES)
-def test_the_measured_peak_grows_by_the_slope(rule, batch):
+def test_the_peak_grows_by_the_slope(rule, batch, seen):
     width = 16
-    peaks = [measured(rule, [16, *[width] * depth, 10], batch).peak_bytes for depth in (4, 8, 16)]
+    peaks = [seen(rule, [16, *[width] * depth, 10], batch) for depth in (4, 8, 16)]
     # The larger of the two, not the sum: in BP an activation is freed as a block's gradients are made.
     stored = [terms(rule)[name].diff(L) for name in ("activations", "gradients")]
     slope = max(value(term.subs(n, width), batch=batch) for term in stored)

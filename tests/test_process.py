@@ -10,24 +10,29 @@ import torch
 from torch import Tensor
 
 from memdfa_lab import BP, DFA, RULES, MemDFA, Rule, feedback, models
+from memdfa_lab.baselines import BASELINES
 from memdfa_lab.memory import process
 from memdfa_lab.memory.ledger import measure
 from memdfa_lab.memory.process import allocator_peak, allocator_trace, compare, cuda_peak, cuda_snapshot, resident_peak
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 MOMENTUM = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+ADAM = partial(torch.optim.Adam, lr=0.01)
 NETWORKS = ("mlp", "mnist_conv", "liao_cifar_bn")
+EVERY_RULE = {**RULES, **BASELINES}
 
 
 def room(size_bytes: int) -> Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8)
 
 
-def made(rule: type[Rule], network: str = "mlp", batch_size: int = 4) -> tuple[Rule, Tensor, Tensor]:
+def made(
+    rule: type[Rule], network: str = "mlp", batch_size: int = 4, optimizer: partial[torch.optim.Optimizer] = SGD
+) -> tuple[Rule, Tensor, Tensor]:
     net = models.mlp(20, [16, 24, 16], 10) if network == "mlp" else models.build(network)
     shape = (20,) if network == "mlp" else models.get(network).input_shape
     x = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
-    return rule(net, SGD, feedback=feedback.Regenerated(seed=0)), x, torch.arange(batch_size) % 10
+    return rule(net, optimizer, feedback=feedback.Regenerated(seed=0)), x, torch.arange(batch_size) % 10
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +134,7 @@ def test_other_threads_are_not_seen():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("rule", RULES.values())
+@pytest.mark.parametrize("rule", EVERY_RULE.values())
 def test_without_scratch_the_allocator_counts_what_the_ledger_counts(rule: type[Rule], network: str):
     step, x, y = made(rule, network)
     counted, trace = measure(step, x, y, warm_up=1).peak_bytes, allocator_trace(step, x, y)
@@ -142,7 +147,7 @@ def test_memdfa_is_flat_in_depth_and_dfa_is_not():
         step = rule(models.mlp(16, [16] * depth, 10), SGD, feedback=feedback.Regenerated(seed=0))
         return allocator_peak(step, torch.rand(64, 16), torch.arange(64) % 10)
 
-    assert peak(MemDFA, 2) == peak(MemDFA, 8) == peak(MemDFA, 64)
+    assert peak(MemDFA, 2) == peak(MemDFA, 8) == peak(MemDFA, 64) == peak(MemDFA, 512)
     assert peak(DFA, 64) - peak(DFA, 8) == 56 * 64 * 16 * 4
 
 
@@ -185,11 +190,11 @@ def test_what_a_step_raises_goes_through_and_nothing_stays_open(capfd: pytest.Ca
 # --------------------------------------------------------------------------------------------------- torch's tracker
 
 
-@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM])
-def test_torchs_tracker_agrees_with_the_ledger_for_bp(optimizer: partial[torch.optim.Optimizer]):
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM])
+def test_torchs_tracker_agrees_with_the_ledger_for_bp(optimizer: partial[torch.optim.Optimizer], network: str):
     tracker = pytest.importorskip("torch.distributed._tools.mem_tracker").MemTracker()
-    rule = BP(models.mlp(100, [64] * 6, 10), optimizer)
-    x, y = torch.rand(32, 100), torch.arange(32) % 10
+    rule, x, y = made(BP, network, 32, optimizer)
     trace = measure(rule, x, y, warm_up=1)
     tracker.track_external(rule.blocks, *rule.optimizers, x, y)
     with tracker:
@@ -260,3 +265,21 @@ def test_compare_agrees_for_an_mlp_and_says_what_is_scratch_in_a_convnet():
     assert table["what"].tolist() == ["ledger", "allocator without scratch", "allocator"]
     assert table["difference_bytes"][1] == 0 < table["difference_bytes"][2]
     assert "bytes of scratch in aten::convolution" in table["explanation"][2]
+
+
+@pytest.mark.parametrize("network", ["fc_relu", "784-[100]x8-10"])
+@pytest.mark.parametrize("rule", EVERY_RULE.values())
+def test_for_mlps_all_agree_within_two_percent(rule: type[Rule], network: str):
+    table = compare(*made(rule, network, 32))
+    assert table["difference_bytes"][1] == 0
+    assert 0 <= table["difference_percent"][2] < 2  # what there is: checkpoints keep the state of the random generator
+
+
+@pytest.mark.parametrize("network", ["mnist_conv", "liao_mnist", "liao_cifar", "liao_cifar_bn"])
+@pytest.mark.parametrize("rule", EVERY_RULE.values())
+def test_for_convnets_within_ten_percent_or_it_is_said_why(rule: type[Rule], network: str):
+    table = compare(*made(rule, network, 32))
+    assert table["difference_bytes"][1] == 0
+    more, why = table["difference_percent"][2], table["explanation"][2]
+    by_autograd = rule not in (DFA, MemDFA)  # images are not laid out as oneDNN wants them: it makes copies
+    assert 0 <= more < 10 or (by_autograd and "scratch in aten::convolution" in why and "oneDNN copies" in why)

@@ -21,6 +21,7 @@ from memdfa_lab import phases
 from memdfa_lab.memory.trace import Event, Storage, Trace
 
 Known = Callable[[], Mapping[str, Iterable[Tensor]]]
+Run = Callable[[Any, Any, Any], Any]
 # What is born in a phase, unless it is labelled or turns out to be something else; in others, workspace.
 BORN_IN = {
     "forward": "activations",
@@ -32,23 +33,30 @@ BORN_IN = {
 SILENT = ("prim::", "profiler::")  # questions and markers, not operations
 
 
-def measure(step: Any, *batch: Tensor, steps: int = 1, warm_up: int = 0, tensors: Known | None = None) -> Trace:
+def call(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation."""
+    return func(*args, **kwargs)
+
+
+def measure(
+    step: Any, *batch: Tensor, steps: int = 1, warm_up: int = 0, tensors: Known | None = None, run: Run = call
+) -> Trace:
     """Run steps on a batch and return what they held.
 
     `step` is anything with a method `step`, or a callable; it is called with the batch, `steps` times, as it would be
     without us: the results are the same, bit for bit. `warm_up` steps before are not counted: the first step makes the
     optimizer's state and stored feedback, which rest from then on. `tensors` tells what rests, by category; it is
-    `step.tensors` if there is one. The batch rests too, as "input".
+    `step.tensors` if there is one. The batch rests too, as "input". `run(func, args, kwargs)` runs each operation.
 
     Whatever the step raises goes through; use `Ledger` to look at a step that fails.
     """
-    run = step.step if hasattr(step, "step") else step
+    take = step.step if hasattr(step, "step") else step
     known: Known = getattr(step, "tensors", dict) if tensors is None else tensors
     for _ in range(warm_up):
-        run(*batch)
-    with Ledger(lambda: {**known(), "input": batch}) as ledger:
+        take(*batch)
+    with Ledger(lambda: {**known(), "input": batch}, run) as ledger:
         for _ in range(steps):
-            run(*batch)
+            take(*batch)
     return ledger.trace()
 
 
@@ -56,12 +64,12 @@ class Ledger(TorchDispatchMode):
     """Count all that is born and freed within it; `trace()` gives the account, also after an exception.
 
     `known` is called at the start, for what rests (category -> tensors), and once more at the end, so that what was
-    made in between to stay (an optimizer's state) is known too.
+    made in between to stay (an optimizer's state) is known too. `run(func, args, kwargs)` runs an operation.
     """
 
-    def __init__(self, known: Known = dict):
+    def __init__(self, known: Known = dict, run: Run = call):
         super().__init__()
-        self.known = known
+        self.known, self.run = known, run
         self.events: list[Event] = []
         self.resting: dict[str, int] = {}
         self._storages: dict[int, Storage] = {}  # by address, while they live
@@ -76,7 +84,7 @@ class Ledger(TorchDispatchMode):
         self._started = time.perf_counter()
         for category, tensors in self.known().items():
             for tensor in tensors:
-                if _address(tensor) not in self._storages:
+                if address(tensor) not in self._storages:
                     storage = self._watch(tensor, category, "resting")
                     self.resting[category] = self.resting.get(category, 0) + storage.size_bytes
         phases.listeners.append(self)
@@ -117,23 +125,26 @@ class Ledger(TorchDispatchMode):
     # What torch does.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         name = func._schema.name
         if name.startswith(SILENT):
-            return out
+            return func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         self._operations, self._name = self._operations + 1, name
         node = torch._C._current_autograd_node()
-        for tensor in _tensors(out):
-            seen = self._storages.get(_address(tensor))
+        accumulates = node is not None and node.name().endswith("AccumulateGrad") and self._phases[-1][0] != "update"
+        for tensor in tensors_in(out):
+            untyped = tensor.untyped_storage()
+            seen = self._storages.get(untyped._cdata)
             if seen is None:
-                was_there = name != "aten::lift_fresh" and _address(tensor) in map(_address, _tensors((args, kwargs)))
+                was_there = name != "aten::lift_fresh" and address(tensor) in map(address, tensors_in((args, kwargs)))
                 seen = self._watch(tensor, self._category(), "outside" if was_there else "born")
                 self._note(seen.size_bytes, seen, node)
-            elif seen.size_bytes != tensor.untyped_storage().nbytes():  # resized
-                change = tensor.untyped_storage().nbytes() - seen.size_bytes
+            elif seen.size_bytes != untyped.nbytes():  # resized
+                change = untyped.nbytes() - seen.size_bytes
                 seen.size_bytes += change
                 self._note(change, seen, node)
-            if node is not None and node.name().endswith("AccumulateGrad") and self._phases[-1][0] != "update":
+            if accumulates:
                 self._call_it("gradients", tensor)
         return out
 
@@ -141,15 +152,15 @@ class Ledger(TorchDispatchMode):
         return BORN_IN.get(self._phases[-1][0], "workspace")
 
     def _call_it(self, category: str, tensor: Tensor) -> None:
-        storage = self._storages.get(_address(tensor))
+        storage = self._storages.get(address(tensor))
         if storage is not None and storage.kind == "born":
             storage.category = category
 
     def _watch(self, tensor: Tensor, category: str, kind: str) -> Storage:
-        untyped, address = tensor.untyped_storage(), _address(tensor)
+        untyped = tensor.untyped_storage()
         storage = Storage(category, untyped.nbytes(), tuple(tensor.shape), str(tensor.dtype)[6:], kind)
-        self._storages[address] = storage
-        self._alive[address] = weakref.ref(untyped, partial(self._freed, address))
+        self._storages[untyped._cdata] = storage
+        self._alive[untyped._cdata] = weakref.ref(untyped, partial(self._freed, untyped._cdata))
         return storage
 
     def _freed(self, address: int, reference: Any) -> None:
@@ -167,16 +178,16 @@ class Ledger(TorchDispatchMode):
         self.events.append(Event(seconds, self._operations, self._name, phase, block, change, storage))
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.layout is torch.strided:  # others keep several storages, each a tensor of its own
             yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
