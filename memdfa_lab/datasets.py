@@ -40,6 +40,7 @@ class Data:
     mean: Tensor  # (C, 1, 1), of the training pixels
     pixel_range: float  # max - min of the training pixels
     classes: int
+    test_exact: Tensor | None = None  # (N,) bool: which test images are the official ones, if the .npz says so
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -56,7 +57,8 @@ class Data:
         rest, held = map(torch.from_numpy, _split(self.y_train.cpu().numpy(), fraction, seed))
         x, y = self.x_train, self.y_train
         name = f"{self.name}-holdout"
-        return replace(self, name=name, x_train=x[rest], y_train=y[rest], x_test=x[held], y_test=y[held])
+        held_out = replace(self, x_test=x[held], y_test=y[held], test_exact=None)
+        return replace(held_out, name=name, x_train=x[rest], y_train=y[rest])
 
     def subset(self, train: int | None = None, test: int | None = None) -> "Data":
         """Keep the first images (None: all), for quick runs; raises ValueError if there are fewer."""
@@ -64,7 +66,7 @@ class Data:
             if n is not None and not 1 <= n <= len(x):
                 raise ValueError(f"subset of {n} images: {self.name} has 1 to {len(x)} to give")
         parts = {key: getattr(self, key)[: train if key.endswith("train") else test] for key in KEYS}
-        return replace(self, **parts)
+        return replace(self, test_exact=None if self.test_exact is None else self.test_exact[:test], **parts)
 
 
 def names() -> list[str]:
@@ -82,7 +84,7 @@ def load(
     Root: the argument, or $MEMDFA_DATA, or memdfa_lab in the user's cache folder. ROOT/<name>.npz is taken if
     present, else what torchvision keeps there, else torchvision downloads it.
     In an .npz, images are uint8 or float, (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; labels are
-    whole numbers 0..K-1, (N,) or (N, 1).
+    whole numbers 0..K-1, (N,) or (N, 1). It may have test_exact (N,), False for test images that are close copies.
     shape (C, H, W): pad with the darkest pixel and repeat a grey channel, so that every network runs on it.
     Pixels minus the training mean of their channel, over max - min of training. The global RNG is left alone.
     Raises ValueError, one line: unknown name, no network, a damaged file, a shape that cannot be had.
@@ -90,7 +92,7 @@ def load(
     text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
     if text.lower().endswith(".npz"):
         path = Path(text).expanduser()
-        return _normalised(path.stem, _read_npz(path), shape)
+        return replace(_normalised(path.stem, _read_npz(path), shape), test_exact=_test_exact(path))
     known("data set", text or name, {**LOADERS, "the path of an .npz": None})
     folder = Path(root or os.environ.get("MEMDFA_DATA") or _cache()).expanduser()
     path = folder / f"{text}.npz"
@@ -100,7 +102,7 @@ def load(
     found = tuple((len(x), *x.shape[2:]) for x in arrays[::2])
     how = f"train and test (N, H, W) = {found}, not {WHOLE[text]}: replace it, or pass its path as the name"
     _require(found == WHOLE[text], f"{path} is not the whole of {text}: {how}")
-    return _normalised(text, arrays, shape)
+    return replace(_normalised(text, arrays, shape), test_exact=_test_exact(path))
 
 
 def _require(good: bool, message: str) -> None:
@@ -203,6 +205,17 @@ def _read_npz(path: Path) -> Arrays:
     ranges = f"{seen[0]}..{seen[-1]} and {y_test.min()}..{y_test.max()}"
     _require(good, f"{path}: labels out of range, {ranges}: expected 0..K-1, each in y_train, no other in y_test")
     return x_train, y_train, x_test, y_test
+
+
+def _test_exact(path: Path) -> Tensor | None:
+    """Read which test images are the official ones, not close copies, from an .npz that has been checked."""
+    with np.load(path, allow_pickle=False) as packed:
+        if "test_exact" not in packed:
+            return None
+        exact, tests = packed["test_exact"], packed["y_test"].size
+    good = exact.dtype == bool and exact.shape == (tests,)
+    _require(good, f"{path}: test_exact is {exact.dtype} {exact.shape}, expected bool ({tests},)")
+    return torch.from_numpy(exact)
 
 
 def _images(path: Path, key: str, x: np.ndarray) -> np.ndarray:

@@ -1,49 +1,90 @@
 """The networks of the experiments, by name, with the setting their source trained them in.
 
-Sources: "Chu et al." is the authors' public code for MEM-DFA (repository chutney42/zpp-mem).
+The settings are data, `networks.csv` beside this file: read them with `ml.models.table()` or, one, `ml.models.get`;
+override them where they are used (`ml.experiments.train`, `memdfa train`). "Chu et al." is the authors' public code for
+MEM-DFA (repository chutney42/zpp-mem); a setting named in the column `ours` is not from the source.
 """
 
+import csv
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from memdfa_lab.blocks import as_blocks
+from memdfa_lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, dense
+from memdfa_lab.architectures import mlp as mlp_layers
+from memdfa_lab.blocks import as_blocks, parts_of
 from memdfa_lab.names import known
 
-Shape = tuple[int, int, int]  # (C, H, W) of one image
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "gelu": nn.GELU,
-    "none": nn.Identity,
-}
+if TYPE_CHECKING:
+    import pandas as pd
+
+SETTINGS = Path(__file__).with_name("networks.csv")
+
+
+def _per_rule(cell: str) -> dict[str, str]:
+    """Read "BP's / that of FA, DFA and MEM-DFA", or one value for all."""
+    bp, *others = cell.split(" / ")
+    return {"bp": bp, **dict.fromkeys(("fa", "dfa", "memdfa"), *(others or [bp]))}
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and its setting: read it with `ml.models.get(name)`, override what you like.
+    """A network and its setting; `lr` and `initialisation` hold a value a rule.
 
-    `layers(input_shape, classes)` gives the modules in order; `lr` holds a learning rate a rule, for plain SGD.
+    `layers(input_shape, classes)` gives the modules in order. `ours` names the settings that are not the source's.
     """
 
-    layers: Callable[[Shape, int], list[nn.Module]]
+    layers: Layers
     input_shape: Shape
-    dataset: str
-    batch_size: int
-    epochs: int
-    lr: dict[str, float]
+    dataset: str = "mnist"
+    optimizer: str = "sgd"
+    lr: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("bp", "fa", "dfa", "memdfa"), 0.01))
+    weight_decay: float | None = None  # None: what the optimizer does by itself
+    batch_size: int = 128
+    epochs: int = 1
     loss: str = "cross_entropy"
-    source: str = "Chu et al."
+    distribution: str = "he_normal"
+    initialisation: dict[str, str] = field(default_factory=lambda: _per_rule("he_normal"))
+    source: str = "its name"
+    ours: tuple[str, ...] = ()
+    notes: str = ""
+
+
+def _read(row: dict[str, str]) -> Network:
+    channels, height, width = map(int, row["input"].split("x"))
+    return Network(
+        layers=LAYERS[row["network"]],
+        input_shape=(channels, height, width),
+        lr={rule: float(lr) for rule, lr in _per_rule(row["lr"]).items()},
+        weight_decay=float(row["weight_decay"]) if row["weight_decay"] else None,
+        batch_size=int(row["batch_size"]),
+        epochs=int(row["epochs"]),
+        initialisation=_per_rule(row["initialisation"]),
+        ours=tuple(row["ours"].split()),
+        **{name: row[name] for name in ("dataset", "optimizer", "loss", "distribution", "source", "notes")},
+    )
+
+
+with SETTINGS.open(encoding="utf-8", newline="") as _file:
+    NETWORKS = {row["network"]: _read(row) for row in csv.DictReader(_file)}
 
 
 def names() -> list[str]:
     """Return the names that `build` takes; a ReLU MLP has a name too, such as 784-[800]x32-10."""
     return list(NETWORKS)
+
+
+def table() -> "pd.DataFrame":
+    """Return the settings as they stand in networks.csv, a row a network."""
+    import pandas as pd
+
+    return pd.read_csv(SETTINGS, dtype=str, keep_default_na=False)
 
 
 def get(name: str) -> Network:
@@ -52,17 +93,25 @@ def get(name: str) -> Network:
     if spelt is None:
         return known("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
     inputs, width, depth = map(int, spelt.groups())
-    return Network(_mlp([width] * depth, "relu"), (1, 1, inputs), "mnist", 128, 1, _same_lr(0.01), source="its name")
+    return Network(mlp_layers([width] * depth, "relu"), (1, 1, inputs))
 
 
-def build(name: str, input_shape: Shape | None = None, classes: int = 10, seed: int = 0) -> nn.Sequential:
+def build(
+    name: str,
+    input_shape: Shape | None = None,
+    classes: int = 10,
+    seed: int = 0,
+    initialisation: str | None = None,
+) -> nn.Sequential:
     """Return a new network of that name as blocks, for input (N, *input_shape), its own shape if not given.
 
-    Weights are He-normal, biases 0, as the authors'; `seed` gives them, whatever the global generator's state.
+    `initialisation` is one of INITIALISATIONS, the network's own for BP if not given; `seed` gives the weights,
+    whatever the global generator's state.
     """
     network = get(name)
     shape = network.input_shape if input_shape is None else input_shape
-    return _initialised(lambda: network.layers(shape, classes), seed)
+    how = initialisation or network.initialisation["bp"]
+    return _initialised(lambda: network.layers(shape, classes), seed, how)
 
 
 def mlp(
@@ -83,117 +132,59 @@ def mlp(
     known("activation", output, ACTIVATIONS)
     if min(in_features, classes, *hidden) < 1:
         raise ValueError(f"widths must be 1 or more, got {in_features}, {list(hidden)}, {classes}")
-    return _initialised(lambda: _dense(in_features, hidden, classes, activation, batch_norm, output), seed)
+    return _initialised(lambda: dense(in_features, hidden, classes, activation, batch_norm, output), seed)
 
 
-def _dense(
-    in_features: int,
-    hidden: Sequence[int],
-    classes: int,
-    activation: str,
-    batch_norm: bool = False,
-    output: str = "none",
-) -> list[nn.Module]:
-    layers: list[nn.Module] = [nn.Flatten()]
-    for width in hidden:
-        layers += [nn.Linear(in_features, width), *([nn.BatchNorm1d(width)] if batch_norm else [])]
-        layers.append(ACTIVATIONS[activation]())
-        in_features = width
-    layers.append(nn.Linear(in_features, classes))
-    return layers if output == "none" else [*layers, ACTIVATIONS[output]()]
+def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> "pd.DataFrame":
+    """Return a row a block: its layers, its output (C, H, W) or (n,), and how many numbers its parts have.
+
+    `outputs` is n_i, what the block puts out for one example; `feedback` is C n_i, what DFA's B_i holds, 0 for the
+    last block.
+    """
+    import pandas as pd
+
+    shape = get(name).input_shape if input_shape is None else input_shape
+    rows: list[dict[str, object]] = []
+    with torch.device("meta"):
+        blocks, h = build(name, shape, classes), torch.empty(2, *shape)
+        for block in blocks:
+            h = block(h)
+            rows.append(
+                {
+                    "layers": ", ".join(type(part).__name__ for part in parts_of(block)),
+                    "output": tuple(h.shape[1:]),
+                    "parameters": sum(p.numel() for p in block.parameters()),
+                    "outputs": h[0].numel(),
+                    "feedback": classes * h[0].numel() * (len(rows) < len(blocks) - 1),
+                }
+            )
+    return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="block")).reset_index()
 
 
-def _mlp(hidden: Sequence[int], activation: str, batch_norm: bool = False, output: str = "none") -> Callable:
-    def layers(shape: Shape, classes: int) -> list[nn.Module]:
-        return _dense(torch.Size(shape).numel(), hidden, classes, activation, batch_norm, output)
-
-    return layers
-
-
-def _convnet(
-    features: Callable[[int], list[nn.Module]], hidden: int, batch_norm: bool = False
-) -> Callable[[Shape, int], list[nn.Module]]:
-    """Convolutions made from the number of input channels, then one hidden dense layer."""
-
-    def layers(shape: Shape, classes: int) -> list[nn.Module]:
-        with torch.device("meta"):  # the size of the feature map, without computing it
-            flat = nn.Sequential(*features(shape[0]))(torch.empty(2, *shape)).flatten(1).shape[1]
-        norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
-        dense = [nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), *norm, nn.Linear(hidden, classes)]
-        return [*features(shape[0]), *dense]
-
-    return layers
+def _uniform(layer: nn.Linear | nn.Conv2d) -> None:
+    bound = 1 / math.sqrt(layer.weight[0].numel())
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            nn.init.uniform_(parameter, -bound, bound)
 
 
-def _mnist_conv(padding: str) -> Callable[[Shape, int], list[nn.Module]]:
-    def features(channels: int) -> list[nn.Module]:
-        first = [nn.Conv2d(channels, 20, 5, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
-        return [*first, nn.Conv2d(20, 50, 5, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
-
-    return _convnet(features, hidden=500)
-
-
-def _liao_cifar(batch_norm: bool) -> Callable[[Shape, int], list[nn.Module]]:
-    def stage(channels: int, filters: int, pool: nn.Module) -> list[nn.Module]:
-        norm = [nn.BatchNorm2d(filters)] if batch_norm else []
-        return [nn.Conv2d(channels, filters, 5, padding="same"), pool, nn.ReLU(), *norm]
-
-    def features(channels: int) -> list[nn.Module]:
-        # ceil_mode pools as TensorFlow's SAME padding does: windows over the edge, of which only the inside counts.
-        first = stage(channels, 32, nn.MaxPool2d(3, 2, ceil_mode=True))
-        second = stage(32, 64, nn.AvgPool2d(3, 2, ceil_mode=True))
-        return [*first, *second, *stage(64, 64, nn.AvgPool2d(3, 2, ceil_mode=True))]
-
-    return _convnet(features, hidden=128, batch_norm=batch_norm)
+# name -> what is done to each Linear and convolution, whose biases are zero before
+INITIALISATIONS: dict[str, Callable[[nn.Linear | nn.Conv2d], object]] = {
+    "he_normal": lambda layer: nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"),  # the authors'
+    "uniform": _uniform,  # in +-1/sqrt(fan_in), the biases too: Nøkland's for BP
+    "zero": lambda layer: nn.init.zeros_(layer.weight),  # Nøkland's for DFA
+    "xavier_uniform": lambda layer: nn.init.xavier_uniform_(layer.weight),  # BioTorch's
+}
 
 
-def _vgg_16(batch_norm: bool) -> Callable[[Shape, int], list[nn.Module]]:
-    def layers(shape: Shape, classes: int) -> list[nn.Module]:
-        modules: list[nn.Module] = []
-        channels = shape[0]
-        for filters in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
-            if isinstance(filters, str):
-                modules.append(nn.MaxPool2d(2))
-            else:
-                norm = [nn.BatchNorm2d(filters)] if batch_norm else []
-                modules += [nn.Conv2d(channels, filters, 3, padding="same"), *norm, nn.ReLU()]
-                channels = filters
-        flat = channels * (shape[1] // 32) * (shape[2] // 32)
-        return [*modules, *_dense(flat, [4096, 4096], classes, "relu")]
-
-    return layers
-
-
-def _initialised(make: Callable[[], list[nn.Module]], seed: int) -> nn.Sequential:
+def _initialised(make: Callable[[], list[nn.Module]], seed: int, how: str = "he_normal") -> nn.Sequential:
+    initialise = known("initialisation", how, INITIALISATIONS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         blocks = as_blocks(make())
         for module in blocks.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+                initialise(module)
     return blocks
-
-
-def _same_lr(lr: float) -> dict[str, float]:
-    return dict.fromkeys(("bp", "fa", "dfa", "memdfa"), lr)
-
-
-MNIST, CIFAR10 = (1, 28, 28), (3, 32, 32)
-# The last three of the dense networks were only profiled, not trained: their epochs and learning rates are ours.
-NETWORKS: dict[str, Network] = {
-    "fc_relu": Network(_mlp([100, 30], "relu"), MNIST, "mnist", 10, 20, _same_lr(0.01)),
-    "fc_sigmoid": Network(
-        _mlp([50, 30], "sigmoid", output="sigmoid"), MNIST, "mnist", 10, 30, _same_lr(0.05), loss="mse"
-    ),
-    "long_fc": Network(_mlp([500] * 30, "sigmoid", True, "sigmoid"), MNIST, "mnist", 10, 1, _same_lr(0.01)),
-    "long_fc2": Network(_mlp([500] * 20, "sigmoid", False, "sigmoid"), MNIST, "mnist", 10, 1, _same_lr(0.01)),
-    "epic_long_fc": Network(_mlp([50] * 200, "sigmoid", True, "sigmoid"), MNIST, "mnist", 10, 1, _same_lr(0.01)),
-    "mnist_conv": Network(_mnist_conv("same"), MNIST, "mnist", 100, 150, _same_lr(0.005)),
-    "liao_mnist": Network(_mnist_conv("valid"), MNIST, "mnist", 100, 150, _same_lr(0.005)),
-    "liao_cifar": Network(_liao_cifar(False), CIFAR10, "cifar10", 100, 100, _same_lr(1e-5) | {"bp": 0.001}),
-    "liao_cifar_bn": Network(_liao_cifar(True), CIFAR10, "cifar10", 100, 100, _same_lr(1e-5) | {"bp": 0.001}),
-    "vgg_16": Network(_vgg_16(False), CIFAR10, "cifar10", 100, 80, _same_lr(5e-6) | {"bp": 0.001}),
-    "vgg_16_bn": Network(_vgg_16(True), CIFAR10, "cifar10", 100, 80, _same_lr(5e-6) | {"bp": 0.001}),
-}

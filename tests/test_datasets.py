@@ -275,6 +275,17 @@ def test_wrong_npz_is_named(changes: dict[str, Any], says: str, tmp_path: Path) 
     assert str(path) in message
 
 
+def test_which_test_images_are_exact_is_read_cut_and_forgotten_with_them(tmp_path: Path) -> None:
+    exact = np.arange(20) % 7 != 3
+    data = load(save(tmp_path, test_exact=exact))
+    assert data.test_exact is not None
+    assert data.test_exact.tolist() == exact.tolist()
+    assert data.subset(test=5).test_exact.tolist() == exact[:5].tolist()  # type: ignore[union-attr]
+    assert data.holdout().test_exact is None
+    assert load(save(tmp_path, "other.npz")).test_exact is None
+    assert "test_exact is bool (3,), expected bool (20,)" in complaint(save(tmp_path, "bad.npz", test_exact=exact[:3]))
+
+
 def test_constant_images(tmp_path: Path) -> None:
     assert "own: all training pixels are 0" in complaint(save(tmp_path, x_train=GOOD["x_train"] * 0))
 
