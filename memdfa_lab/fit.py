@@ -1,11 +1,12 @@
 """Epochs over a dataset: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
+import os
 import pickle
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,9 @@ class History:
         """The rows as a pandas table."""
         import pandas as pd
 
-        columns = ["epoch", "loss", "train_accuracy", "test_accuracy", "seconds"]
-        return pd.DataFrame(self.rows, columns=columns).astype({"epoch": int})
+        columns = dict.fromkeys(["epoch", "loss", "train_accuracy", "test_accuracy", "seconds"])
+        columns |= dict.fromkeys(name for row in self.rows for name in row)  # what on_epoch adds
+        return pd.DataFrame(self.rows, columns=list(columns)).astype({"epoch": int})
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table, whole or not at all."""
@@ -59,6 +61,7 @@ def fit(
     overwrite: bool = False,
     save_every_s: float = 60.0,
     progress: bool = True,
+    on_epoch: Callable[[Rule, int], Mapping[str, float]] | None = None,
 ) -> History:
     """Train for `epochs` epochs and return the history.
 
@@ -66,7 +69,8 @@ def fit(
     makes a learning-rate scheduler for an optimizer; it steps once an epoch. `checkpoint`: a file that is written
     after each epoch, every `save_every_s` seconds within one, and on Ctrl-C, after the running step. If it is there
     already, training goes on where it stopped, with the result of a run that was never cut; `overwrite=True` starts
-    anew. The network trains in training mode, on the device and in the dtype of its weights.
+    anew. The network trains in training mode, on the device and in the dtype of its weights. `on_epoch(rule, epoch)` is
+    called after each epoch, from 1 on; the numbers that it returns by name become columns of the history.
 
     Raises ValueError for sizes below 1 or a checkpoint that is damaged or belongs to another setting, and whatever
     `rule.step` raises.
@@ -101,7 +105,7 @@ def fit(
                     saved_at = time.monotonic()
                 if interrupt.asked:
                     raise KeyboardInterrupt
-            run.finish_epoch(data)
+            run.finish_epoch(data, on_epoch)
             bar.set_postfix(loss=run.rows[-1]["loss"], test=run.rows[-1]["test_accuracy"])
             if path is not None:
                 run.save(path, settings)
@@ -140,7 +144,7 @@ class _Run:
     seconds: float = 0.0
     rows: list[dict[str, float]] = field(default_factory=list)
 
-    def finish_epoch(self, data: "Data") -> None:
+    def finish_epoch(self, data: "Data", on_epoch: Callable[[Rule, int], Mapping[str, float]] | None) -> None:
         for scheduler in self.schedulers:
             scheduler.step()
         self.epoch += 1
@@ -152,6 +156,8 @@ class _Run:
             "test_accuracy": accuracy(self.rule, data.x_test, data.y_test),
             "seconds": self.seconds,
         }
+        if on_epoch is not None:
+            row |= {name: float(value) for name, value in on_epoch(self.rule, self.epoch).items()}
         self.rows.append(row)
         self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
 
@@ -245,4 +251,5 @@ def _bar(total: int, progress: bool) -> Any:
     from tqdm.notebook import tqdm_notebook
 
     seen = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)  # in a log file, a bar is noise
-    return tqdm(total=total, disable=not (progress and seen), unit="batch", leave=False)
+    wanted = progress and seen and not os.environ.get("TQDM_DISABLE")  # tqdm.notebook ignores it
+    return tqdm(total=total, disable=not wanted, unit="batch", leave=False)

@@ -1,5 +1,6 @@
 """Training over epochs: evaluation, history, checkpoints that resume bit for bit, also after kill -9 and Ctrl-C."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -242,6 +244,31 @@ def test_training_in_float64_follows_the_weights_dtype(data):
     rule = ml.MemDFA(ml.models.mlp(784, [8], 10).double(), optimizer=SGD)
     ml.fit(rule, data, 1, 64)
     assert all(p.dtype == torch.float64 for p in rule.blocks.parameters())
+
+
+def test_what_on_epoch_returns_is_in_the_history_and_resumes_with_it(data, tmp_path):
+    def watch(rule, epoch):
+        assert all(module.training for module in rule.blocks.modules())
+        return {"norm": rule.blocks[1].weight.detach().norm(), "twice": np.float32(2 * epoch)}  # not plain numbers
+
+    settings = {"batch_size": 32, "on_epoch": watch, "progress": False}
+    torch.manual_seed(7)
+    whole = ml.fit(with_dropout_and_batch_norm("bp"), data, 3, **settings)
+    assert list(whole.table)[5:] == ["norm", "twice"]
+    assert list(whole.table["twice"]) == [2, 4, 6]
+    assert whole.table["norm"].nunique() == 3
+
+    path = tmp_path / "run.pt"
+    cut = with_dropout_and_batch_norm("bp")
+    cut_after(cut, 14)  # in the second epoch
+    torch.manual_seed(7)
+    with pytest.raises(Cut):
+        ml.fit(cut, data, 3, checkpoint=path, save_every_s=0, **settings)
+    resumed = ml.fit(with_dropout_and_batch_norm("bp"), data, 3, checkpoint=path, **settings)
+    assert without_seconds(resumed).equals(without_seconds(whole))
+    longer = ml.fit(with_dropout_and_batch_norm("bp"), data, 4, 32, checkpoint=path).table  # nobody watches any more
+    assert list(longer["twice"][:3]) == [2, 4, 6]
+    assert math.isnan(longer["twice"][3])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,170 @@
+"""Angles between what a rule does and what BP would do: below 90 degrees, a small enough step lowers the loss.
+
+For a block with BP's gradient g and the rule's own update direction d, both of all its weights in one vector,
+
+    cos(angle) = <d, g> / (|d| |g|),        loss(W - lr d) = loss(W) - lr <d, g> + O(lr^2).
+
+FA and DFA start near 90 degrees, as any two directions of many dimensions are, and come below as the network learns:
+the weights above come to agree with B (Lillicrap et al. 2016; Nøkland 2016).
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from memdfa_lab.fit import _order
+from memdfa_lab.names import known
+from memdfa_lab.recompute import buffers_put_back, forward_without_trace, generators_put_back
+from memdfa_lab.rules import BP, Rule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from memdfa_lab.datasets import Data
+
+T = TypeVar("T")
+Step = Callable[..., Tensor]  # a rule's step as a function of rule, x and y
+Directions = list[list[Tensor]]  # for each block tensors that are one vector together; none: it is not taught
+
+
+def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float]:
+    """Return the angle between the rule and BP on one batch, x (N, ...) and y, in degrees (0 to 180), one a block.
+
+    `of`: "gradient", of a block's weights, biases and whatever else it trains, or "signal", at the block's output,
+    all examples together (Lillicrap's angle). The gradient is looked at before the optimizer and clipping. NaN where
+    there is no direction: a block that trains nothing, or a gradient of zeros. The network is taken in the mode
+    (training or not) that it is in, and the rule is left as it is: weights, buffers, gradients, optimizer state,
+    feedback and torch's generators.
+
+    Raises ValueError for another `of`, and what `rule.step` raises.
+    """
+    directions = known("angle of", of, {"gradient": _gradients, "signal": _signals})
+    ours, exact = (directions(step, rule, x, y) for step in (type(rule).step, BP.step))
+    return [_angle(one, other) for one, other in zip(ours, exact, strict=True)]
+
+
+def follow(
+    rule: Rule,
+    data: "Data",
+    at: Sequence[int],
+    batch_size: int = 100,
+    *,
+    probe: int = 500,
+    seed: int = 0,
+    before_step: Callable[[Rule, int], object] | None = None,
+) -> "pd.DataFrame":
+    """Train as `ml.fit` does, and return the angles after each number of steps in `at`, 0 being the start.
+
+    They are taken on the first `probe` training images, always the same. `before_step(rule, step)` may change
+    something, such as B, before each step, from 0 on. Columns: step, block (from 1 on), gradient_deg, signal_deg.
+    Raises what `rule.step` raises.
+    """
+    import pandas as pd
+
+    rule.blocks.train()
+    like = next(rule.blocks.parameters())
+    x, y = data.x_train[:probe].to(like), data.y_train[:probe].to(like.device)
+    orders = (_order(len(data.x_train), seed, epoch).split(batch_size) for epoch in count())
+    rows: list[tuple[int, int, float, float]] = []
+    for step, chosen in zip(range(max(at) + 1), chain.from_iterable(orders), strict=False):
+        if step in at:
+            pairs = zip(angles(rule, x, y), angles(rule, x, y, "signal"), strict=True)
+            rows += [(step, block, *pair) for block, pair in enumerate(pairs, 1)]
+        if step < max(at):
+            if before_step is not None:
+                before_step(rule, step)
+            rule.step(data.x_train[chosen].to(like), data.y_train[chosen].to(like.device))
+    return pd.DataFrame(rows, columns=["step", "block", "gradient_deg", "signal_deg"])
+
+
+def _gradients(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
+    with _untouched(rule, x) as twin:
+        step(twin, x, y)
+        return [_gradient_of(block) for block in rule.parameters]
+
+
+def _gradient_of(block: list[nn.Parameter]) -> list[Tensor]:
+    if all(parameter.grad is None for parameter in block):
+        return []
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in block]  # None: not used in the forward pass
+
+
+def _signals(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
+    signals: dict[int, Tensor] = {}
+
+    def note(i: int, block: nn.Module, inputs: Any, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(partial(signals.__setitem__, i))
+
+    with _untouched(rule, x) as twin:
+        hooks = [block.register_forward_hook(partial(note, i)) for i, block in enumerate(rule.chain)]
+        try:
+            step(twin, x, y)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return [[signals[i]] if i in signals and block else [] for i, block in enumerate(rule.parameters)]
+
+
+@contextmanager
+def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
+    """Give a rule whose step leaves the gradients in the weights and changes none; put back what it does change."""
+    twin = _apart(rule)  # the same network
+    twin.optimizers = [None for _ in rule.optimizers]
+    twin.feedback = _apart(rule.feedback)
+    gradients = [(p, p.grad) for p in rule.blocks.parameters()]
+    with torch.enable_grad(), generators_put_back(x.device), buffers_put_back(rule.blocks):
+        try:
+            yield twin
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def _apart(thing: T) -> T:
+    """Return a shallow copy, whose tables (drawn matrices, counted sizes) can grow without the other's."""
+    made = copy.copy(thing)
+    vars(made).update({name: dict(value) for name, value in vars(made).items() if isinstance(value, dict)})
+    return made
+
+
+def _angle(one: list[Tensor], other: list[Tensor]) -> float:
+    # 2 atan2(|u - v|, |u + v|) for unit vectors u and v is Kahan's formula: an arc cosine would lose small angles.
+    if not one or not other:
+        return float("nan")
+    u, v = (torch.cat([part.flatten().double() for part in parts]) for parts in (one, other))
+    u, v = u / u.norm(), v / v.norm()
+    return torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm())).item()
+
+
+def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
+    """Return the angle between what a block is told and what its output does, in degrees (0 to 90), one a block.
+
+    The block is told -s, its signal under DFA and MEM-DFA (e for the last). A small step of plain SGD moves its output,
+    for all examples of the batch x (N, ...) together, by -lr J J^T s, with J the slopes of the output by the weights.
+    Few weights behind many outputs cannot do what is asked of each. NaN for a block that trains nothing. The rule is
+    left as it is.
+    """
+    found, h = [], x
+    with torch.enable_grad(), generators_put_back(x.device), buffers_put_back(rule.blocks):
+        _, e = rule.error(forward_without_trace(rule.chain, x), y)
+        twin = _apart(rule)
+        twin.feedback = _apart(rule.feedback)
+        for i, (block, weights) in enumerate(zip(rule.blocks, rule.parameters, strict=True)):
+            out = block(h)
+            told, u = twin.signal(i, out.detach(), e).whole(out.detach()), torch.zeros_like(out, requires_grad=True)
+            if weights:
+                step = torch.autograd.grad(out, weights, told, retain_graph=True)
+                pulled = torch.autograd.grad(out, weights, u, create_graph=True)  # J^T u, of which u is the variable
+                (done,) = torch.autograd.grad(pulled, u, step)
+                found.append(_angle([told], [done]))
+            else:
+                found.append(float("nan"))
+            h = out.detach()
+    return found
