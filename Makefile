@@ -16,24 +16,36 @@ BIN := $(filter-out ./,$(dir $(PY)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env reproduce test check lab clean
+.PHONY: help env reproduce paper test test-notebooks check notebooks lab book clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  ARGS="..."   more arguments for memdfa reproduce or pytest: make test ARGS="-k rules"'
+	@echo '  ARGS="..."   more arguments for memdfa reproduce, or for pytest, which then leaves the notebooks out:'
+	@echo '               make test ARGS="-k rules"'
 	@echo '  PY=python    use the activated environment instead of $(VENV)'
 	@echo '  PYTHON=...   make $(VENV) with this Python (3.11 or newer)'
 
 env: $(READY) ## make or update the environment in .venv
 
-reproduce: $(READY) ## train the four rules side by side on real digits, write figures and tables under reports/
+reproduce: $(READY) ## run all notebooks; figures, tables and a page that shows them go under reports/runs/
 	$(BIN)memdfa reproduce $(ARGS)
+
+paper: $(READY) ## run the paper's comparison, hours; goes on where it stopped: make paper ARGS="--budget 2h"
+	$(BIN)memdfa reproduce --paper $(ARGS)
 
 # One thread a worker: WORKERS x OpenMP threads on as many cores would only take turns. worksteal keeps a module's
 # tests mostly on one worker (its fixtures are made once) and still shares out the long parametrised files.
-test: $(READY) ## run the tests
+test: $(READY) ## run the tests, then the notebooks
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(if $(strip $(ARGS)),,@$(MAKE) --no-print-directory test-notebooks)
+
+# Every cell is run and its output compared with the committed one; a cell that depends on the machine says so by the
+# tag nbval-ignore-output. loadscope keeps a notebook's cells on one worker, in order. nbval wants the notebooks below
+# pytest's root folder: elsewhere their cells have the same names, and xdist drops all but one.
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/notebooks.sanitize
+test-notebooks: $(READY) ## run the notebooks, outputs compared with those committed
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) notebooks $(ARGS)
 
 check: $(READY) ## what a change must pass: format, lint, types, tests
 	$(PY) -m ruff format --check .
@@ -41,8 +53,18 @@ check: $(READY) ## what a change must pass: format, lint, types, tests
 	$(PY) -m mypy
 	$(MAKE) --no-print-directory test
 
+NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
+notebooks: $(READY) ## run the notebooks and keep what they put out, to be committed
+	$(PY) .ci/refresh_notebooks.py $(NOTEBOOKS)
+
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyter lab --notebook-dir=notebooks
+
+# Built anew each time: what an earlier build warned of, a second one that has nothing to read would pass over.
+book: $(if $(READY),$(VENV)/.book) ## make README, the notebooks and a reference into pages under build/book/
+	rm -rf build/book
+	$(PY) -m sphinx -E -W --keep-going -q -d build/doctrees -c notebooks/book . build/book
+	@echo 'open file://$(CURDIR)/build/book/index.html'
 
 clean: ## remove caches and builds; .venv, data and reports stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -56,4 +78,8 @@ $(VENV)/.installed: pyproject.toml
 	    || { echo "memdfa_lab needs Python 3.11 or newer, found '$(PYTHON)': install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }; \
 	  echo '$(PYTHON) -m venv $(VENV)'; '$(PYTHON)' -m venv --clear $(VENV); }
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+$(VENV)/.book: $(READY)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[book]"
 	@touch $@

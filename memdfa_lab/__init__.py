@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from memdfa_lab import datasets, experiments, feedback, losses, memory, models
+from memdfa_lab import alignment, datasets, experiments, feedback, losses, memory, models
 from memdfa_lab.baselines import BASELINES
 from memdfa_lab.blocks import as_blocks
 from memdfa_lab.fit import History, accuracy, fit, predict
@@ -20,6 +20,7 @@ __all__ = [
     "MemDFA",
     "Rule",
     "accuracy",
+    "alignment",
     "as_blocks",
     "datasets",
     "experiments",
@@ -30,7 +31,7 @@ __all__ = [
     "models",
     "predict",
 ]
-LATER = {"figures"}  # modules that need plotting libraries: loaded when first used
+LATER = {"figures", "widgets"}  # modules that need plotting libraries: loaded when first used
 
 
 def load_ipython_extension(shell: Any) -> None:

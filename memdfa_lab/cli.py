@@ -3,16 +3,19 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import memdfa_lab as ml
+from memdfa_lab import paper
 from memdfa_lab.bench import ALL as BENCH_RULES
 from memdfa_lab.bench import NETWORKS, bench, contenders, frontier
 from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import DISTRIBUTIONS, KINDS
 from memdfa_lab.files import write_text
 from memdfa_lab.losses import LOSSES
+from memdfa_lab.reproduce import reproduce
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 
@@ -27,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except KeyboardInterrupt:
-        return _say("interrupted: what was finished is kept, the same command goes on from there", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "interrupted: what was finished is kept, the same command goes on from there"
+        return _say(text, INTERRUPTED)
     except (ValueError, TypeError) as problem:
         return _fail(options, problem, 2)
     except Exception as problem:
@@ -88,13 +92,15 @@ def _add_train(commands: Any) -> None:
         "--dataset", default="mnist5k", help="mnist5k (default, no network needed), mnist, cifar10 or a path to an .npz"
     )
     add("--root", help="where data sets are kept (default: $MEMDFA_DATA, else the user's cache)")
-    add("--epochs", type=int, default=5, help="default: 5")
+    add("--epochs", type=int, help="default: the network's setting")
     add("--batch-size", type=int, help="default: the network's setting")
-    add("--lr", type=float, help="learning rate; default: the network's setting, which is for sgd")
-    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: sgd (momentum: sgd with momentum 0.9)")
+    add("--lr", type=float, help="learning rate; default: the network's setting, which is for its own optimizer")
+    add("--optimizer", choices=OPTIMIZERS, help="default: the network's setting (momentum: sgd with momentum 0.9)")
+    add("--weight-decay", type=float, help="default: the network's setting")
     add("--loss", choices=LOSSES, help="default: the network's setting")
     add("--feedback", choices=KINDS, default="stored", help="what is kept of the random matrices; default: stored")
-    add("--distribution", choices=DISTRIBUTIONS, default="he_normal", help="default: he_normal, the authors'")
+    add("--distribution", choices=DISTRIBUTIONS, help="of the random matrices; default: the network's setting")
+    add("--initialisation", choices=ml.models.INITIALISATIONS, help="of the weights; default: the network's setting")
     add("--scale", type=float, default=1.0, help="multiplies the random matrices; default: 1")
     add("--clip-norm", type=float, help="largest norm of one block's gradient; default: no clipping")
     add("--seed", type=int, default=0, help="of weights, feedback and the order of the data; default: 0")
@@ -122,7 +128,9 @@ def _train(options: argparse.Namespace) -> None:
             seed=options.seed,
             lr=options.lr,
             optimizer=options.optimizer,
+            weight_decay=options.weight_decay,
             loss=options.loss,
+            initialisation=options.initialisation,
             feedback_kind=options.feedback,
             distribution=options.distribution,
             scale=options.scale,
@@ -140,24 +148,50 @@ def _add_reproduce(commands: Any) -> None:
         commands,
         "reproduce",
         _reproduce,
-        "run the numbered notebooks and write figures and tables into a run folder",
-        "  memdfa reproduce\n  memdfa reproduce --only 02 -p dataset mnist -p epochs 20 --out reports/runs/mnist\n",
+        "run the numbered notebooks in order; executed notebooks, figures, tables and index.html go into a run folder",
+        "  memdfa reproduce\n"
+        "  memdfa reproduce --only 02,04 -p dataset mnist -p epochs 20 --out reports/runs/mnist\n"
+        "  memdfa reproduce --out reports/runs/mnist    # goes on with that run, if it was cut or something failed\n"
+        "  memdfa reproduce --paper --budget 2h         # the paper's comparison, as far as it goes in two hours\n"
+        "  memdfa reproduce --paper --only mnist_2x800,mnist_7x240 --out reports/runs/paper\n",
     )
     add = command.add_argument
     add("--only", type=lambda text: text.split(","), default=[], metavar="02,04", help="these notebooks; default: all")
+    add("--paper", action="store_true", help="instead: run the comparison; --only then names experiments of it")
+    add("--budget", type=paper.seconds, metavar="2h", help="with --paper: how long it may take, such as 90m or 1h30m")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter, its value as in YAML")
-    add("--out", type=Path, help="run folder; default: reports/runs/<time>")
+    out = "run folder, of a run to go on with or a new one; default: reports/runs/<time>, with --paper reports/paper"
+    add("--out", type=Path, help=out)
+    add("--overwrite", action="store_true", help="start anew what the folder already has")
+    add("--timeout", type=float, default=900, metavar="S", help="seconds that one notebook may take; default: 900")
 
 
 def _reproduce(options: argparse.Namespace) -> None:
     import yaml
 
+    if options.paper:
+        return _reproduce_paper(options)
+    if options.budget is not None:
+        raise ValueError("--budget goes with --paper: notebooks have --timeout")
     try:
-        parameters = {name: yaml.safe_load(value) for name, value in options.p}
+        parameters = {name: yaml.safe_load(value) for name, value in options.p} or None
     except yaml.YAMLError as problem:
         raise ValueError(f"-p takes a value as in YAML, such as 3, true, mnist or [bp, dfa]: {problem}") from problem
-    out = ml.experiments.reproduce(options.out, options.only, parameters)
-    print(f"executed notebooks, figures and tables are in {out}/")
+    out = reproduce(options.out, options.only, parameters, overwrite=options.overwrite, timeout_s=options.timeout)
+    print(f"figures and numbers are in {out / 'index.html'}, executed notebooks beside it")
+
+
+def _reproduce_paper(options: argparse.Namespace) -> None:
+    from memdfa_lab import paper_tables
+
+    if options.p or options.overwrite:
+        raise ValueError("-p and --overwrite do not go with --paper: another --out starts anew, in an empty folder")
+    out = options.out or Path("reports/paper")
+    paper.run(out, options.only, options.budget, say=partial(print, flush=True))
+    if not (out / "depth.csv").exists():
+        print("memory tables, predicted: some minutes", flush=True)
+        paper_tables.measure(out)
+    print(f"tables are in {out}/: notebook 07_paper_figures draws them, with runs={str(out)!r}")
 
 
 def _add_profile(commands: Any) -> None:

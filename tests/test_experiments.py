@@ -1,4 +1,4 @@
-"""Runs in folders: comparing rules, checking a notebook's parameters, the notebooks through papermill."""
+"""Runs from names and numbers: comparing rules, what a notebook's parameters may be."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memdfa_lab as ml
-from memdfa_lab.experiments import check_parameters, compare, confusion, make_rule, reproduce, summary
+from memdfa_lab.experiments import check_parameters, compare, confusion, make_rule, summary
 
 EXPECTED = {"epochs": range(1, 11), "lr": (None, (0.0, 1.0)), "rules": [{"bp", "fa"}], "fast": bool, "dataset": str}
 GOOD = {"epochs": 3, "lr": None, "rules": ["bp"], "fast": False, "dataset": "mnist"}
@@ -26,6 +26,12 @@ def test_compare_gives_each_rule_the_same_start_and_dfa_and_memdfa_the_same_end(
         ("dfa", 0), ("dfa", 1), ("memdfa", 0), ("memdfa", 1),
     ]  # fmt: skip
     assert table["loss"][0] != table["loss"][1]
+
+
+def test_an_mlp_spelt_by_its_widths_takes_digits_as_they_are():
+    data = ml.experiments.load_for("784-[16]x2-10", "mnist5k")
+    assert data.input_shape == (1, 28, 28)
+    assert make_rule("memdfa", "784-[16]x2-10", data).step(data.x_train[:5], data.y_train[:5]).dim() == 0
 
 
 def test_the_summary_is_mean_and_spread_over_seeds_of_the_last_epoch():
@@ -74,27 +80,3 @@ def test_wrong_parameters_are_refused_in_one_line(wrong, message):
         check_parameters({**GOOD, **wrong}, **EXPECTED)
     assert message in str(problem.value)
     assert "\n" not in str(problem.value)
-
-
-def test_reproduce_leaves_executed_notebook_figures_and_tables(tmp_path):
-    out = tmp_path / "run 1"
-    parameters = {"epochs": 1, "seeds": [3], "rules": ["dfa", "memdfa"], "batch_size": 100}
-    assert reproduce(out, ["02"], parameters) == out
-    names = {path.name for path in out.iterdir()}
-    assert "02_mnist_mlp.ipynb" in names
-    for name in ("learning_curves", "confusion", "digits"):
-        assert {f"02_mnist_mlp-{name}.svg", f"02_mnist_mlp-{name}.png"} <= names
-    table = pd.read_csv(out / "02_mnist_mlp-histories.csv")
-    assert set(table["rule"]) == {"dfa", "memdfa"}
-    assert table["loss"][0] == table["loss"][1]
-    assert not any(name.startswith(".") for name in names)
-    with pytest.raises(ValueError, match="holds a run already"):
-        reproduce(out, ["02"], parameters)
-
-
-def test_a_failing_cell_is_reported_and_the_notebook_kept(tmp_path):
-    from papermill import PapermillExecutionError
-
-    with pytest.raises(PapermillExecutionError, match="epochs must be a whole number from 1"):
-        reproduce(tmp_path / "run", ["02_mnist_mlp"], {"epochs": 0})
-    assert (tmp_path / "run" / "02_mnist_mlp.ipynb").exists()

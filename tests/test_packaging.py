@@ -64,7 +64,8 @@ def test_environment_yml_has_the_packages_and_bounds_of_pyproject():
     conda = [line for line in environment["dependencies"] if isinstance(line, str) and line != "pip"]
     pip = [line for line in environment["dependencies"] if isinstance(line, dict)]
 
-    wanted = bounds(PROJECT["dependencies"]) | bounds(PROJECT["optional-dependencies"]["test"])
+    extras = PROJECT["optional-dependencies"]
+    wanted = bounds(PROJECT["dependencies"]) | bounds(extras["test"]) | bounds(extras["book"])
     wanted = {CONDA_NAMES.get(name, name): spec for name, spec in wanted.items()}
     wanted["python"] = PROJECT["requires-python"]
 
@@ -108,6 +109,9 @@ def test_wheel_made_from_the_sdist_carries_the_notebooks(tmp_path):
     }
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "memdfa_lab").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    assert "memdfa_lab/networks.csv" in names
+    tables = {f"memdfa_lab/reports/paper/{path.name}" for path in (ROOT / "reports" / "paper").glob("*.csv")}
+    assert {"memdfa_lab/paper.toml", "memdfa_lab/published.csv", *tables} <= names  # what notebook 07 draws
 
 
 # import

@@ -1,0 +1,44 @@
+"""Run notebooks from top to bottom and keep what they put out as it is committed, without noise: make notebooks."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+
+from memdfa_lab.files import written_whole
+from memdfa_lab.headless import ENGINE
+
+HOOKS = Path(__file__).resolve().parent.parent / ".pre-commit-config.yaml"
+
+
+def run(path: Path) -> None:
+    """Run the notebook where it lies and write it, whole or not at all."""
+    hooks = yaml.safe_load(HOOKS.read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    strip = next(hook["args"] for hook in hooks if hook["id"] == "nbstripout")
+    with tempfile.TemporaryDirectory() as folder:
+        executed = Path(folder) / path.name
+        papermill.execute_notebook(
+            str(path), str(executed), engine_name=ENGINE, kernel_name="python3", cwd=path.parent, progress_bar=False
+        )
+        notebook = nbformat.read(executed, as_version=4)
+        notebook.metadata.language_info = {"name": "python"}  # not which Python: that would change with each of them
+        for cell in notebook.cells:
+            if not cell.metadata.get("tags"):
+                cell.metadata.pop("tags", None)  # papermill leaves empty lists
+        nbformat.write(notebook, executed)
+        subprocess.run([sys.executable, "-m", "nbstripout", *strip, str(executed)], check=True)
+        with written_whole(path) as file:
+            file.write(executed.read_bytes())
+
+
+for name in sys.argv[1:]:
+    print(f"{name}: ", end="", flush=True)
+    try:
+        run(Path(name))
+    except papermill.PapermillExecutionError as problem:
+        sys.exit(f"left as it was, since it failed: {problem.ename}: {problem.evalue}")
+    print("done", flush=True)
