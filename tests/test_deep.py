@@ -1,0 +1,114 @@
+"""Deep steps put together from shallow ones, against the prediction of the whole network, event for event."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+import memdfa_lab as ml
+from memdfa_lab import widgets
+from memdfa_lab.memory.deep import Chain, _step
+
+EVERY = [*ml.RULES, *ml.BASELINES]
+
+
+def predicted(rule: str, setting: widgets.Setting):
+    """Return the whole network's prediction."""
+    net = [setting.inputs, [setting.width] * setting.depth, setting.classes, setting.activation, setting.batch_norm]
+    optimizer, feedback = ml.experiments.OPTIMIZERS[setting.optimizer], ml.feedback.KINDS[setting.feedback]()
+    return ml.memory.predict(rule, lambda: ml.models.mlp(*net), (setting.batch, setting.inputs), optimizer, feedback)
+
+
+def chain(rule: str, setting: widgets.Setting) -> Chain:
+    return widgets._chain(rule, *(getattr(setting, name) for name in widgets.OF_A_CHAIN))
+
+
+def assert_the_same(rule: str, setting: widgets.Setting) -> None:
+    trace = predicted(rule, setting)
+    whole, found = _step(trace), chain(rule, setting).step(setting.depth + 1, setting.batch)
+    assert found.resting_by_category == whole.resting_by_category
+    for name in ("changes", "categories", "phases"):
+        assert np.array_equal(getattr(found, name), getattr(whole, name)), (name, setting)
+    assert (found.peak_bytes, found.peak_by_category) == (trace.peak_bytes, trace.peak_by_category)
+    assert chain(rule, setting).peak_bytes(setting.depth + 1, setting.batch) == trace.peak_bytes
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 19, 20])
+@pytest.mark.parametrize("rule", EVERY)
+def test_each_depth_is_the_whole_networks(rule, depth):
+    assert_the_same(rule, widgets.Setting(depth=depth, width=30, batch=7, inputs=20, classes=5))
+
+
+@pytest.mark.parametrize("rule", EVERY)
+def test_each_batch_is_the_whole_networks(rule):
+    for batch in (1, 2, 3, 80, 81, 82, 83, 500, 40_000):  # the signal of 800 outputs is in one piece below 82
+        assert_the_same(rule, widgets.Setting(depth=6, batch=batch))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_setting_is_the_whole_networks(seed):
+    choose = random.Random(seed).choice
+    for rule in EVERY:
+        setting = widgets.Setting(
+            depth=choose([2, 3, 6, 10, 13]),
+            width=choose([1, 7, 16, 100, 800]),
+            batch=choose([2, 3, 33, 128, 5000]),
+            inputs=choose([784, 20]),
+            classes=choose([10, 100]),
+            activation=choose(list(widgets.ACTIVATIONS)),
+            batch_norm=choose([False, True]),
+            optimizer=choose(list(ml.experiments.OPTIMIZERS)),
+            feedback=choose(list(ml.feedback.KINDS)),
+        )
+        assert_the_same(rule, setting)
+
+
+@pytest.mark.parametrize("rule", ["fa", "memdfa", "checkpoint_step_in_backward"])
+def test_a_deep_one_is_the_whole_networks(rule):
+    assert_the_same(rule, widgets.Setting(depth=200, width=20, optimizer="adam", feedback="stored", batch_norm=True))
+
+
+@pytest.mark.parametrize("depth", [1, 4, 12])
+@pytest.mark.parametrize("rule", EVERY)
+def test_one_more_example_or_layer_does_not_fit(rule, depth):
+    setting = widgets.Setting(depth=depth, width=60, batch=30, inputs=50, optimizer="momentum", feedback="stored")
+
+    def held(depth: int, batch: int) -> int:
+        trace = predicted(rule, widgets.replace(setting, depth=depth, batch=batch))
+        return trace.peak_bytes + trace.resting_bytes
+
+    found = chain(rule, setting)
+    for budget in (held(depth, 1), held(depth, 30) + 5, held(depth, 3000) + 1):
+        batch = found.largest_batch(budget, depth + 1)
+        assert held(depth, batch) <= budget < held(depth, batch + 1)
+    budget = held(depth, 30)
+    blocks = found.deepest(budget, 30, most=100)
+    assert held(blocks - 1, 30) <= budget < held(blocks, 30)
+    assert found.deepest(10**12, 30, most=100) == 100
+    assert found.deepest(1000, 30, most=100) == found.largest_batch(1000, depth + 1) == 0
+
+
+def test_the_closed_form_says_the_same():
+    how = {"feedback": "stored", "optimizer": "adam"}
+    for rule in ml.RULES:
+        found = chain(rule, widgets.Setting(optimizer="adam", feedback="stored"))
+        widths = [784, *[800] * 32, 10]
+        assert found.largest_batch(2**33, 33) == ml.memory.formula.largest_batch(2**33, rule, widths, **how)
+        size = {"batch": 128, "width": 800, "inputs": 784, "classes": 10}
+        assert found.deepest(2**33, 128, most=10_000) - 1 == ml.memory.formula.deepest(2**33, rule, **size, **how)
+
+
+def test_what_is_not_linear_in_the_batch_is_refused():
+    whole = chain("memdfa", widgets.Setting())
+    with pytest.raises(ValueError, match="not linear in the batch from 3 on"):
+        Chain(whole.predicted, linear_from=3).step(5, 128)  # its signal is still in one piece at 3
+
+
+def test_a_batch_norm_net_has_no_batch_of_one():
+    norm = widgets.Setting(batch_norm=True)
+    for rule in ("bp", "memdfa"):
+        least = chain(rule, norm).held_bytes(33, 2)
+        assert chain(rule, norm).largest_batch(least, 33) == 2
+        assert chain(rule, norm).largest_batch(least - 1, 33) == 0
