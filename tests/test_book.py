@@ -1,0 +1,289 @@
+"""What is read beside the code: links lead somewhere, references are right, words are spelt, pages stand alone."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import codespell_lib
+import pytest
+import yaml
+
+import memdfa_lab as ml
+
+ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+CITATION = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+NAMES = [path.name for path in NOTEBOOKS]
+
+# A new host is added here after a look at what it is: a mistyped one is how a link breaks unseen.
+HOSTS = {
+    "arxiv.org",
+    "colab.research.google.com",
+    "doi.org",
+    "docs.pytorch.org",
+    "github.com",
+    "keepachangelog.com",
+    "mybinder.org",
+}
+ARXIV = re.compile(r"\d{4}\.\d{4,5}")
+DOI = re.compile(r"10\.\d{4,9}/[\w.()/:-]*\w")
+
+
+def markdown(path: Path) -> str:
+    """Return the text of a Markdown file, or of a notebook's Markdown cells."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+
+
+def prose(text: str) -> str:
+    """Return the text without code."""
+    return re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+
+
+def links(text: str) -> list[str]:
+    """Return where each link and picture leads."""
+    found = re.findall(r"""\]\(\s*<?([^\s)>]+)|(?:href|src)="([^"]+)""", prose(text))
+    return [markdown or html for markdown, html in found]
+
+
+def docstrings(path: Path) -> str:
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    return "\n\n".join(ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds))
+
+
+REPORTS = [path for path in (ROOT / "reports").rglob("*.md") if "runs" not in path.relative_to(ROOT).parts]
+TEXTS = {path: markdown(path) for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *REPORTS, *NOTEBOOKS]}
+DOCSTRINGS = {path: docstrings(path) for path in sorted((ROOT / "memdfa_lab").rglob("*.py"))}
+
+
+def by_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# links
+
+
+def wrong_links(text: str, folder: Path) -> list[str]:
+    """Return what is wrong with each link of a text in `folder`, a line a link."""
+    labels = re.findall(r"\[arXiv:([^\]]*)\]\(https://arxiv\.org/abs/([^)]*)\)", prose(text))
+    wrong = [f"[arXiv:{label}] leads to {number}" for label, number in labels if label != number]
+    for target in links(text):
+        url = urlsplit(target)
+        if not url.scheme:
+            if url.path and not (folder / unquote(url.path)).exists():
+                wrong.append(f"{target}: no such file")
+        elif url.scheme != "https" or url.hostname not in HOSTS:
+            wrong.append(f"{target}: not https, or a host that HOSTS does not have")
+        elif url.hostname == "arxiv.org" and not ARXIV.fullmatch(url.path.removeprefix("/abs/")):
+            wrong.append(f"{target}: not https://arxiv.org/abs/NUMBER")
+        elif url.hostname == "doi.org" and not DOI.fullmatch(url.path[1:]):
+            wrong.append(f"{target}: not a DOI")
+        elif target.startswith(f"{REPOSITORY}/blob/main/") and not (ROOT / target.split("/blob/main/")[1]).exists():
+            wrong.append(f"{target}: no such file in the repository")
+    return wrong
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=by_name)
+def test_links_lead_somewhere(path):
+    assert wrong_links(TEXTS[path], path.parent) == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "[a](README.markdown)",
+        "![a](reports/no.png)",
+        "[![a](reports/no.png)](README.md)",
+        '<img src="reports/no.png">',
+        "[a](http://arxiv.org/abs/2012.11745)",
+        "[a](https://arxiv.org/pdf/2012.11745)",
+        "[arXiv:2012.11746](https://arxiv.org/abs/2012.11745)",
+        "[a](https://arxiv.org.example.com/abs/2012.11745)",
+        "[a](https://doi.org/ncomms13276)",
+        f"[a]({REPOSITORY}/blob/main/no.md)",
+    ],
+)
+def test_a_wrong_link_would_be_noticed(link):
+    assert len(wrong_links(f"Some text, {link}.", ROOT)) == 1
+    assert wrong_links(f"Code is not a link: `{link}`.", ROOT) == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=by_name)
+def test_pictures_are_in_the_repository(path):
+    """One from elsewhere is missing where a page is read without a network."""
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]*src=\"([^\"]+)", prose(TEXTS[path]))
+    assert [one for pair in pictures for one in pair if "://" in one] == []
+
+
+# references
+
+
+def further_reading(path: Path) -> list[str]:
+    """Return the entries of a notebook's list, each on one line."""
+    section = re.split(r"^## Further reading$", TEXTS[path], flags=re.MULTILINE)[1]
+    return [
+        " ".join(entry.split()) for entry in re.findall(r"^- (.*?)(?=^- |^$|\Z)", section, re.MULTILINE | re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_each_reference_has_a_link(path):
+    entries = further_reading(path)
+    assert entries
+    assert [entry for entry in entries if not any("://" in target for target in links(entry))] == []
+
+
+def test_a_work_has_the_same_link_everywhere():
+    found: dict[str, set[str]] = {}
+    for path in NOTEBOOKS:
+        for entry in further_reading(path):
+            title = re.search(r"\*([^*]+)\*", entry)
+            if title:
+                found.setdefault(title[1].strip(" .").lower(), set()).update(links(entry))
+    cited = {one["title"].lower(): one.get("url") or f"https://doi.org/{one['doi']}" for one in references()}
+    for title, url in cited.items():
+        found.setdefault(title, set()).add(url)
+    assert {title: urls for title, urls in found.items() if len(urls) > 1} == {}
+
+
+def references() -> list[dict[str, str]]:
+    return yaml.safe_load(CITATION)["references"]
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *DOCSTRINGS], ids=by_name)
+def test_a_number_that_is_named_is_one_of_a_listed_work(path):
+    """An arXiv number or DOI in running text is that of CITATION.cff or of some notebook's further reading."""
+    listed = CITATION + "".join(entry for notebook in NOTEBOOKS for entry in further_reading(notebook))
+    text = (TEXTS | DOCSTRINGS)[path]
+    numbers = re.findall(r"arxiv[:./ \n]+(?:abs/)?([\d.]*\d)", text, flags=re.IGNORECASE) + DOI.findall(text)
+    assert [number for number in numbers if not (ARXIV.fullmatch(number) or DOI.fullmatch(number))] == []
+    assert [number for number in numbers if number not in listed] == []
+
+
+def test_the_repository_is_named_in_one_way():
+    assert yaml.safe_load(CITATION)["repository-code"] == REPOSITORY
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_the_first_cell_opens_the_notebook_elsewhere(path):
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    targets = links("".join(first["source"]))
+    repository = REPOSITORY.removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name}"
+    binder = f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/notebooks/{path.name}"
+    assert first["cell_type"] == "markdown"
+    assert {colab, binder} <= set(targets)
+
+
+# spelling
+
+
+def codespell(folder: Path, texts: dict[Path, str]) -> list[str]:
+    """Write the texts below `folder`, each under its own name, and return the words that codespell would change."""
+    for path, text in texts.items():
+        target = folder / f"{by_name(path)}.txt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "codespell_lib", "--toml", str(ROOT / "pyproject.toml"), "."]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.returncode == 0 or done.stdout
+    return done.stdout.splitlines()
+
+
+def test_spelling(tmp_path):
+    code = [*(ROOT / "memdfa_lab").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    assert codespell(tmp_path, TEXTS | {path: path.read_text(encoding="utf-8") for path in code}) == []
+
+
+def test_a_misspelt_word_would_be_noticed(tmp_path):
+    assert len(codespell(tmp_path, {ROOT / "README.md": "the gradi" + "ant of a loss"})) == 1
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *DOCSTRINGS], ids=by_name)
+def test_spelling_is_british(path):
+    """But for `optimizer`, which is torch's word and the package's parameter; code is not looked at."""
+    pairs = (Path(codespell_lib.__file__).parent / "data" / "dictionary_en-GB_to_en-US.txt").read_text(encoding="utf-8")
+    american = dict(reversed(line.split("->")) for line in pairs.splitlines())
+    assert american["normalize"] == "normalise"
+    text = re.sub(r"\]\([^)]*\)|https?://\S+", "", prose((TEXTS | DOCSTRINGS)[path]))
+    words = set(re.findall(r"[a-z]+", text.lower())) - {"optimizer", "optimizers"}
+    assert {word: american[word] for word in words & american.keys()} == {}
+
+
+# the pages
+
+
+class Page(HTMLParser):
+    """What a page loads, and where its links lead."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.leads: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag == "a" and "href" in values:
+            self.leads.append(values["href"])
+        elif tag == "link" and values.get("rel") not in ("next", "prev", "index", "search", "canonical"):
+            self.loads.append(values["href"])
+        elif values.get("src"):
+            self.loads.append(values["src"])
+
+
+def test_the_book(tmp_path, subtests):
+    """One test, so that the book is built once."""
+    for name in ("sphinx", "myst_nb", "furo", "jupyter_server_mathjax"):
+        pytest.importorskip(name, reason='the book needs pip install -e ".[book]"')
+    book = tmp_path / "book"
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
+    command += ["-c", "notebooks/book", ".", str(book)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    with subtests.test("it is built without a warning"):
+        assert done.returncode == 0, done.stderr
+    made = [path for path in book.rglob("*.html") if not (ROOT / path.relative_to(book)).exists()]  # not copied
+    pages = {path: Page(path) for path in made if not path.is_relative_to(book / "_static")}
+
+    with subtests.test("README is the landing page and leads to a page for each notebook"):
+        assert "<h1>memdfa_lab" in (book / "index.html").read_text(encoding="utf-8")
+        assert {f"notebooks/{path.stem}.html" for path in NOTEBOOKS} <= set(pages[book / "index.html"].leads)
+
+    with subtests.test("no page loads anything from elsewhere"):
+        for path, page in pages.items():
+            for target in page.loads:
+                url = urlsplit(target)
+                assert url.scheme == "data" or not (url.scheme or url.netloc), f"{path.name} loads {target}"
+                assert url.scheme == "data" or (path.parent / unquote(url.path)).is_file(), f"{path.name}: no {target}"
+
+    with subtests.test("links between pages lead to files; a folder, opened from disk, would be a list"):
+        for path, page in pages.items():
+            for url in map(urlsplit, page.leads):
+                if not url.scheme and url.path:
+                    assert (path.parent / unquote(url.path)).is_file(), f"{path.name}: no {url.path}"
+
+    with subtests.test("maths is left to MathJax, which is there; solutions are folded, their code is highlighted"):
+        for path in NOTEBOOKS:
+            text = (book / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+            assert "_static/mathjax/MathJax.js?config=" in text or 'class="math' not in text
+            folded = re.findall(r"<details>.*?</details>", text, flags=re.DOTALL)
+            assert len(folded) == TEXTS[path].count("<details>")
+            written = [one for one in TEXTS[path].split("<details>")[1:] if "```python" in one]
+            assert sum("highlight-python" in one for one in folded) == len(written)
+
+    with subtests.test("the reference has the public names"):
+        text = (book / "notebooks" / "book" / "api.html").read_text(encoding="utf-8")
+        assert [
+            name for name in {*ml.__all__, *ml.LATER} if not re.search(rf'id="(module-)?memdfa_lab\.{name}"', text)
+        ] == []
