@@ -1,0 +1,300 @@
+"""What the paper's comparison says: the memory tables, and what can be read from them and from the runs.
+
+`ml.paper` makes the histories; everything here is made from tables alone, or from predictions, in seconds.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from memdfa_lab import architectures, experiments, feedback, memory, models, paper
+from memdfa_lab.baselines import BASELINES
+from memdfa_lab.files import write_text
+from memdfa_lab.reproduce import notebooks_folder
+from memdfa_lab.rules import RULES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PROFILED = {"long_fc2": 10, "mnist_conv": 100, "liao_cifar": 100, "vgg_16": 100}  # network -> batch size
+DEPTHS = (2, 3, 5, 10, 20, 50, 100, 200)
+MEASURED_AT = (2, 20, 200)
+DEEP_BATCH = 10  # the authors'
+WIDTH = 500
+FROM_FORMULA = "long_fc2"  # the chain for which there is a closed form
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+def measure(out: str | Path) -> None:
+    """Write the memory tables OUT/peaks.csv, profiles.csv and depth.csv: predicted for plain SGD, B drawn anew.
+
+    Bytes above rest. peaks: every network and rule at the network's own batch, by category. profiles: the events of one
+    step. depth: networks as long_fc, long_fc2 and long_conv with other numbers of layers; beside the prediction the
+    closed form where there is one (formula_bytes), and what a step was measured to hold (measured_bytes).
+    """
+    import pandas as pd
+
+    rules = [*RULES, *BASELINES]
+    traces = {}
+    for network, rule in product(models.names(), rules):
+        batch = models.get(network).batch_size
+        traces[network, batch, rule] = experiments.profile(rule, network, batch)
+    peaks = [
+        {"network": network, "batch_size": batch, "rule": rule, "peak_bytes": trace.peak_bytes}
+        | {"resting_bytes": trace.resting_bytes, **trace.peak_by_category}
+        for (network, batch, rule), trace in traces.items()
+    ]
+    profiles = [
+        experiments.profile(rule, network, batch)
+        .timeline[["phase", "block", "category", "bytes", "total_bytes"]]
+        .assign(network=network, batch_size=batch, rule=rule)
+        for (network, batch), rule in product(PROFILED.items(), RULES)
+    ]
+    tables = {"peaks": pd.DataFrame(peaks).convert_dtypes(), "profiles": pd.concat(profiles)}
+    tables["depth"] = pd.DataFrame(_against_depth(rules)).convert_dtypes()
+    for name, table in tables.items():
+        write_text(Path(out) / f"{name}.csv", table.to_csv(index=False))
+
+
+def _against_depth(rules: list[str]) -> Iterator[dict[str, Any]]:
+    from memdfa_lab.memory import formula as f
+
+    for (name, make), rule in product(_chains().items(), rules):
+        theory = f.peak(rule, feedback="regenerated") if name == FROM_FORMULA and rule in RULES else None
+        equal = {f.N: DEEP_BATCH, f.n_0: 784, f.n: WIDTH, f.C: 10, f.s: 4, f.k: feedback.SMALL_BYTES}
+        for depth in DEPTHS:
+            shape = (DEEP_BATCH, 1, 28, 28)
+            row: dict[str, Any] = {"network": name, "batch_size": DEEP_BATCH, "rule": rule, "depth": depth}
+            how: Any = {"optimizer": partial(torch.optim.SGD, lr=1e-6), "feedback": feedback.Regenerated(0)}
+            trace = memory.predict(rule, partial(make, depth), shape, **how)
+            row |= {"peak_bytes": trace.peak_bytes, "resting_bytes": trace.resting_bytes}
+            row["formula_bytes"] = None if theory is None else int(theory.subs({**equal, f.L: depth}))
+            row["measured_bytes"] = None
+            if rule in RULES and depth in MEASURED_AT:
+                made = RULES[rule](make(depth), **how)
+                generator = torch.Generator().manual_seed(0)
+                x, y = torch.randn(shape, generator=generator), torch.randint(10, shape[:1], generator=generator)
+                row["measured_bytes"] = memory.measure(made, x, y, warm_up=1).peak_bytes
+            yield row
+
+
+def _chains() -> dict[str, Any]:
+    """Return what makes a network of any depth, by the name of the authors' network that it is like."""
+
+    def dense(depth: int, batch_norm: bool) -> nn.Sequential:
+        return models.mlp(784, [WIDTH] * depth, 10, "sigmoid", batch_norm, output="sigmoid")
+
+    def convolutional(depth: int) -> nn.Sequential:
+        return models._initialised(lambda: architectures.long_conv(depth)((1, 28, 28), 10), seed=0)
+
+    return {
+        "long_fc": partial(dense, batch_norm=True),
+        "long_fc2": partial(dense, batch_norm=False),
+        "long_conv": convolutional,
+    }
+
+
+# --------------------------------------------------------------------------------------------- from the tables
+
+
+def load(runs: str | Path = "reports/paper") -> dict[str, "pd.DataFrame"]:
+    """Return the tables in a folder by name, those that are not there without rows; `bench` is from its neighbour.
+
+    The folder is looked for from where one is, beside the notebooks and above them: theirs are found from anywhere.
+    Raises ValueError if no such folder has tables.
+    """
+    import pandas as pd
+
+    beside = notebooks_folder()
+    for folder in (Path(runs), beside / runs, beside.parent / runs):
+        if (folder / "depth.csv").exists():
+            tables = {name: paper.read(folder, name) for name in paper.TABLES}
+            tables |= {name: pd.read_csv(folder / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
+            bench = folder.parent / "bench" / "bench.csv"
+            return tables | {"bench": pd.read_csv(bench) if bench.exists() else pd.DataFrame()}
+    raise ValueError(
+        f"no tables of the comparison in {str(runs)!r}: make them with `memdfa reproduce --paper --out FOLDER`, "
+        "and give that folder as `runs`"
+    )
+
+
+def published() -> "pd.DataFrame":
+    """Return the test errors in percent that others reached, with their source."""
+    import pandas as pd
+
+    return pd.read_csv(Path(__file__).with_name("published.csv"))
+
+
+def longest(histories: "pd.DataFrame") -> "pd.DataFrame":
+    """Keep, of each experiment and rule, the runs of the most epochs that came to their end."""
+    run = ["experiment", "rule", "seed", "epochs"]
+    ended = histories[histories["epoch"] == histories["epochs"]]
+    most = ended.groupby(["experiment", "rule"], as_index=False)["epochs"].max()
+    return histories.merge(ended[run].merge(most), on=run)
+
+
+def errors(histories: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a row an experiment and rule: epochs, seeds, mean and standard deviation of the last test error (%)."""
+    last = longest(histories).query("epoch == epochs")
+    last = last.assign(error=100 * (1 - last["test_accuracy"]))
+    groups = last.groupby(["experiment", "network", "dataset", "epochs", "rule"], sort=False)
+    return groups.agg(seeds=("seed", "size"), error=("error", "mean"), spread=("error", "std")).reset_index()
+
+
+def beside_published(histories: "pd.DataFrame") -> "pd.DataFrame":
+    """Return test errors (%) as text, a column a rule: ours, mean ± standard deviation (seeds), and those published."""
+    import pandas as pd
+
+    found = errors(histories)
+    rows = []
+    for (name, network, dataset), group in found.groupby(["experiment", "network", "dataset"], sort=False):
+        row = {"dataset": dataset, "network": network, "source": "here, " + str(name), **dict.fromkeys(RULES, "")}
+        for one in group.itertuples():
+            spread = "" if one.seeds == 1 else f" ± {one.spread:.2f}"
+            row[str(one.rule)] = f"{one.error:.2f}{spread} ({one.seeds})"
+        rows.append(row | {"epochs": ", ".join(map(str, sorted(set(group["epochs"]))))})
+    others: list[dict[Any, Any]] = published().to_dict("records")
+    for other in others:
+        values = {rule: "" if pd.isna(other[rule]) else f"{other[rule]:.2f}" for rule in ("bp", "fa", "dfa")}
+        how = "" if pd.isna(other["how"]) else f", {other['how']}"
+        rows.append({**other, **values, "network": other["network"] + how})
+    columns = ["dataset", "network", *RULES, "epochs", "source"]
+    table = pd.DataFrame(rows, columns=columns).fillna("")
+    return table.sort_values("dataset", ascending=False, kind="stable", ignore_index=True)  # MNIST first
+
+
+def goals(histories: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a row a goal of the plan: the test error (%) aimed at, the one reached, and whether it is met."""
+    import pandas as pd
+
+    found = errors(histories).set_index(["experiment", "rule"])["error"].to_dict()
+    rows = []
+    for one in paper.plan():
+        for rule, goal in one.goal.items():
+            error = found.get((one.name, rule))
+            met = "not run yet" if error is None else "yes" if error <= goal else "no"
+            rows.append((one.name, one.network, rule, goal, "" if error is None else f"{error:.2f}", met))
+    return pd.DataFrame(rows, columns=["experiment", "network", "rule", "at most (%)", "reached (%)", "met"])
+
+
+def missing(histories: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a row an experiment of the plan that is not done: epochs, and the seeds of each rule yet to be run."""
+    import pandas as pd
+
+    rows = [
+        {"experiment": one.name, "network": one.network, "dataset": one.dataset, "epochs": one.epochs}
+        | {rule: ", ".join(map(str, one.seeds.get(rule, []))) for rule in RULES}
+        | {"about (min)": round(one.seconds / 60)}
+        for one in paper.unfinished(paper.plan(), histories)
+    ]
+    return pd.DataFrame(rows)
+
+
+def same_updates(histories: "pd.DataFrame") -> tuple[int, int]:
+    """Return in how many runs DFA and MEM-DFA have the same losses and accuracies, and in how many both were run."""
+    run = ["experiment", "seed", "epochs"]
+    both = histories[histories["rule"].isin(["dfa", "memdfa"])]
+    numbers = ["loss", "train_accuracy", "test_accuracy"]
+    alike = [
+        bool(group.groupby("epoch")[numbers].nunique().eq(1).all(axis=None))
+        for _, group in both.groupby(run)
+        if group["rule"].nunique() == 2
+    ]
+    return sum(alike), len(alike)
+
+
+def angles(histories: "pd.DataFrame", experiment: str) -> "pd.DataFrame":
+    """Return the angles of one experiment's longest runs, a row an epoch and block.
+
+    Columns: rule, seed, step (which counts epochs), block, gradient_deg. No row if no angle was taken.
+    """
+    rows = longest(histories).query("experiment == @experiment")
+    taken = [name for name in map(str, rows) if name.startswith("angle_") and rows[name].notna().any()]
+    long = rows.melt(["rule", "seed", "epoch"], taken, "block", "gradient_deg").dropna(subset="gradient_deg")
+    return long.assign(block=long["block"].str.extract(r"(\d+)", expand=False).astype(int)).rename(
+        columns={"epoch": "step"}
+    )
+
+
+def claims(tables: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":
+    """Return the abstract's four claims, what the tables have of each, and whether that shows it."""
+    import pandas as pd
+
+    depth, histories, bench = tables["depth"], tables["histories"], tables["bench"]
+    ours = depth[depth["rule"] == "memdfa"].groupby("network", sort=False)["peak_bytes"]
+    growth = ours.last() / ours.first()
+    constant = bool((ours.nunique() == 1).all())
+    limits = {True: "shown, with limits", False: "not shown"}
+
+    measured, theory = depth.dropna(subset="measured_bytes"), depth.dropna(subset="formula_bytes")
+    as_measured = (measured["measured_bytes"] == measured["peak_bytes"]).sum()
+    as_derived = (theory["formula_bytes"] == theory["peak_bytes"]).sum()
+    agree = as_measured == len(measured) and as_derived == len(theory)
+
+    rules = histories.groupby(["dataset", "network"])["rule"].nunique() if len(histories) else pd.Series(dtype=int)
+    compared = rules[rules == len(RULES)].reset_index().groupby("dataset").size() if len(rules) else rules
+    on_both = {"mnist", "cifar10"} <= set(compared.index)
+    whole = on_both and not len(missing(histories))
+    seen = ", ".join(f"{count} network{'s' * (count > 1)} on {name}" for name, count in compared.items())
+
+    ratios = [f"{ratio:.2f} on {name}" for name, ratio in extra_time(bench).items()]
+    return pd.DataFrame(
+        [
+            (
+                "1. memory does not grow with the number of layers",
+                f"MEM-DFA's peak above rest, at {depth['depth'].max()} layers over that at {depth['depth'].min()}: "
+                + ", ".join(f"{factor:.2f} ({name})" for name, factor in growth.items()),
+                "weights rest besides, and grow",
+                "depth",
+                limits[constant],
+            ),
+            (
+                "2. the price is one more forward pass",
+                f"step time, MEM-DFA / DFA: {', '.join(ratios)}" if ratios else "not timed here: no bench.csv",
+                "on one machine" if ratios else "",
+                "time",
+                limits[bool(ratios)],
+            ),
+            (
+                "3. four rules compared on MNIST and CIFAR-10, on several networks",
+                f"all four trained: {seen or 'none'}; memory of {tables['peaks']['network'].nunique()} networks",
+                "" if whole else "some of the plan is not run yet",
+                "errors, curves, profiles",
+                "shown" if whole else limits[bool(seen)],
+            ),
+            (
+                "4. theory and experiment agree on memory",
+                f"equal: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} closed forms",
+                "closed forms are for MLPs",
+                "depth",
+                "shown" if agree else "not shown",
+            ),
+        ],
+        columns=["claim", "what is seen", "limits", "figure", "verdict"],
+    )
+
+
+def epoch_seconds(histories: "pd.DataFrame") -> "pd.DataFrame":
+    """Return the median seconds of training an epoch, a row an experiment and a column a rule."""
+    times = longest(histories).pivot_table(
+        index=["experiment", "network"], columns="rule", values="seconds", aggfunc="median", sort=False
+    )
+    return times[[rule for rule in RULES if rule in times]].reset_index().rename_axis(columns=None)
+
+
+def extra_time(bench: "pd.DataFrame") -> dict[str, float]:
+    """Return the step time of MEM-DFA over that of DFA, by network; none without a table of `memdfa bench`."""
+    if not len(bench):
+        return {}
+    plain = bench[bench["setting"].isna() | (bench["setting"] == "")]
+    times = plain.pivot_table(index="network", columns="rule", values="median_s", aggfunc="first", sort=False)
+    if not {"dfa", "memdfa"} <= set(times):
+        return {}
+    return {str(name): float(ratio) for name, ratio in (times["memdfa"] / times["dfa"]).dropna().items()}
