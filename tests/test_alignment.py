@@ -204,7 +204,7 @@ def test_a_block_whose_units_are_all_off_has_no_direction():
 def test_a_weight_that_is_not_used_changes_no_angle():
     problem = BY_NAME["mlp_relu"]
     made, other = make_rule("dfa", problem), make_rule("dfa", problem)
-    made.blocks[0].register_parameter("unused", nn.Parameter(torch.ones(3)))
+    made.blocks[0][0].register_parameter("unused", nn.Parameter(torch.ones(3)))
     made = ml.DFA(made.blocks, SGD, feedback=made.feedback)
     assert len(made.parameters[0]) == 3
     assert angles(made, problem.x, problem.y) == angles(other, problem.x, problem.y)

@@ -16,17 +16,9 @@ every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.st
 
 # So that each is run in seconds; a notebook is given those that it has.
 QUICK = {
-    **{
-        "epochs": 1,
-        "search_epochs": 1,
-        "steps": 40,
-        "seeds": [0],
-        "train_images": 100,
-        "lrs": [0.001],
-        "scales": [1.0],
-    },
-    **{"depths": [2, 8], "measured_depths": [2], "widths": [64, 128], "batches": [16, 64]},
-}
+    "epochs": 1, "search_epochs": 1, "steps": 40, "seeds": [0], "train_images": 500, "lrs": [0.001], "scales": [1.0],
+    "depths": [2, 8], "measured_depths": [2], "widths": [64, 128], "batches": [16, 64],
+}  # fmt: skip
 
 
 def read(path):
