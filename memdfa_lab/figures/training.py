@@ -1,0 +1,121 @@
+"""Data, learning curves, confusion."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from memdfa_lab.figures.signals import _draw_band
+from memdfa_lab.figures.style import SETTINGS, STYLES
+
+
+def images(data: Any) -> Figure:
+    """Draw the first training image of each class, as it was before normalisation (`data`: `ml.datasets.Data`)."""
+    with plt.rc_context({**SETTINGS, "axes.grid": False}):
+        figure, panels = plt.subplots(1, data.classes, figsize=(8, 1.1), layout="constrained")
+        for label, axes in enumerate(panels):
+            image = data.x_train[data.y_train == label][0] + data.mean / data.pixel_range
+            low, high = image.min(), image.max()
+            axes.imshow(((image - low) / (high - low)).movedim(0, -1).squeeze(-1), cmap="gray")
+            axes.set_title(label)
+            axes.axis("off")
+    plt.close(figure)
+    return figure
+
+
+def learning_curves(table: pd.DataFrame) -> Figure:
+    """Draw training loss and test error against epochs, the mean over seeds in a band from the least to the largest.
+
+    `table` has the columns rule, seed, epoch, loss, test_accuracy (`ml.experiments.compare`).
+    """
+    with plt.rc_context(SETTINGS):
+        figure, (loss, error) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+        table = table.assign(error=100 * (1 - table["test_accuracy"]))
+        for rule, runs in table.groupby("rule", sort=False):
+            label, style = STYLES[str(rule)]
+            for axes, column in ((loss, "loss"), (error, "error")):
+                epochs = runs.groupby("epoch")[column]
+                axes.plot(epochs.mean(), label=label, **style)
+                axes.fill_between(
+                    epochs.min().index, epochs.min(), epochs.max(), color=style["color"], alpha=0.15, lw=0
+                )
+        loss.set(xlabel="epoch", ylabel="training loss (mean over the epoch)")
+        error.set(xlabel="epoch", ylabel="test error (%)")
+        for axes in (loss, error):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylim(bottom=0)
+        loss.legend(frameon=False, handlelength=3.5)
+    plt.close(figure)
+    return figure
+
+
+def training_curves(table: pd.DataFrame) -> Figure:
+    """Draw a row an experiment: loss and test error against epochs, test error against seconds of training.
+
+    Means over seeds, in a band from the least to the largest. `table` has the columns experiment, rule, seed, epoch,
+    loss, test_accuracy and seconds (of the epoch).
+    """
+    with plt.rc_context(SETTINGS):
+        experiments = list(table.groupby("experiment", sort=False))
+        size = (8, 2.5 * len(experiments) + 0.5)
+        figure, panels = plt.subplots(len(experiments), 3, figsize=size, layout="constrained", squeeze=False)
+        handles: dict[Any, Any] = {}
+        for row, (experiment, runs) in zip(panels, experiments, strict=True):
+            runs = runs.assign(error=100 * (1 - runs["test_accuracy"]))
+            runs = runs.assign(elapsed=runs.groupby(["rule", "seed"])["seconds"].cumsum())
+            for rule, rows in runs.groupby("rule", sort=False):
+                label, style = STYLES[str(rule)]
+                style = style | {"markevery": max(1, rows["epoch"].max() // 6)}
+                _draw_band(row[0], rows.set_index("epoch")["loss"], label, style)
+                _draw_band(row[1], rows.set_index("epoch")["error"], label, style)
+                means = rows.groupby("epoch")[["elapsed", "error"]].mean()
+                row[2].plot(means["elapsed"], means["error"], label=label, **style)
+            handles |= {line.get_label(): line for line in row[0].lines}
+            row[0].set(title=experiment, xlabel="epoch", ylabel="training loss")
+            row[1].set(xlabel="epoch", ylabel="test error (%)")
+            row[2].set(xlabel="seconds of training", ylabel="test error (%)")
+            for axes in row:
+                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.set_ylim(bottom=0)
+                axes.title.set_fontsize(10)
+        names = [label for label, _ in STYLES.values() if label in handles]
+        place: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False, "handlelength": 3.5}
+        figure.legend([handles[name] for name in names], names, **place)
+    plt.close(figure)
+    return figure
+
+
+def confusion(matrices: Mapping[str, np.ndarray]) -> Figure:
+    """Draw one confusion matrix a rule, counts with true classes down; the diagonal is left out of the colours."""
+    with plt.rc_context({**SETTINGS, "axes.grid": False}):
+        rows = math.ceil(len(matrices) / 2)
+        figure, panels = plt.subplots(rows, 2, figsize=(8, 4 * rows), layout="constrained", squeeze=False)
+        for axes in panels.flat[len(matrices) :]:
+            axes.remove()
+        wrong = {rule: matrix - np.diag(np.diag(matrix)) for rule, matrix in matrices.items()}
+        top = max(1, *(int(matrix.max()) for matrix in wrong.values()))
+        for axes, (rule, matrix) in zip(panels.flat, matrices.items(), strict=False):
+            sns.heatmap(
+                wrong[rule],
+                ax=axes,
+                cmap="Greys",
+                vmin=0,
+                vmax=top,
+                cbar=False,
+                square=True,
+                annot=matrix,
+                fmt="d",
+                annot_kws={"size": 8},
+                linewidths=0.5,
+                linecolor="#dddddd",
+            )
+            axes.set_title(STYLES[rule][0])
+            axes.set(xlabel="predicted digit", ylabel="true digit")
+            axes.tick_params(length=0)
+    plt.close(figure)
+    return figure
