@@ -386,6 +386,9 @@ def test_sizes_are_readable(size, text):
 # ------------------------------------------------------------------------------------- predicted equals measured
 
 
+KNOWN_LIMIT = pytest.mark.xfail(reason="torch asks whether the tensors are on the CPU", strict=True)
+
+
 @lru_cache(maxsize=1)  # with lr 0 it stays as it is, but for BatchNorm's statistics
 def network(name: str) -> nn.Sequential:
     return ml.models.build(name)
@@ -503,6 +506,20 @@ def test_predicted_equals_measured_whatever_a_block_does():
     check_predicted(lambda: nn.Sequential(Odd(), Odd(), Odd(), nn.Linear(4, 5)), torch.ones(6, 4), rules=EVERY_RULE)
 
 
+@KNOWN_LIMIT
+def test_predicted_equals_measured_for_attention():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, h: Tensor) -> Tensor:
+            h = self.linear(h).view(1, 1, 6, 4)
+            return torch.nn.functional.scaled_dot_product_attention(h, h, h).view(6, 4)
+
+    check_predicted(lambda: nn.Sequential(Attention(), nn.Linear(4, 5)), torch.ones(6, 4))
+
+
 def test_a_block_that_changes_its_input_is_refused_by_predict_too():
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -518,7 +535,12 @@ def test_a_block_that_changes_its_input_is_refused_by_predict_too():
 
 
 @pytest.mark.parametrize(
-    "make", [partial(torch.optim.Adam, fused=True), partial(torch.optim.SGD, momentum=0.9, foreach=True)]
+    "make",
+    [
+        partial(torch.optim.Adam, fused=True),
+        partial(torch.optim.SGD, momentum=0.9, foreach=True),
+        pytest.param(partial(torch.optim.Adam, foreach=True), marks=KNOWN_LIMIT),
+    ],
 )
 def test_predicted_equals_measured_for_optimizers_of_another_kind(make):
     x, y = torch.ones(6, 4), torch.zeros(6, dtype=torch.long)

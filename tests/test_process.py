@@ -228,12 +228,14 @@ LINUX = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linu
 
 
 @LINUX
-def test_the_resident_set_rises_by_what_the_allocator_gave_out():
-    widths, batch_size = [64, *[256] * 8, 10], 1024
-    x, y = torch.rand(batch_size, 64), torch.arange(batch_size) % 10
-    expected = allocator_peak(BP(models.mlp(widths[0], widths[1:-1], widths[-1]), SGD), x, y)
+@pytest.mark.parametrize(("rule", "batch_size"), [("bp", 1024), ("fa", 1024), ("dfa", 1024), ("memdfa", 4096)])
+def test_the_resident_set_rises_by_what_the_allocator_gave_out(rule: str, batch_size: int):
+    widths = [64, *[256] * 8, 10]
+    net, x = models.mlp(widths[0], widths[1:-1], widths[-1]), torch.rand(batch_size, 64)
+    step = RULES[rule](net, SGD, feedback=feedback.Regenerated())
+    expected = allocator_peak(step, x, torch.arange(batch_size) % 10)
     # Linux keeps the peak to 32 pages a CPU or more; the heap's holes take as much again.
-    assert resident_peak("bp", widths, batch_size) == pytest.approx(expected, rel=0.1)
+    assert resident_peak(rule, widths, batch_size) == pytest.approx(expected, rel=0.1)
 
 
 @LINUX

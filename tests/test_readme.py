@@ -69,3 +69,17 @@ def test_the_mnist_table_is_that_of_the_run():
         for epoch, cell in zip((5, 20), cells, strict=True):
             runs = 100 * table[(table["rule"] == NAMES[label]) & (table["epoch"] == epoch)]["test_accuracy"]
             assert cell == f"{runs.mean():.2f} ± {runs.std():.2f}"
+
+
+def test_the_times_are_those_of_the_bench():
+    table = pd.read_csv(ROOT / "reports" / "bench" / "bench.csv", keep_default_na=False)
+    for label, rule, kind in (
+        ("FA, B stored", "fa", "stored"),
+        ("DFA", "dfa", "regenerated"),
+        ("MEM-DFA", "memdfa", "regenerated"),
+        ("BP, both of these", "checkpoint_step_in_backward", "none"),
+    ):
+        (cells,) = re.findall(rf"^\| {label} \|((?: \d\.\d\d \([^|]+\) \|)+)$", TEXT, re.MULTILINE)
+        rows = table[(table["rule"] == rule) & (table["feedback"] == kind)]
+        expected = [f"{r.ratio:.2f} ({r.ratio_low:.2f} to {r.ratio_high:.2f})" for r in rows.itertuples()]
+        assert [cell.strip() for cell in cells.strip("|").split("|")] == expected

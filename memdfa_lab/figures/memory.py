@@ -232,8 +232,9 @@ def frontier(table: pd.DataFrame) -> Figure:
                 look |= {"linestyle": style["linestyle"] if len(points) > 1 else "", "linewidth": 1.2}
                 look |= {"markerfacecolor": "white"} if feedback == "stored" else {}
                 handles[label] = axes.errorbar(points["peak_bytes"] / MIB, points["ratio"], yerr=error, **look)
-            axes.set(title=f"{network}, batch {batch_size}", xscale="log")
+            axes.set(title=f"{network}, batch {batch_size}")
             axes.set(xlabel="peak above rest (MiB)", ylabel="step time / BP's")
+            axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
             axes.title.set_fontsize(10)
         place: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}

@@ -8,7 +8,7 @@ count nothing. What an operation allocates and frees inside itself is not seen (
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -182,12 +182,12 @@ def address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.layout is torch.strided:  # others keep several storages, each a tensor of its own
-            yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an operation's arguments, or in what it returns."""
+    if isinstance(value, Tensor):  # with another layout it keeps several storages, each a tensor of its own
+        return [value] if value.layout is torch.strided else []
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
