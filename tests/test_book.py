@@ -31,6 +31,7 @@ HOSTS = {
     "github.com",
     "keepachangelog.com",
     "mybinder.org",
+    "www.cs.toronto.edu",
 }
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 DOI = re.compile(r"10\.\d{4,9}/[\w.()/:-]*\w")

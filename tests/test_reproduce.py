@@ -165,7 +165,8 @@ def test_a_notebook_that_takes_too_long_and_one_whose_kernel_dies_do_not_stop_th
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(notebooks, tmp_path):
     write(notebooks, "02_second", "out = None", "import time\ntime.sleep(120)")
     program = (
-        "import sys, pathlib, memdfa_lab.reproduce as r; from memdfa_lab import cli; "
+        "import signal, sys, pathlib, memdfa_lab.reproduce as r; from memdfa_lab import cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore it
         f"r.notebooks_folder = lambda: pathlib.Path({str(notebooks)!r}); "
         "sys.exit(cli.main(['reproduce', '--out', 'my run']))"
     )
