@@ -247,3 +247,31 @@ def test_accuracy_and_angles_are_drawn_against_the_scale_of_B():
     assert list(accuracy.lines[1].get_ydata()) == [90, 90]
     assert [text.get_text() for text in accuracy.texts] == ["BP"]
     np.testing.assert_allclose(angle.lines[1].get_ydata(), [83, np.nan])
+
+
+def test_a_feature_map_has_zero_in_the_middle_of_its_rows_own_scale():
+    rows = {"B": np.array([[[0.0, 2.0]], [[-4.0, 1.0]]]), "BP": np.full((1, 2, 2), 0.5)}
+    panels = np.array(figures.signal_images(rows).axes).reshape(2, 2)
+    shown = [[axes.images[0] if axes.images else None for axes in line] for line in panels]
+    assert [image.get_clim() for image in shown[0]] == [(-4, 4)] * 2
+    assert shown[1][0].get_clim() == (-0.5, 0.5)
+    assert shown[1][1] is None
+    np.testing.assert_array_equal(shown[0][1].get_array(), rows["B"][1])
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["B", "BP"]
+
+
+def test_block_angles_are_hollow_before_and_filled_after():
+    rows = [
+        ("net", "fa", 1, "conv", 90.0, 80.0),
+        ("net", "fa", 2, "dense", 0.0, 0.0),
+        ("mlp", "dfa", 1, "dense", 91, 60),
+    ]
+    columns = ["network", "rule", "block", "layer", "before_deg", "after_deg"]
+    net, mlp = figures.block_angles(pd.DataFrame(rows, columns=columns)).axes
+    before, after = net.lines[:2]
+    assert [before.get_label(), after.get_label()] == ["FA, before", "FA, after"]
+    assert [list(before.get_ydata()), list(after.get_ydata())] == [[90, 0], [80, 0]]
+    assert before.get_markerfacecolor() == "white" != after.get_markerfacecolor()
+    assert [label.get_text() for label in net.get_xticklabels()] == ["1\nconv", "2\ndense"]
+    assert [axes.get_title() for axes in (net, mlp)] == ["net", "mlp"]
+    assert list(mlp.lines[1].get_ydata()) == [60]
