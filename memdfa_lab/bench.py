@@ -113,6 +113,8 @@ def bench(
         B = None if one.feedback == "none" else known("feedback", one.feedback, feedback.KINDS)(seed)
         made.append(known("rule", one.rule, ALL)(net, optimizer=make, feedback=B, **one.options))
     seconds: list[list[float]] = [[] for _ in every]
+    gc.collect()
+    gc.freeze()  # what is here stays: the collections between steps need not look at it again
     for turn in range(warm_up + rounds):
         for k in order.permutation(len(every)):
             gc.collect()  # not in the middle of somebody's step
@@ -120,6 +122,7 @@ def bench(
             made[k].step(x, y)
             if turn >= warm_up:
                 seconds[k].append(time.perf_counter() - started)
+    gc.unfreeze()
 
     rows = []
     for one, rule, taken in zip(every, made, seconds, strict=True):

@@ -631,6 +631,18 @@ def test_memdfa_is_flat(optimizer):
     check_flat([*predicted_peaks(ml.MemDFA, depths, optimizer), *measured_peaks(ml.MemDFA, depths, optimizer)])
 
 
+@pytest.mark.parametrize(("depth", "width"), [(10_000, 64), (1000, 512)])
+def test_memdfa_steps_through_a_very_deep_network(depth, width):
+    net = ml.models.mlp(width, [width] * depth, 10)
+    before = [next(block.parameters()).clone() for block in net]
+    made = ml.MemDFA(net, partial(torch.optim.SGD, lr=1.0), feedback=ml.feedback.Regenerated())
+    x, y = torch.randn(64, width, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10
+    trace = measure(made, x, y)
+    assert [trace.peak_bytes] == predicted_peaks(ml.MemDFA, (2,), width=width)
+    changed = [not torch.equal(old, next(block.parameters())) for old, block in zip(before, net, strict=True)]
+    assert all(changed[:1000])  # further on, activations die out, with weights as torch draws them
+
+
 @pytest.mark.parametrize("rule", ["bp", "fa", "dfa"])
 def test_the_others_grow_linearly(rule):
     peaks = predicted_peaks(ml.RULES[rule], (4, 8, 64, 256))
