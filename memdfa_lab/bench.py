@@ -115,14 +115,16 @@ def bench(
     seconds: list[list[float]] = [[] for _ in every]
     gc.collect()
     gc.freeze()  # what is here stays: the collections between steps need not look at it again
-    for turn in range(warm_up + rounds):
-        for k in order.permutation(len(every)):
-            gc.collect()  # not in the middle of somebody's step
-            started = time.perf_counter()
-            made[k].step(x, y)
-            if turn >= warm_up:
-                seconds[k].append(time.perf_counter() - started)
-    gc.unfreeze()
+    try:
+        for turn in range(warm_up + rounds):
+            for k in order.permutation(len(every)):
+                gc.collect()  # not in the middle of somebody's step
+                started = time.perf_counter()
+                made[k].step(x, y)
+                if turn >= warm_up:
+                    seconds[k].append(time.perf_counter() - started)
+    finally:
+        gc.unfreeze()
 
     rows = []
     for one, rule, taken in zip(every, made, seconds, strict=True):
