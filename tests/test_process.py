@@ -11,9 +11,11 @@ from torch import Tensor
 
 from memdfa_lab import BP, DFA, RULES, MemDFA, Rule, feedback, models
 from memdfa_lab.baselines import BASELINES
-from memdfa_lab.memory import process
+from memdfa_lab.memory import allocator, resident
+from memdfa_lab.memory.allocator import allocator_peak, allocator_trace
 from memdfa_lab.memory.ledger import measure
-from memdfa_lab.memory.process import allocator_peak, allocator_trace, compare, cuda_peak, cuda_snapshot, resident_peak
+from memdfa_lab.memory.process import compare, cuda_peak, cuda_snapshot
+from memdfa_lab.memory.resident import resident_peak
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 MOMENTUM = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -104,7 +106,7 @@ def test_blocks_outside_operations_are_scratch_that_is_said():
     for step in (torch.get_rng_state, lambda: kept.append(torch.get_rng_state())):  # freed in the step, and not
         trace = allocator_trace(step, warm_up=0)
         assert (trace.peak_bytes, trace.handed_on_bytes) == (torch.get_rng_state().numel(), 0)
-        assert trace.scratch_at_peak == {process.OUTSIDE: trace.peak_bytes}
+        assert trace.scratch_at_peak == {allocator.OUTSIDE: trace.peak_bytes}
 
 
 def test_a_step_that_only_frees_has_no_peak():
@@ -245,7 +247,7 @@ def test_unknown_names_come_back_from_the_process():
 
 
 def test_elsewhere_the_resident_set_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(process.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(resident.platform, "libc_ver", lambda: ("", ""))
     with pytest.raises(RuntimeError, match="Linux with glibc only"):
         resident_peak("bp", [4, 10], 8)
 
