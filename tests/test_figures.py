@@ -77,7 +77,7 @@ def test_phases_that_take_turns_are_one_span():
         "local gradient",
         "update",
     ]
-    assert figures.memory._spans(phases) == [
+    assert figures.profiles._spans(phases) == [
         ("begin", 0, 1),
         ("forward", 1, 3),
         ("error", 3, 4),

@@ -1,22 +1,19 @@
 """One function a figure; each takes plain tables and returns a matplotlib Figure. Units are on the axes."""
 
-from memdfa_lab.figures.memory import (
-    FILLS_AT_REST,
+from memdfa_lab.figures.peaks import (
     RESTING,
     frontier,
     keep_frontier,
-    lifetimes,
-    memory_profiles,
     peak_against,
     peak_at_depth,
     peak_fillings,
     peaks_by_network,
     rest_against,
-    step_profiles,
     theory_and_measurement,
 )
+from memdfa_lab.figures.profiles import lifetimes, memory_profiles, step_profiles
 from memdfa_lab.figures.signals import LOOKS, against_scale, alignment, balance, block_angles, signal_images, spectrum
-from memdfa_lab.figures.style import FILLS, MIB, SETTINGS, STYLES, picture, save
+from memdfa_lab.figures.style import FILLS, FILLS_AT_REST, MIB, SETTINGS, STYLES, picture, save
 from memdfa_lab.figures.training import confusion, images, learning_curves, training_curves
 
 __all__ = [

@@ -4,10 +4,12 @@ Colours are Okabe and Ito's, safe for colour-blind eyes; each rule has its own l
 grey print can be read."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import PIL.Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -38,6 +40,14 @@ FILLS = {
     "workspace": ("#CC79A7", ".."),
 }
 
+# What rests, below what a step adds
+FILLS_AT_REST = {
+    "parameters": ("#dddddd", ""),
+    "buffers": ("#bbbbbb", "||"),
+    "optimizer state": FILLS["optimizer state"],
+    "feedback": FILLS["feedback"],
+    "input": ("#009E73", "--"),
+}
 
 SETTINGS: Any = {
     "axes.spines.top": False,
@@ -50,6 +60,8 @@ SETTINGS: Any = {
     "svg.hashsalt": "memdfa_lab",  # the same figure gives the same file
     "figure.dpi": 100,
 }
+HATCHED: Any = {**SETTINGS, "axes.grid": False, "hatch.linewidth": 0.4}
+BELOW: Any = {"loc": "outside lower center", "frameon": False, "fontsize": 9}  # where a figure's legend is
 
 
 MIB = 2**20
@@ -79,10 +91,27 @@ def picture(figure: Figure, alt: str) -> Any:
     return Image(data.getvalue(), width=width, alt=alt)
 
 
-def legend_below(figure: Figure, categories: list[str]) -> None:
-    looks = [FILLS[name] for name in categories]
+def two_a_row(
+    number: int, height: float, columns: int = 2, width: float = 8, legend: float = 0.5, **options: Any
+) -> tuple[Figure, list[Any]]:
+    """Return a figure with as many panels, row by row; `height` is of a row, in inches, `legend` of what is below."""
+    rows = math.ceil(number / columns)
+    size = (width, height * rows + legend)
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+    for axes in panels.flat[number:]:
+        axes.remove()
+    return figure, list(panels.flat[:number])
+
+
+def visible(most: pd.Series, total: float) -> list[str]:
+    """Return the categories that can be seen where `total` bytes are drawn, by the most that each holds."""
+    return [str(name) for name, held in most.items() if held > total / 300]
+
+
+def legend_below(figure: Figure, categories: list[str], columns: int = 6) -> None:
+    looks = [{**FILLS_AT_REST, **FILLS}[name] for name in categories]
     handles = [Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor="white") for color, hatch in looks]
-    figure.legend(handles, categories, loc="outside lower center", ncols=6, frameon=False, fontsize=9, handlelength=1.4)
+    figure.legend(handles, categories, ncols=columns, handlelength=1.4, **BELOW)
 
 
 def logarithmic(axes: Any, ticks: list[Any], xlabel: str) -> None:

@@ -1,17 +1,24 @@
-"""What a step holds: profiles, lifetimes, peaks against depth, batch and width, time against memory."""
+"""Peaks of a step: what fills them, how they grow with depth, batch and width, and what time they cost."""
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from memdfa_lab.figures.style import FILLS, MIB, SETTINGS, STYLES, legend_below, logarithmic
-from memdfa_lab.memory.trace import readable
+from memdfa_lab.figures.style import (
+    BELOW,
+    FILLS,
+    HATCHED,
+    MIB,
+    SETTINGS,
+    STYLES,
+    legend_below,
+    logarithmic,
+    two_a_row,
+    visible,
+)
 
 # What rests between steps, and beside it what a rule's step adds: column -> label, look
 RESTING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -20,133 +27,6 @@ RESTING: dict[str, tuple[str, dict[str, Any]]] = {
     "feedback": ("stored B", {"color": "#CC79A7", "linestyle": ":", "marker": "*"}),
     **{f"peak {rule}": (f"peak above rest, {label}", style) for rule, (label, style) in STYLES.items()},
 }
-
-
-# What rests, below what a step adds
-FILLS_AT_REST = {
-    "parameters": ("#dddddd", ""),
-    "buffers": ("#bbbbbb", "||"),
-    "optimizer state": FILLS["optimizer state"],
-    "feedback": FILLS["feedback"],
-    "input": ("#009E73", "--"),
-}
-
-
-def memory_profiles(timelines: Mapping[str, pd.DataFrame]) -> Figure:
-    """Draw one step of each rule: bytes above rest, stacked by category, against operations, the peak marked.
-
-    `timelines`: label -> `Trace.timeline`. Phases are shaded and named; the vertical axis is shared.
-    """
-    with plt.rc_context({**SETTINGS, "axes.grid": False, "hatch.linewidth": 0.4}):
-        rows = math.ceil(len(timelines) / 2)
-        figure, panels = plt.subplots(
-            rows, 2, figsize=(8, 2.6 * rows + 0.5), layout="constrained", squeeze=False, sharey=True
-        )
-        for axes in panels.flat[len(timelines) :]:
-            axes.remove()
-        for axes, (label, table) in zip(panels.flat, timelines.items(), strict=False):
-            _draw_profile(axes, label, table)
-        panels[0][0].set_ylim(bottom=0)  # once all are drawn: it also fixes the top of the axis they share
-        for row in panels:
-            row[0].set_ylabel("above rest (MiB)")
-        together = pd.concat({label: _alive(table) for label, table in timelines.items()})
-        legend_below(figure, _visible(together.max(), max(table["total_bytes"].max() for table in timelines.values())))
-    plt.close(figure)
-    return figure
-
-
-def _alive(timeline: pd.DataFrame) -> pd.DataFrame:
-    """Return a column a category: the bytes alive after each event."""
-    return pd.DataFrame({name: timeline["bytes"].where(timeline["category"] == name, 0).cumsum() for name in FILLS})
-
-
-def _visible(most: pd.Series, total: float) -> list[str]:
-    """Return the categories that can be seen where `total` bytes are drawn, by the most that each holds."""
-    return [str(name) for name, held in most.items() if held > total / 300]
-
-
-def _draw_profile(axes: Any, label: str, table: pd.DataFrame) -> None:
-    position = np.arange(len(table))
-    bottom = np.zeros(len(table))
-    for category, alive in _alive(table).items():
-        (color, hatch), top = FILLS[str(category)], bottom + alive.to_numpy() / MIB
-        if alive.any():
-            axes.fill_between(position, bottom, top, step="post", facecolor=color, hatch=hatch, edgecolor="white", lw=0)
-            bottom = top
-    total = table["total_bytes"].to_numpy() / MIB
-    peak = int(total.argmax())
-    axes.plot(peak, total[peak], marker="v", color="black", markersize=6, clip_on=False)
-    side = "left" if peak < len(table) / 2 else "right"
-    axes.annotate(f" {total[peak]:.2f} MiB ", (peak, total[peak]), ha=side, va="bottom", fontsize=9)
-    _shade_phases(axes, list(table["phase"]))
-    axes.set(title=label, xlabel="births and frees, in order", xlim=(0, len(table) - 1))
-    axes.margins(y=0.25)
-
-
-def _shade_phases(axes: Any, phases: list[str]) -> None:
-    shades = {"forward": "#eeeeee", "error": "#bbbbbb", "update": "#e4e4e4"}
-    for name, start, stop in _spans(phases):
-        axes.axvspan(start, stop, color=shades.get(name, "#f8f8f8"), zorder=-2, lw=0)
-        if stop - start > 0.018 * len(name) * len(phases):  # there is room for it
-            middle = (start + stop) / 2
-            axes.text(middle, 0.98, name, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
-
-
-def _spans(phases: list[str]) -> list[tuple[str, int, int]]:
-    """Return (name, start, stop) of each phase; phases that take turns, block by block, are one."""
-    spans: list[tuple[str, int, int]] = []
-    for at, name in enumerate(phases):
-        name = {"local gradient": "learn"}.get(name, name) or (spans[-1][0] if spans else "begin")
-        if spans and spans[-1][0] == name:
-            spans[-1] = (name, spans[-1][1], at + 1)
-        else:
-            spans.append((name, at, at + 1))
-    after_error = next((i + 1 for i, span in enumerate(spans) if span[0] == "error"), len(spans))
-    turns = spans[after_error:]
-    if len(turns) > 2:
-        names = [name for name in ("recompute", "backward", "learn", "update") if name in {turn[0] for turn in turns}]
-        turns = [(" + ".join(names), turns[0][1], turns[-1][2])]
-    return [*spans[:after_error], *turns]
-
-
-def lifetimes(timelines: Mapping[str, pd.DataFrame]) -> Figure:
-    """Draw how long what a step makes is held, a row a block: a bar from birth to end for each of its tensors.
-
-    `timelines`: label -> `Trace.timeline`. Wide bars are activations, narrow ones above and below their middle signals
-    and gradients; the row above the last block has what the loss makes, e with it. Single numbers are left out.
-    """
-    looks = {"activations": (0.0, 0.8), "error": (0.2, 0.3), "gradients": (-0.2, 0.3)}  # middle, height
-    with plt.rc_context({**SETTINGS, "axes.grid": False, "hatch.linewidth": 0.4}):
-        rows = math.ceil(len(timelines) / 2)
-        size = (8, 2.6 * rows + 0.5)
-        figure, panels = plt.subplots(rows, 2, figsize=size, layout="constrained", squeeze=False, sharey=True)
-        for axes in panels.flat[len(timelines) :]:
-            axes.remove()
-        for axes, (label, table) in zip(panels.flat, timelines.items(), strict=False):
-            large = table.groupby("storage")["bytes"].transform("first") > 8
-            drawn = table[large & table["category"].isin(looks)].reset_index(drop=True)
-            last = int(drawn["block"].max()) + 1
-            for _, events in drawn.groupby("storage"):
-                birth, category = events.iloc[0], str(events["category"].iloc[0])
-                end = events.index[-1] if len(events) > 1 else len(drawn)
-                row = last + 1 if pd.isna(birth["block"]) else birth["block"] + 1
-                (offset, height), (color, hatch) = looks[category], FILLS[category]
-                axes.broken_barh(
-                    [(events.index[0], end - events.index[0])],
-                    (row + offset - height / 2, height),
-                    facecolor=color,
-                    hatch=hatch,
-                    edgecolor="white",
-                    linewidth=0.4,
-                )
-            _shade_phases(axes, list(drawn["phase"]))
-            axes.set(title=label, xlabel="births and frees, in order", xlim=(0, len(drawn)), ylim=(0.4, last + 2.6))
-            axes.set_yticks(range(1, last + 2), labels=[*map(str, range(1, last + 1)), "loss, e"])
-        for row in panels:
-            row[0].set_ylabel("block")
-        legend_below(figure, list(looks))
-    plt.close(figure)
-    return figure
 
 
 def peak_against(table: pd.DataFrame, x: str, xlabel: str, measured: pd.DataFrame | None = None) -> Figure:
@@ -190,7 +70,7 @@ def peak_fillings(table: pd.DataFrame) -> Figure:
 
     `table` has a column rule, and a column of bytes a category.
     """
-    with plt.rc_context({**SETTINGS, "axes.grid": False, "hatch.linewidth": 0.4}):
+    with plt.rc_context(HATCHED):
         figure, axes = plt.subplots(figsize=(7, 0.45 * len(table) + 1.2), layout="constrained")
         labels = [STYLES[rule][0] for rule in table["rule"]]
         left = np.zeros(len(table))
@@ -205,7 +85,7 @@ def peak_fillings(table: pd.DataFrame) -> Figure:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("at the peak, above rest (MiB)")
-        legend_below(figure, _visible(parts.max(), parts.sum(axis=1).max()))
+        legend_below(figure, visible(parts.max(), parts.sum(axis=1).max()))
     plt.close(figure)
     return figure
 
@@ -218,12 +98,9 @@ def frontier(table: pd.DataFrame) -> Figure:
     """
     with plt.rc_context(SETTINGS):
         networks = list(table.groupby(["network", "batch_size"], sort=False))
-        rows = math.ceil(len(networks) / 2)
-        figure, panels = plt.subplots(rows, 2, figsize=(8, 2.9 * rows + 0.9), layout="constrained", squeeze=False)
-        for axes in panels.flat[len(networks) :]:
-            axes.remove()
+        figure, panels = two_a_row(len(networks), 2.9, legend=0.9)
         handles = {}
-        for axes, ((network, batch_size), contenders) in zip(panels.flat, networks, strict=False):
+        for axes, ((network, batch_size), contenders) in zip(panels, networks, strict=True):
             for (rule, feedback), points in contenders.groupby(["rule", "feedback"], sort=False):
                 label, style = STYLES[str(rule)]
                 label += ", B stored" if feedback == "stored" else ""
@@ -237,8 +114,7 @@ def frontier(table: pd.DataFrame) -> Figure:
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
             axes.title.set_fontsize(10)
-        place: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
-        figure.legend(handles.values(), handles.keys(), **place)
+        figure.legend(handles.values(), handles.keys(), ncols=4, **BELOW)
     plt.close(figure)
     return figure
 
@@ -281,49 +157,6 @@ def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: in
     return figure
 
 
-def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
-    """Draw one step of each rule, bytes stacked by category, the peak marked; the vertical axis is shared.
-
-    `steps`: label -> a row a moment, with the column phase and a column of bytes a category, the lowest first.
-    """
-    fills = {**FILLS_AT_REST, **FILLS}
-    top = max(table.drop(columns="phase").sum(axis=1).max() for table in steps.values()) / MIB
-    with plt.rc_context({**SETTINGS, "axes.grid": False, "hatch.linewidth": 0.4}):
-        rows, columns = math.ceil(len(steps) / 2), min(len(steps), 2)
-        size = (7.5, 2.1 * rows + 0.5)
-        figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
-        for axes in panels.flat[len(steps) :]:
-            axes.remove()
-        for panel, (axes, (label, table)) in enumerate(zip(panels.flat, steps.items(), strict=False)):
-            position, bottom = np.arange(len(table)), np.zeros(len(table))
-            for name in table.columns.drop("phase"):
-                (color, hatch), above = fills[name], bottom + table[name].to_numpy() / MIB
-                look: Any = {"facecolor": color, "hatch": hatch, "edgecolor": "white", "lw": 0}
-                axes.fill_between(position, bottom, above, step="post", **look)
-                bottom = above
-            peak = int(bottom.argmax())
-            axes.plot(peak, bottom[peak], marker="v", color="black", markersize=6, clip_on=False)
-            side = "left" if peak < len(table) / 2 else "right"
-            said = f" {readable(bottom[peak] * MIB)} "
-            axes.annotate(said, (peak, bottom[peak]), ha=side, va="bottom", fontsize=9)
-            _shade_phases(axes, list(table["phase"]))
-            axes.set(title=label, xlim=(0, len(table) - 1), xticks=[], ylim=(0, 1.3 * top))
-            axes.set_xlabel("births and frees, in order" if panel >= len(steps) - columns else "")
-            axes.yaxis.set_major_formatter("{x:,g}")
-        for row in panels:
-            row[0].set_ylabel(ylabel)
-        shown = {name for table in steps.values() for name in table.columns}
-        handles = [
-            Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor="white", label=name)
-            for name, (color, hatch) in fills.items()
-            if name in shown
-        ]
-        place: Any = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 9}
-        figure.legend(handles=handles, handlelength=1.4, **place)
-    plt.close(figure)
-    return figure
-
-
 def theory_and_measurement(table: pd.DataFrame) -> Figure:
     """Draw peaks against depth, a panel a network: predicted (lines), measured (rings), closed forms (crosses).
 
@@ -349,8 +182,7 @@ def theory_and_measurement(table: pd.DataFrame) -> Figure:
             axes.set_title(f"{network}, batch {rows['batch_size'].iloc[0]}", fontsize=10)
         panels[0][0].set_ylabel("peak above rest (MiB)")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        place: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9, "handlelength": 3.5}
-        figure.legend(handles, labels, **place)
+        figure.legend(handles, labels, ncols=4, handlelength=3.5, **BELOW)
     plt.close(figure)
     return figure
 
@@ -375,7 +207,6 @@ def peaks_by_network(table: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(names)), labels=names, fontsize=9)
         axes.set(xscale="log", xlabel="peak above rest (MiB)", ylim=(len(names) - 0.5, -0.5))
         axes.xaxis.set_major_formatter("{x:g}")
-        legend: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
-        figure.legend(**legend)
+        figure.legend(ncols=4, **BELOW)
     plt.close(figure)
     return figure
