@@ -1,5 +1,7 @@
 """Run notebooks from top to bottom and keep what they put out as it is committed, without noise: make notebooks."""
 
+import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,18 @@ from memdfa_lab.files import written_whole
 from memdfa_lab.headless import ENGINE
 
 HOOKS = Path(__file__).resolve().parent.parent / ".pre-commit-config.yaml"
+
+
+def steady(notebook: nbformat.NotebookNode) -> None:
+    """Give styled tables the same ids each time and objects no address, so that a change shows what has changed."""
+    for cell in notebook.cells:
+        table = f"T_{hashlib.sha256(cell.id.encode()).hexdigest()[:5]}"
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "text/html" in data:
+                data["text/html"] = re.sub(r'\bT_[0-9a-f]{5}(?=[\s_"])', table, data["text/html"])
+            if "text/plain" in data:
+                data["text/plain"] = re.sub(r"\b0x[0-9a-f]{6,16}\b", "0x000000", data["text/plain"])
 
 
 def run(path: Path) -> None:
@@ -29,6 +43,7 @@ def run(path: Path) -> None:
         for cell in notebook.cells:
             if not cell.metadata.get("tags"):
                 cell.metadata.pop("tags", None)  # papermill leaves empty lists
+        steady(notebook)
         nbformat.write(notebook, executed)
         subprocess.run([sys.executable, "-m", "nbstripout", *strip, str(executed)], check=True)
         with written_whole(path) as file:
