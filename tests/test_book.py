@@ -255,10 +255,7 @@ def test_the_book(tmp_path, subtests):
     with subtests.test("it is built without a warning"):
         assert done.returncode == 0, done.stderr
     made = [path for path in book.rglob("*.html") if not (ROOT / path.relative_to(book)).exists()]  # not copied
-    aside = (
-        book / "_static",
-        book / "_downloads",
-    )  # executed notebooks are offered as files, and load MathJax from outside
+    aside = (book / "_static", book / "_downloads")  # executed notebooks to download load MathJax from outside
     pages = {path: Page(path) for path in made if not any(map(path.is_relative_to, aside))}
 
     with subtests.test("README is the landing page and leads to a page for each notebook"):
