@@ -77,9 +77,38 @@ def test_the_times_are_those_of_the_bench():
         ("FA, B stored", "fa", "stored"),
         ("DFA", "dfa", "regenerated"),
         ("MEM-DFA", "memdfa", "regenerated"),
-        ("BP, both of these", "checkpoint_step_in_backward", "none"),
+        ("BP, checkpointing + step in backward", "checkpoint_step_in_backward", "none"),
     ):
-        (cells,) = re.findall(rf"^\| {label} \|((?: \d\.\d\d \([^|]+\) \|)+)$", TEXT, re.MULTILINE)
+        (cells,) = re.findall(rf"^\| {re.escape(label)} \|((?: \d\.\d\d \([^|]+\) \|)+)$", TEXT, re.MULTILINE)
         rows = table[(table["rule"] == rule) & (table["feedback"] == kind)]
         expected = [f"{r.ratio:.2f} ({r.ratio_low:.2f} to {r.ratio_high:.2f})" for r in rows.itertuples()]
         assert [cell.strip() for cell in cells.strip("|").split("|")] == expected
+
+
+def test_the_knob_is_as_it_was_benched():
+    table = pd.read_csv(ROOT / "reports" / "bench" / "frontier" / "bench.csv", keep_default_na=False)
+    for _, rows in table.groupby("network"):
+        ours = rows[rows["rule"] == "memdfa"]
+        assert ours["ratio"].is_monotonic_decreasing
+        assert ours["peak_bytes"].is_monotonic_increasing
+        assert ours["ratio"].max() < rows[rows["rule"].str.startswith("checkpoint")]["ratio"].min()
+
+
+def test_the_depths_are_as_they_were_benched():
+    table = pd.read_csv(ROOT / "reports" / "bench" / "deep" / "bench.csv")
+    found = {
+        (rule, width): rows.assign(us=rows["us_a_block"].round().astype(int), mib=rows["peak_bytes"] / 2**20)
+        for rule in ("bp", "memdfa")
+        for width in (64, 512)
+        for rows in [table[(table["rule"] == rule) & table["network"].str.contains(f"[{width}]", regex=False)]]
+    }
+    ours, bp = found["memdfa", 64], found["bp", 64]
+    assert ours["peak_bytes"].nunique() == 1
+    wide = {rule: [f"{us / 1000:.2f}" for us in found[rule, 512]["us_a_block"]] for rule in ("bp", "memdfa")}
+    text = " ".join(TEXT.split())
+    assert "takes MEM-DFA {}, {} and {} µs a block".format(*ours["us"]) in text
+    assert f"and {ours['mib'].iloc[0]:.3f} MiB above rest at each" in text
+    assert "BP takes {}, {} and {} µs, and".format(*bp["us"]) in text
+    assert "and {:.1f}, {:.1f} and {:.1f} MiB.".format(*bp["mib"]) in text
+    assert "MEM-DFA takes {} and {} ms a block at 100 and 1,000 layers".format(*wide["memdfa"]) in text
+    assert "BP {} and {}.".format(*wide["bp"]) in text

@@ -25,7 +25,10 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
     "memdfa": ("MEM-DFA", {"color": "#D55E00", "linestyle": "-.", "marker": "^"}),
     "checkpoint": ("BP, checkpointing", {"color": "#009E73", "linestyle": ":", "marker": "v"}),
     "step_in_backward": ("BP, step in backward", {"color": "#CC79A7", "linestyle": (0, (5, 1)), "marker": "P"}),
-    "checkpoint_step_in_backward": ("BP, both of these", {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "X"}),
+    "checkpoint_step_in_backward": (
+        "BP, checkpointing + step in backward",
+        {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "X"},
+    ),
     "last_layer": ("last layer only", {"color": "#999999", "linestyle": "--", "marker": "*"}),
 }
 
