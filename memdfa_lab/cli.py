@@ -158,7 +158,7 @@ def _add_reproduce(commands: Any) -> None:
     add = command.add_argument
     add("--only", type=lambda text: text.split(","), default=[], metavar="02,04", help="these notebooks; default: all")
     add("--paper", action="store_true", help="instead: run the comparison; --only then names experiments of it")
-    add("--budget", type=paper.seconds, metavar="2h", help="with --paper: how long it may take, such as 90m or 1h30m")
+    add("--budget", type=paper.plan.seconds, metavar="2h", help="with --paper: its time, such as 90m or 1h30m")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter, its value as in YAML")
     out = "run folder, of a run to go on with or a new one; default: reports/runs/<time>, with --paper reports/paper"
     add("--out", type=Path, help=out)
@@ -182,15 +182,13 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 
 def _reproduce_paper(options: argparse.Namespace) -> None:
-    from memdfa_lab import paper_tables
-
     if options.p or options.overwrite:
         raise ValueError("-p and --overwrite do not go with --paper: another --out starts anew, in an empty folder")
     out = options.out or Path("reports/paper")
-    paper.run(out, options.only, options.budget, say=partial(print, flush=True))
+    paper.runs.run(out, options.only, options.budget, say=partial(print, flush=True))
     if not (out / "depth.csv").exists():
         print("memory tables, predicted: some minutes", flush=True)
-        paper_tables.measure(out)
+        paper.memory.measure(out)
     print(f"tables are in {out}/: notebook 07_paper_figures draws them, with runs={str(out)!r}")
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 import memdfa_lab as ml
-from memdfa_lab import cli, experiments, figures, paper, paper_tables
-from memdfa_lab.paper import Experiment
+from memdfa_lab import cli, experiments, figures, paper
+from memdfa_lab.paper.plan import Experiment
 
 ONE = Experiment(
     name="small",
@@ -40,7 +40,7 @@ def data():
 @pytest.fixture
 def small(monkeypatch, data):
     """A plan of one experiment, on a few images."""
-    monkeypatch.setattr(paper, "plan", lambda: (ONE,))
+    monkeypatch.setattr(paper.plan, "experiments", lambda: (ONE,))
     monkeypatch.setattr(experiments, "load_for", lambda *_: data)
 
 
@@ -55,12 +55,12 @@ def test_the_plan_can_be_read_and_all_it_names_is_known(monkeypatch):
     tiny = ml.models.build("784-[2]x1-10")
     monkeypatch.setattr(ml.models, "build", lambda *_: tiny)
     takes = set(inspect.signature(experiments.make_rule).parameters) - {"rule", "network", "data", "seed", "device"}
-    plan = paper.plan()
-    assert len({one.name for one in plan}) == len(plan) > 10
-    for one in plan:
+    listed = paper.plan.experiments()
+    assert len({one.name for one in listed}) == len(listed) > 10
+    for one in listed:
         assert one.network in ml.models.names()
         assert one.dataset in ml.datasets.names()
-        assert one.schedule in paper.SCHEDULES
+        assert one.schedule in paper.runs.SCHEDULES
         assert one.why
         assert one.epochs > 0 < one.epoch_s
         assert bool(one.search) == (one.search_epochs > 0)
@@ -92,13 +92,13 @@ def test_the_search_is_the_same_for_each_rule_but_for_what_bp_does_not_have():
     ("text", "expected"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("0.5h", 1800), ("75s", 75)]
 )
 def test_a_budget_is_read(text, expected):
-    assert paper.seconds(text) == expected
+    assert paper.plan.seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "h", "2x", "2", "-1h", "m30"])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="2h, 90m or 1h30m"):
-        paper.seconds(text)
+        paper.plan.seconds(text)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_within_keeps_the_budget_shortens_leaves_out_and_says_so():
     plain = replace(ONE, search={}, search_epochs=0, seeds={"memdfa": [0]}, epoch_s=10)
     wanted = [replace(plain, name=name, epochs=epochs) for name, epochs in (("a", 10), ("b", 20), ("c", 40), ("d", 1))]
     assert [one.seconds for one in wanted] == [100, 200, 400, 10]
-    assert paper.within(wanted, 710) == (wanted, [])
-    chosen, said = paper.within(wanted, 250)
+    assert paper.plan.within(wanted, 710) == (wanted, [])
+    chosen, said = paper.plan.within(wanted, 250)
     assert [(one.name, one.epochs) for one in chosen] == [("a", 10), ("b", 15)]
     assert said == ["shortened: b, 15 epochs of 20", "left out: c (about 7 min)", "left out: d (about 0 min)"]
-    chosen, said = paper.within(wanted, 140)  # of b's 20 epochs 4 would fit: less than a quarter
+    chosen, said = paper.plan.within(wanted, 140)  # of b's 20 epochs 4 would fit: less than a quarter
     assert [(one.name, one.epochs) for one in chosen] == [("a", 10), ("d", 1)]
     assert [line.split(" (")[0] for line in said] == ["left out: b", "left out: c"]
 
@@ -142,22 +142,22 @@ def test_within_keeps_the_budget_shortens_leaves_out_and_says_so():
 @pytest.mark.parametrize("budget_s", [60, 200, 333, 419, 420, 1000])
 def test_within_never_takes_longer_than_the_budget_search_included(budget_s):
     wanted = [ONE, replace(ONE, name="other", epochs=9)]
-    chosen, said = paper.within(wanted, budget_s)
+    chosen, said = paper.plan.within(wanted, budget_s)
     assert sum(one.seconds for one in chosen) <= budget_s
     assert len(chosen) + sum(line.startswith("left out") for line in said) == 2
 
 
 def test_when_the_time_is_up_no_other_run_is_begun(small, monkeypatch, tmp_path):
     clock = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(paper.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(paper, "fit", lambda made, data, epochs, *_, **o: FIT(made, data, epochs, 50, **o))
+    monkeypatch.setattr(paper.runs.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(paper.runs, "fit", lambda made, data, epochs, *_, **o: FIT(made, data, epochs, 50, **o))
     said = []
-    paper.run(tmp_path, budget_s=450, say=said.append)
+    paper.runs.run(tmp_path, budget_s=450, say=said.append)
     assert "the time is up in small, before" in said[-1]
-    assert 1 <= paper.read(tmp_path, "histories").groupby(["rule", "seed"]).ngroups < 4
+    assert 1 <= paper.runs.read(tmp_path, "histories").groupby(["rule", "seed"]).ngroups < 4
 
 
-FIT = paper.fit
+FIT = paper.runs.fit
 
 
 # The choice
@@ -165,8 +165,8 @@ FIT = paper.fit
 
 def test_choose_takes_the_best_on_held_out_images_and_never_sees_the_test_set(data, tmp_path):
     blind = replace(data, x_test=None, y_test=None)
-    assert paper.choose(ONE, "memdfa", blind, tmp_path, say=lambda _: None) == {"lr": 0.003, "scale": 1.0}
-    found = paper.read(tmp_path, "choices").set_index("settings")["held_out_accuracy"]
+    assert paper.runs.choose(ONE, "memdfa", blind, tmp_path, say=lambda _: None) == {"lr": 0.003, "scale": 1.0}
+    found = paper.runs.read(tmp_path, "choices").set_index("settings")["held_out_accuracy"]
     assert len(found) == 2
     made = experiments.make_rule("memdfa", ONE.network, data, lr=0.003, scale=1.0, **ONE.settings)
     held_out = data.holdout(1 / 6)
@@ -177,15 +177,15 @@ def test_choose_takes_the_best_on_held_out_images_and_never_sees_the_test_set(da
 
 
 def test_a_choice_is_recorded_and_not_repeated_and_dfas_is_memdfas(data, monkeypatch, tmp_path):
-    first = paper.choose(ONE, "memdfa", data, tmp_path, say=lambda _: None)
-    monkeypatch.setattr(paper, "fit", refuse)
-    assert paper.choose(ONE, "memdfa", data, tmp_path) == first
-    assert paper.choose(ONE, "dfa", data, tmp_path) == first
-    paper.collect(tmp_path)
+    first = paper.runs.choose(ONE, "memdfa", data, tmp_path, say=lambda _: None)
+    monkeypatch.setattr(paper.runs, "fit", refuse)
+    assert paper.runs.choose(ONE, "memdfa", data, tmp_path) == first
+    assert paper.runs.choose(ONE, "dfa", data, tmp_path) == first
+    paper.runs.collect(tmp_path)
     shutil.rmtree(tmp_path / "runs")  # as in a fresh clone
-    assert paper.choose(ONE, "memdfa", data, tmp_path) == first
+    assert paper.runs.choose(ONE, "memdfa", data, tmp_path) == first
     with pytest.raises(AssertionError, match="done before"):  # other epochs, another search
-        paper.choose(replace(ONE, search_epochs=2), "memdfa", data, tmp_path)
+        paper.runs.choose(replace(ONE, search_epochs=2), "memdfa", data, tmp_path)
 
 
 def test_a_rule_that_runs_away_is_the_worst_choice(data, monkeypatch, tmp_path):
@@ -194,8 +194,8 @@ def test_a_rule_that_runs_away_is_the_worst_choice(data, monkeypatch, tmp_path):
             raise FloatingPointError("the error is not finite")
         return FIT(made, data, 1, 50)
 
-    monkeypatch.setattr(paper, "fit", fit)
-    assert paper.choose(ONE, "fa", data, tmp_path, say=lambda _: None)["lr"] == 1e-9
+    monkeypatch.setattr(paper.runs, "fit", fit)
+    assert paper.runs.choose(ONE, "fa", data, tmp_path, say=lambda _: None)["lr"] == 1e-9
 
 
 # Runs
@@ -203,41 +203,41 @@ def test_a_rule_that_runs_away_is_the_worst_choice(data, monkeypatch, tmp_path):
 
 def test_a_run_trains_as_set_and_what_is_finished_is_skipped(small, data, monkeypatch, tmp_path):
     said = []
-    assert paper.run(tmp_path, say=said.append) == [ONE]
-    table = paper.read(tmp_path, "histories")
+    assert paper.runs.run(tmp_path, say=said.append) == [ONE]
+    table = paper.runs.read(tmp_path, "histories")
     assert set(zip(table["rule"], table["seed"], strict=True)) == {("memdfa", 0), ("memdfa", 1), ("bp", 0), ("dfa", 0)}
     assert not list(tmp_path.rglob("*.pt"))
     assert any("memdfa, seed 1: test error" in line for line in said)
 
     made = experiments.make_rule("memdfa", ONE.network, data, seed=1, lr=0.003, scale=1.0, **ONE.settings)
-    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=paper.SCHEDULES["cosine"](2)).table
+    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=paper.runs.SCHEDULES["cosine"](2)).table
     ours = table.query("rule == 'memdfa' and seed == 1")[NUMBERS].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone[NUMBERS], check_exact=True, check_dtype=False)
 
     written = (tmp_path / "histories.csv").read_bytes()
-    monkeypatch.setattr(paper, "fit", refuse)
-    again = paper.train(ONE, "bp", 0, {}, data, tmp_path)  # as of a plan that a budget has shortened
+    monkeypatch.setattr(paper.runs, "fit", refuse)
+    again = paper.runs.train(ONE, "bp", 0, {}, data, tmp_path)  # as of a plan that a budget has shortened
     assert list(again["loss"]) == list(table.query("rule == 'bp'")["loss"])
-    assert paper.run(tmp_path, say=said.append) == []
+    assert paper.runs.run(tmp_path, say=said.append) == []
     shutil.rmtree(tmp_path / "runs")
-    assert paper.run(tmp_path, say=said.append) == []
+    assert paper.runs.run(tmp_path, say=said.append) == []
     assert "1 of 1 experiments" in said[-1]
     assert (tmp_path / "histories.csv").read_bytes() == written
-    paper.collect(tmp_path)
+    paper.runs.collect(tmp_path)
     assert (tmp_path / "histories.csv").read_bytes() == written
 
 
 def test_a_killed_run_goes_on_and_comes_to_the_same(data, monkeypatch, tmp_path):
-    whole = paper.train(ONE, "memdfa", 0, {"lr": 0.003}, data, tmp_path / "whole")
+    whole = paper.runs.train(ONE, "memdfa", 0, {"lr": 0.003}, data, tmp_path / "whole")
 
     def killed(made, data, epochs, *arguments, **options):
         FIT(made, data, 1, *arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(paper, "fit", killed)
+    monkeypatch.setattr(paper.runs, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        paper.train(ONE, "memdfa", 0, {"lr": 0.003}, data, tmp_path / "cut")
-    assert len(paper.read(tmp_path / "cut", "histories")) == 0
+        paper.runs.train(ONE, "memdfa", 0, {"lr": 0.003}, data, tmp_path / "cut")
+    assert len(paper.runs.read(tmp_path / "cut", "histories")) == 0
 
     starts = []
 
@@ -245,8 +245,8 @@ def test_a_killed_run_goes_on_and_comes_to_the_same(data, monkeypatch, tmp_path)
         starts.append(options["checkpoint"].exists())
         return FIT(made, data, *arguments, **options)
 
-    monkeypatch.setattr(paper, "fit", seen)
-    rest = paper.train(ONE, "memdfa", 0, {"lr": 0.003}, data, tmp_path / "cut")
+    monkeypatch.setattr(paper.runs, "fit", seen)
+    rest = paper.runs.train(ONE, "memdfa", 0, {"lr": 0.003}, data, tmp_path / "cut")
     assert starts == [True]
     pd.testing.assert_frame_equal(rest.drop(columns="seconds"), whole.drop(columns="seconds"), check_exact=True)
 
@@ -257,21 +257,21 @@ def test_a_run_without_a_result_does_not_stop_the_others(small, monkeypatch, tmp
             raise FloatingPointError("the error is not finite")
         return FIT(made, *arguments, **options)
 
-    monkeypatch.setattr(paper, "fit", fit)
+    monkeypatch.setattr(paper.runs, "fit", fit)
     said = []
-    paper.run(tmp_path, say=said.append)
+    paper.runs.run(tmp_path, say=said.append)
     assert any(line.startswith("  bp, seed 0: no result") for line in said)
-    assert set(paper.read(tmp_path, "histories")["rule"]) == {"memdfa", "dfa"}
+    assert set(paper.runs.read(tmp_path, "histories")["rule"]) == {"memdfa", "dfa"}
 
 
 def test_new_runs_join_the_table_that_is_there_digit_for_digit(data, monkeypatch, tmp_path):
     other = replace(ONE, name="other")
-    monkeypatch.setattr(paper, "plan", lambda: (other, ONE))
+    monkeypatch.setattr(paper.plan, "experiments", lambda: (other, ONE))
     shutil.copy(ml_reports() / "histories.csv", tmp_path)
     before = (tmp_path / "histories.csv").read_text().splitlines()
-    paper.train(ONE, "bp", 0, {}, data, tmp_path)
-    paper.train(other, "bp", 0, {}, data, tmp_path)
-    paper.collect(tmp_path)
+    paper.runs.train(ONE, "bp", 0, {}, data, tmp_path)
+    paper.runs.train(other, "bp", 0, {}, data, tmp_path)
+    paper.runs.collect(tmp_path)
     after = (tmp_path / "histories.csv").read_text().splitlines()
     new = [line for line in after[1:] if line.startswith(("small,", "other,"))]
     assert [line.split(",")[0] for line in new] == ["other", "other", "small", "small"]
@@ -281,16 +281,16 @@ def test_new_runs_join_the_table_that_is_there_digit_for_digit(data, monkeypatch
 def test_angles_are_taken_after_each_epoch_but_for_bp(data, tmp_path):
     one = replace(ONE, angles=True)
     for rule in ("memdfa", "bp"):
-        paper.train(one, rule, 0, {"lr": 0.003}, data, tmp_path)
-    table = paper.read(tmp_path, "histories")
-    found = paper_tables.angles(table, "small")
+        paper.runs.train(one, rule, 0, {"lr": 0.003}, data, tmp_path)
+    table = paper.runs.read(tmp_path, "histories")
+    found = paper.tables.angles(table, "small")
     assert set(found["rule"]) == {"memdfa"}
     assert sorted(zip(found["step"], found["block"], strict=True)) == [(s, b) for s in (1, 2) for b in (1, 2, 3)]
     made = experiments.make_rule("memdfa", ONE.network, data, lr=0.003, **ONE.settings)
-    ml.fit(made, data, 2, 50, scheduler=paper.SCHEDULES["cosine"](2))
+    ml.fit(made, data, 2, 50, scheduler=paper.runs.SCHEDULES["cosine"](2))
     expected = ml.alignment.angles(made, data.x_train[:500], data.y_train[:500])
     assert list(found.query("step == 2").sort_values("block")["gradient_deg"]) == expected
-    assert len(paper_tables.angles(table, "other")) == 0
+    assert len(paper.tables.angles(table, "other")) == 0
 
 
 # The memory tables
@@ -300,12 +300,12 @@ def test_angles_are_taken_after_each_epoch_but_for_bp(data, tmp_path):
 def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ml.models, "names", lambda: ["fc_relu", "lenet_mnist"])
-        patch.setattr(paper_tables, "PROFILED", {"mnist_conv": 3})
-        patch.setattr(paper_tables, "DEPTHS", (2, 4))
-        patch.setattr(paper_tables, "MEASURED_AT", (4,))
+        patch.setattr(paper.memory, "PROFILED", {"mnist_conv": 3})
+        patch.setattr(paper.memory, "DEPTHS", (2, 4))
+        patch.setattr(paper.memory, "MEASURED_AT", (4,))
         out = tmp_path_factory.mktemp("measured")
-        paper_tables.measure(out)
-    return paper_tables.load(out)
+        paper.memory.measure(out)
+    return paper.tables.load(out)
 
 
 def test_memory_is_predicted_measured_and_derived(measured):
@@ -318,7 +318,7 @@ def test_memory_is_predicted_measured_and_derived(measured):
     assert set(derived["network"]) == {"long_fc2"}
     assert len(derived) == 8
     long_conv = ml.models.sizes("long_conv")["parameters"].sum()
-    assert sum(p.numel() for p in paper_tables._chains()["long_conv"](30).parameters()) == long_conv
+    assert sum(p.numel() for p in paper.memory._chains()["long_conv"](30).parameters()) == long_conv
 
 
 def test_peaks_are_made_of_categories_and_profiles_reach_them(measured):
@@ -335,7 +335,7 @@ def test_peaks_are_made_of_categories_and_profiles_reach_them(measured):
 
 
 def ml_reports():
-    return paper_tables.notebooks_folder().parent / "reports" / "paper"
+    return paper.tables.notebooks_folder().parent / "reports" / "paper"
 
 
 def table_of(*runs):
@@ -353,40 +353,42 @@ def table_of(*runs):
 def test_errors_are_of_the_longest_runs_that_ended():
     table = table_of(("a", "bp", 0, 3, 0.9), ("a", "bp", 1, 3, 0.8), ("a", "bp", 2, 2, 0.1), ("a", "fa", 0, 2, 0.7))
     table = table[~table.eval("rule == 'fa' and epoch == 2")]
-    (row,) = paper_tables.errors(table).to_dict("records")
+    (row,) = paper.tables.errors(table).to_dict("records")
     assert (row["rule"], row["seeds"], row["epochs"]) == ("bp", 2, 3)
     assert row["error"] == pytest.approx(15)
     assert row["spread"] == pytest.approx(50**0.5)
 
 
 def test_what_is_missing_is_computed_from_the_plan(small):
-    nothing = paper_tables.missing(pd.DataFrame(columns=["experiment", "rule", "seed", "epochs", "epoch"]))
+    nothing = paper.tables.missing(pd.DataFrame(columns=["experiment", "rule", "seed", "epochs", "epoch"]))
     assert nothing[["memdfa", "bp", "fa", "dfa"]].values.tolist() == [["0, 1", "0", "", "0"]]
     some = table_of(("small", "memdfa", 0, 2, 0.9), ("small", "bp", 0, 1, 0.9), ("small", "dfa", 0, 2, 0.9))
-    assert paper_tables.missing(some)[["memdfa", "bp", "dfa"]].values.tolist() == [["1", "0", ""]]  # bp: too short
+    assert paper.tables.missing(some)[["memdfa", "bp", "dfa"]].values.tolist() == [["1", "0", ""]]  # bp: too short
     every = table_of(*[("small", rule, seed, 2, 0.9) for rule, seed in ONE.runs])
-    assert len(paper_tables.missing(every)) == 0
+    assert len(paper.tables.missing(every)) == 0
 
 
 def test_goals_are_met_or_not_or_not_run(monkeypatch):
-    monkeypatch.setattr(paper, "plan", lambda: (replace(ONE, goal={"memdfa": 10.0, "bp": 10.0, "dfa": 10.0}),))
+    monkeypatch.setattr(
+        paper.plan, "experiments", lambda: (replace(ONE, goal={"memdfa": 10.0, "bp": 10.0, "dfa": 10.0}),)
+    )
     table = table_of(("small", "memdfa", 0, 2, 0.95), ("small", "bp", 0, 2, 0.85))
-    assert list(paper_tables.goals(table)["met"]) == ["yes", "no", "not run yet"]
+    assert list(paper.tables.goals(table)["met"]) == ["yes", "no", "not run yet"]
 
 
 def test_same_updates_counts_runs_that_agree():
     alike = table_of(("a", "dfa", 0, 2, 0.9), ("a", "memdfa", 0, 2, 0.9), ("a", "memdfa", 1, 2, 0.9))
     other = table_of(("b", "dfa", 0, 2, 0.9), ("b", "memdfa", 0, 2, 0.8))
-    assert paper_tables.same_updates(pd.concat([alike, other])) == (1, 2)
+    assert paper.tables.same_updates(pd.concat([alike, other])) == (1, 2)
 
 
 def verdicts(tables):
-    return [row["verdict"] for row in paper_tables.claims(tables).to_dict("records")]
+    return [row["verdict"] for row in paper.tables.claims(tables).to_dict("records")]
 
 
 def test_a_claim_is_only_shown_by_tables_that_show_it(measured):
     bench = pd.DataFrame({"network": "n", "rule": ["dfa", "memdfa"], "setting": None, "median_s": [1.0, 1.5]})
-    assert paper_tables.extra_time(bench) == {"n": 1.5}
+    assert paper.tables.extra_time(bench) == {"n": 1.5}
     assert verdicts(measured) == ["shown, with limits", "not shown", "not shown", "shown"]
     assert verdicts({**measured, "bench": bench})[1] == "shown, with limits"
     four = table_of(*[("a", rule, 0, 1, 0.9) for rule in ml.RULES])
@@ -399,9 +401,9 @@ def test_a_claim_is_only_shown_by_tables_that_show_it(measured):
 
 
 def test_published_numbers_stand_beside_ours():
-    table = paper_tables.beside_published(table_of(("a", "memdfa", 0, 2, 0.9), ("a", "memdfa", 1, 2, 0.8)))
+    table = paper.tables.beside_published(table_of(("a", "memdfa", 0, 2, 0.9), ("a", "memdfa", 1, 2, 0.8)))
     assert table.loc[0, ["memdfa", "source", "epochs"]].tolist() == ["15.00 ± 7.07 (2)", "here, a", "2"]
-    published = paper_tables.published()
+    published = paper.tables.published()
     assert len(table) == len(published) + 1
     assert published["source"].notna().all()
     assert published["link"].str.startswith("https://").all()
@@ -411,13 +413,13 @@ def test_published_numbers_stand_beside_ours():
 def test_the_committed_tables_are_found_from_anywhere_and_agree_with_the_reports(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for runs in ("reports/paper", "../reports/paper", str(ml_reports())):
-        tables = paper_tables.load(runs)
+        tables = paper.tables.load(runs)
         assert set(tables["peaks"]["network"]) == set(ml.models.names())
-    ours = paper_tables.errors(tables["histories"]).query("experiment == 'mnist_fc_relu'").set_index("rule")
+    ours = paper.tables.errors(tables["histories"]).query("experiment == 'mnist_fc_relu'").set_index("rule")
     summary = pd.read_csv(ml_reports().parent / "mnist_fc_relu" / "summary.csv", index_col="rule")
     pd.testing.assert_series_equal(100 - ours["error"], 100 * summary["test_accuracy"], check_names=False)
     with pytest.raises(ValueError, match=r"no tables of the comparison in 'no/where': make them with"):
-        paper_tables.load("no/where")
+        paper.tables.load("no/where")
 
 
 # Figures

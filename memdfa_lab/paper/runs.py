@@ -1,28 +1,24 @@
-"""The paper's comparison: experiments as a list, run in order of value, cut or resumed at will, and their tables.
+"""The experiments of the plan are run in order of value, cut or resumed at will, and leave tables.
 
-`paper.toml` beside this file is the list. Each experiment first chooses a learning rate (and what else its `search`
-names) for each rule on a part of the training images, the same small search for every rule; then it trains on all of
-them, from each seed, and looks at the test images. What was finished is never run again.
+Each first chooses a learning rate (and what else its `search` names) for each rule on a part of the training images,
+the same small search for every rule; then it trains on all of them, from each seed, and looks at the test images. What
+was finished is never run again.
 """
 
-import argparse
-import itertools
-import json
-import re
 import time
-import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memdfa_lab import alignment, experiments, models
+from memdfa_lab import alignment, experiments
 from memdfa_lab.files import write_text
 from memdfa_lab.fit import fit
 from memdfa_lab.names import known
+from memdfa_lab.paper import plan
+from memdfa_lab.paper.plan import Experiment
 from memdfa_lab.rules import RULES, Rule
 
 if TYPE_CHECKING:
@@ -31,8 +27,6 @@ if TYPE_CHECKING:
     from memdfa_lab.datasets import Data
 
 SEARCH_ON = 1 / 6  # of the training images, held out: 10,000 of MNIST, 8,333 of CIFAR-10
-FEWEST = 1 / 4  # of an experiment's epochs, to fit a budget; with less it is left out
-OF_FEEDBACK = ("distribution", "scale")  # settings that BP does not have, and are not searched for it
 PROBE = 500  # training images, the first ones, on which angles are taken
 SCHEDULES: dict[str, Callable[[int], Any]] = {
     "constant": lambda epochs: None,
@@ -43,108 +37,6 @@ TABLES = {
     "histories": ("*/*/seed*/history.csv", ["experiment", "rule", "seed", "epochs", "epoch"]),
     "choices": ("*/*/search.csv", ["experiment", "rule", "settings", "epochs"]),
 }
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One network on one data set, trained by several rules.
-
-    `seeds`: for each rule, in order of value. `settings` go to `ml.experiments.make_rule`, those of `by_rule` for one
-    rule alone; the rest is the network's own. `search`: for each name of a setting the values tried on held-out
-    training images, for `search_epochs`. `epoch_s`: how long an epoch takes, roughly, for a budget to reckon with.
-    `angles`: the angle to BP of each block is taken after each epoch. `goal`: the test error aimed at, in percent.
-    """
-
-    name: str
-    network: str
-    dataset: str
-    seeds: dict[str, list[int]]
-    epochs: int
-    epoch_s: float
-    why: str
-    batch_size: int | None = None
-    schedule: str = "constant"
-    settings: dict[str, Any] = field(default_factory=dict)
-    by_rule: dict[str, dict[str, Any]] = field(default_factory=dict)
-    search: dict[str, list[Any]] = field(default_factory=dict)
-    search_epochs: int = 0
-    angles: bool = False
-    goal: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> list[tuple[str, int]]:
-        """Rule and seed of each training run: the first seed of every rule, then the second."""
-        nth = itertools.zip_longest(*([(rule, seed) for seed in seeds] for rule, seeds in self.seeds.items()))
-        return [run for run in itertools.chain.from_iterable(nth) if run is not None]
-
-    @property
-    def seconds(self) -> float:
-        """How long all of it takes, roughly."""
-        trials = sum(len(self.tried(rule)) for rule in {_searched_as(rule) for rule in self.seeds})
-        return self.epoch_s * (trials * self.search_epochs + len(self.runs) * self.epochs)
-
-    def tried(self, rule: str) -> list[dict[str, Any]]:
-        """Return what is tried for a rule, each as settings; where nothing is searched, one empty choice."""
-        searched = {name: values for name, values in self.search.items() if rule != "bp" or name not in OF_FEEDBACK}
-        return [dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())]
-
-    def options(self, rule: str, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of a run, as they go to `make_rule`."""
-        return {**self.settings, **self.by_rule.get(rule, {}), **chosen}
-
-    def described(self, rule: str, chosen: dict[str, Any]) -> str:
-        """Return all that a run is set to, as text for a table."""
-        rest = {"batch_size": _batch_size(self), "schedule": self.schedule}
-        return json.dumps({**self.options(rule, chosen), **rest})
-
-
-@cache
-def plan() -> tuple[Experiment, ...]:
-    """Return the experiments, the most valuable first."""
-    with Path(__file__).with_name("paper.toml").open("rb") as file:
-        return tuple(Experiment(**entry) for entry in tomllib.load(file)["experiment"])
-
-
-def seconds(text: str) -> float:
-    """Return a time such as 2h, 90m, 1h30m or 45s in seconds. Raises ArgumentTypeError, for the command line."""
-    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?", text.strip())
-    if not text.strip() or parts is None:
-        raise argparse.ArgumentTypeError(f"a time is given as 2h, 90m or 1h30m, got {text!r}")
-    return sum(float(value or 0) * unit for value, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-
-
-def within(wanted: Sequence[Experiment], budget_s: float) -> tuple[list[Experiment], list[str]]:
-    """Return what fits into a time, and a line for each experiment that was shortened or left out.
-
-    In order of value: each whole if it fits, else with fewer epochs (a quarter at least), else not at all.
-    """
-    chosen: list[Experiment] = []
-    said = []
-    for one in wanted:
-        left = budget_s - sum(other.seconds for other in chosen)
-        of_epochs = one.epoch_s * len(one.runs) * one.epochs
-        fitting = min(one.epochs, int((left - (one.seconds - of_epochs)) / of_epochs * one.epochs + 1e-9))
-        if fitting < max(1, one.epochs * FEWEST):
-            said.append(f"left out: {one.name} (about {one.seconds / 60:.0f} min)")
-        else:
-            chosen.append(replace(one, epochs=fitting))
-            if fitting < one.epochs:
-                said.append(f"shortened: {one.name}, {fitting} epochs of {one.epochs}")
-    return chosen, said
-
-
-def unfinished(wanted: Sequence[Experiment], histories: "pd.DataFrame") -> list[Experiment]:
-    """Return the experiments with the seeds that have not been run for all epochs; those without any are left out."""
-    rows = histories[histories["epoch"] == histories["epochs"]]
-    ended: dict[Any, int] = rows.groupby(["experiment", "rule", "seed"])["epochs"].max().to_dict()
-    left = []
-    for one in wanted:
-        seeds = {
-            rule: [seed for seed in seeds if ended.get((one.name, rule, seed), 0) < one.epochs]
-            for rule, seeds in one.seeds.items()
-        }
-        left.append(replace(one, seeds={rule: some for rule, some in seeds.items() if some}))
-    return [one for one in left if one.seeds]
 
 
 def run(
@@ -162,15 +54,15 @@ def run(
     Raises ValueError for an unknown name or a budget below a minute.
     """
     started, out = time.monotonic(), Path(out)
-    every = {one.name: one for one in plan()}
+    every = {one.name: one for one in plan.experiments()}
     wanted = [known("experiment", name, every) for name in only] or list(every.values())
     if budget_s is not None and budget_s < 60:
         raise ValueError(f"the budget must be a minute or more, got {budget_s:g} s")
-    todo = unfinished(wanted, read(out, "histories"))
+    todo = plan.unfinished(wanted, read(out, "histories"))
     if len(todo) < len(wanted):
         say(f"{len(wanted) - len(todo)} of {len(wanted)} experiments are in {out / 'histories.csv'} already")
     if budget_s is not None:
-        todo, said = within(todo, budget_s)
+        todo, said = plan.within(todo, budget_s)
         for line in said:
             say(line)
     done_s, left_s = 0.0, sum(one.seconds for one in todo)
@@ -205,7 +97,7 @@ def choose(
         return {}
     import pandas as pd
 
-    rule, out = _searched_as(rule), Path(out)
+    rule, out = plan.searched_as(rule), Path(out)
     before = read(out, "choices")
     before = before[(before["experiment"] == one.name) & (before["rule"] == rule)]
     before = before[before["epochs"] == one.search_epochs]
@@ -230,7 +122,7 @@ def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], dat
     scheduler = known("schedule", one.schedule, SCHEDULES)(one.search_epochs)
     held_out = data.holdout(SEARCH_ON)
     try:
-        history = fit(made, held_out, one.search_epochs, _batch_size(one), scheduler=scheduler)
+        history = fit(made, held_out, one.search_epochs, one.batch, scheduler=scheduler)
     except FloatingPointError:
         return 0.0  # it ran away
     return float(history.table["test_accuracy"].iloc[-1])
@@ -251,7 +143,7 @@ def train(
         made,
         data,
         one.epochs,
-        _batch_size(one),
+        one.batch,
         seed=seed,
         scheduler=known("schedule", one.schedule, SCHEDULES)(one.epochs),
         checkpoint=checkpoint,
@@ -289,7 +181,7 @@ def read(out: str | Path, name: str) -> "pd.DataFrame":
         return pd.DataFrame(columns=[*key, "held_out_accuracy"] if name == "choices" else key)
     table = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
     table = table.drop_duplicates(key, keep="last")
-    orders = {"experiment": [one.name for one in plan()], "rule": list(RULES)}
+    orders = {"experiment": [one.name for one in plan.experiments()], "rule": list(RULES)}
 
     def order(column: "pd.Series[Any]") -> "pd.Series[Any]":
         places = {name: place for place, name in enumerate(orders.get(str(column.name), []))}
@@ -307,11 +199,3 @@ def collect(out: str | Path) -> None:
         table = read(out, name)
         if len(table):
             write_text(Path(out) / f"{name}.csv", table.to_csv(index=False))
-
-
-def _searched_as(rule: str) -> str:
-    return "memdfa" if rule == "dfa" else rule
-
-
-def _batch_size(one: Experiment) -> int:
-    return models.get(one.network).batch_size if one.batch_size is None else one.batch_size
