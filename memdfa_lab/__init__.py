@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from memdfa_lab import alignment, datasets, experiments, feedback, losses, memory, models
+from memdfa_lab import alignment, datasets, distributed, experiments, feedback, losses, memory, models
 from memdfa_lab.baselines import BASELINES
 from memdfa_lab.blocks import as_blocks
 from memdfa_lab.fit import History, accuracy, fit, predict
@@ -23,6 +23,7 @@ __all__ = [
     "alignment",
     "as_blocks",
     "datasets",
+    "distributed",
     "experiments",
     "feedback",
     "fit",

@@ -83,7 +83,8 @@ def _add_train(commands: Any) -> None:
         _train,
         "train a network with one rule or several, from the same seeds",
         "  memdfa train --rule memdfa --network fc_relu --dataset mnist --epochs 3\n"
-        "  memdfa train --rule all --network mnist_conv --epochs 5 --lr 0.05 --feedback regenerated\n",
+        "  memdfa train --rule all --network mnist_conv --epochs 5 --lr 0.05 --feedback regenerated\n"
+        "  torchrun --nproc-per-node 2 -m memdfa_lab train --rule memdfa    # two processes, half of each batch each\n",
     )
     add = command.add_argument
     add("--rule", nargs="+", default=["memdfa"], choices=[*ml.RULES, "all"], help="default: memdfa")
@@ -107,9 +108,17 @@ def _add_train(commands: Any) -> None:
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--out", type=Path, help="run folder; default: reports/runs/NETWORK-DATASET-seedSEED")
     add("--overwrite", action="store_true", help="start anew instead of going on with the run in the folder")
+    add("--sync-batchnorm", action="store_true", help="under torchrun: BatchNorm's statistics over all ranks")
+    seconds = "under torchrun: how long a rank waits for another before it gives up; default: 60"
+    add("--dist-timeout", type=float, default=ml.distributed.TIMEOUT_S, metavar="S", help=seconds)
 
 
 def _train(options: argparse.Namespace) -> None:
+    with ml.distributed.ranks(options.device, options.dist_timeout) as group:
+        _train_in(group, options)
+
+
+def _train_in(group: ml.distributed.Group, options: argparse.Namespace) -> None:
     import pandas as pd
 
     rules = list(ml.RULES) if "all" in options.rule else list(dict.fromkeys(options.rule))
@@ -135,12 +144,15 @@ def _train(options: argparse.Namespace) -> None:
             distribution=options.distribution,
             scale=options.scale,
             clip_norm=options.clip_norm,
-            device=options.device,
+            device=group.device,
+            group=group,
+            sync_batchnorm=options.sync_batchnorm,
         )
         last = history.table.iloc[-1]
         rows.append({"rule": rule, **last, "seconds": history.table["seconds"].sum()})
-    print(pd.DataFrame(rows).astype({"epoch": int}).to_string(index=False, float_format="{:.4f}".format))
-    print(f"histories and checkpoints are in {out}/")
+    if group.rank == 0:
+        print(pd.DataFrame(rows).astype({"epoch": int}).to_string(index=False, float_format="{:.4f}".format))
+        print(f"histories and checkpoints are in {out}/")
 
 
 def _add_reproduce(commands: Any) -> None:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from memdfa_lab import datasets, feedback, memory, models
 from memdfa_lab.baselines import BASELINES
+from memdfa_lab.distributed import Group
 from memdfa_lab.fit import History, fit
 from memdfa_lab.losses import LOSSES
 from memdfa_lab.names import known
 from memdfa_lab.notebook import Report as Report
 from memdfa_lab.notebook import check_parameters as check_parameters  # notebooks find both here
 from memdfa_lab.rules import RULES, Rule
+from memdfa_lab.sync_batchnorm import synchronise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,13 +93,20 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     seed: int = 0,
+    group: Group | None = None,
+    sync_batchnorm: bool = False,
     **settings: Any,
 ) -> tuple[Rule, History]:
     """Train one network with one rule and return both; `settings` go to `make_rule`, None is the network's own.
 
-    With a `folder`, history.csv and checkpoint.pt are written there, and a run that was cut goes on.
+    With a `folder`, history.csv and checkpoint.pt are written there, and a run that was cut goes on. `group`: the
+    processes that train together (`ml.distributed.ranks`), with BatchNorm's statistics over all of them if
+    `sync_batchnorm`.
     """
     made = make_rule(rule, network, data, seed=seed, **settings)
+    made.group = group or made.group
+    if sync_batchnorm:
+        synchronise(made.blocks, made.group)
     history = fit(
         made,
         data,
@@ -108,7 +117,7 @@ def train(
         overwrite=overwrite,
         progress=progress,
     )
-    if folder is not None:
+    if folder is not None and made.group.rank == 0:
         history.to_csv(Path(folder) / "history.csv")
     return made, history
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.distributed import digest
 from memdfa_lab.files import write_text, written_whole
 from memdfa_lab.rules import Rule
 
@@ -72,8 +73,13 @@ def fit(
     anew. The network trains in training mode, on the device and in the dtype of its weights. `on_epoch(rule, epoch)` is
     called after each epoch, from 1 on; the numbers that it returns by name become columns of the history.
 
-    Raises ValueError for sizes below 1 or a checkpoint that is damaged or belongs to another setting, and whatever
-    `rule.step` raises.
+    If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments and takes its part of
+    every batch; `batch_size`, loss and accuracies are of the whole. The first rank writes the checkpoint and all read
+    it; a run may go on with another number of ranks. Dropout is then drawn from (seed, epoch, batch, rank), and
+    evaluation is with the first rank's BatchNorm statistics.
+
+    Raises ValueError for sizes below 1, a checkpoint that is damaged or belongs to another setting, or ranks that
+    differ in settings or weights; RankLost if another rank ends; and whatever `rule.step` raises.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -81,34 +87,44 @@ def fit(
     run = _Run(rule, [scheduler(made) for made in rule.optimizers if made is not None] if scheduler else [])
     settings = _settings(rule, data, batch_size, seed)
     path = None if checkpoint is None else Path(checkpoint)
+    group = rule.group
+    group.agree(**settings, epochs=epochs)
     if path is not None and path.exists() and not overwrite:
         run.load(path, settings)
+    if group.size > 1:  # nothing is written before all have read
+        group.agree(**{"where training begins": (run.epoch, run.batch), "weights": digest(rule.blocks)})
+    written = path if group.rank == 0 else None
     rule.blocks.train()
 
     like = next(rule.blocks.parameters())
     batches = -(-len(data.x_train) // batch_size)
     saved_at = time.monotonic()
-    with _interrupt_after_step() as interrupt, _bar(epochs * batches, progress) as bar:
+    with _interrupt_after_step() as interrupt, _bar(epochs * batches, progress and group.rank == 0) as bar:
         bar.update(run.epoch * batches + run.batch)
         while run.epoch < epochs:
             order = _order(len(data.x_train), seed, run.epoch)
             while run.batch < batches:
                 chosen = order[run.batch * batch_size : (run.batch + 1) * batch_size]
                 started = time.perf_counter()
-                loss = rule.step(data.x_train[chosen].to(like), data.y_train[chosen].to(like.device))
+                mine = group.part(chosen)
+                group.draw_apart(seed, run.epoch, run.batch)
+                group.asked = interrupt.asked
+                loss = rule.step(data.x_train[mine].to(like), data.y_train[mine].to(like.device))
+                group.idle = False
                 run.loss_sum += loss.item() * len(chosen)
                 run.seconds += time.perf_counter() - started
                 run.batch += 1
                 bar.update()
-                if path is not None and (interrupt.asked or time.monotonic() - saved_at > save_every_s):
-                    run.save(path, settings)
+                stop = interrupt.asked if group.size == 1 else group.stop
+                if written is not None and (stop or time.monotonic() - saved_at > save_every_s):
+                    run.save(written, settings)
                     saved_at = time.monotonic()
-                if interrupt.asked:
+                if stop:
                     raise KeyboardInterrupt
             run.finish_epoch(data, on_epoch)
             bar.set_postfix(loss=run.rows[-1]["loss"], test=run.rows[-1]["test_accuracy"])
-            if path is not None:
-                run.save(path, settings)
+            if written is not None:
+                run.save(written, settings)
                 saved_at = time.monotonic()
     return History(run.rows)
 
@@ -148,18 +164,25 @@ class _Run:
         for scheduler in self.schedulers:
             scheduler.step()
         self.epoch += 1
+        self.rule.group.share_buffers(self.rule.blocks)
         seen = slice(TRAIN_ACCURACY_ON)
         row = {
             "epoch": self.epoch,
             "loss": self.loss_sum / len(data.x_train),
-            "train_accuracy": accuracy(self.rule, data.x_train[seen], data.y_train[seen]),
-            "test_accuracy": accuracy(self.rule, data.x_test, data.y_test),
+            "train_accuracy": self._accuracy(data.x_train[seen], data.y_train[seen]),
+            "test_accuracy": self._accuracy(data.x_test, data.y_test),
             "seconds": self.seconds,
         }
         if on_epoch is not None:
             row |= {name: float(value) for name, value in on_epoch(self.rule, self.epoch).items()}
         self.rows.append(row)
         self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
+
+    def _accuracy(self, x: Tensor, y: Tensor) -> float:
+        """Return the accuracy on all examples, of which each rank looks at a part."""
+        group = self.rule.group
+        x, y = (tensor.tensor_split(group.size)[group.rank] for tensor in (x, y))
+        return group.mean(accuracy(self.rule, x, y), len(x))
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         state = {

@@ -17,6 +17,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from memdfa_lab import local
 from memdfa_lab.blocks import as_blocks, run_block
+from memdfa_lab.distributed import Group
 from memdfa_lab.feedback import Feedback, Signal, Stored
 from memdfa_lab.local import Local
 from memdfa_lab.memory.predict import kept_bytes
@@ -66,6 +68,7 @@ class Rule(ABC):
         self.loss_fn = loss_fn
         self.feedback = Stored() if feedback is None else feedback
         self.clip_norm = clip_norm
+        self.group = Group()  # of one process; `ml.distributed` has larger ones
         self.parameters = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
         self.optimizers = [_make_optimizer(optimizer, block) if block else None for block in self.parameters]
 
@@ -110,8 +113,9 @@ class Rule(ABC):
             if loss.dim() != 0:
                 raise ValueError(f"the loss must be a scalar, a mean over the batch; got shape {tuple(loss.shape)}")
             (e,) = torch.autograd.grad(loss, logits)
+            loss, e = self.group.whole(loss.detach(), e)
             _require_finite("the loss or its gradient is not finite", loss, e)
-            return loss.detach(), e
+            return loss, e
 
     def backward(self, h: Tensor, e: Tensor) -> None:
         """Leave the gradient of every block in its parameters, through the graph of the output h."""
@@ -125,10 +129,14 @@ class Rule(ABC):
 
     def teach(self, i: int, block: Local, e: Tensor) -> Tensor:
         """Turn block i's signal into the gradient of its weights, change them, and return its output."""
+        self.group.finish()  # the block before, whose gradients went over the wire while this one was run again
         if self.parameters[i]:
+            plain = self.clip_norm is None and self.group.size == 1
             with phase("local gradient", i):
-                block.teach(self.signal(i, block.out, e), self.optimizers[i] if self.clip_norm is None else None)
-            self.update(i)
+                block.teach(self.signal(i, block.out, e), self.optimizers[i] if plain else None)
+            self.group.start(self.parameters[i], partial(self.update, i))
+        if i == len(self.chain) - 1:
+            self.group.finish()
         return block.out
 
     def update(self, i: int) -> None:
@@ -136,6 +144,7 @@ class Rule(ABC):
         optimizer = self.optimizers[i]
         if optimizer is None:
             return
+        self.group.sum(self.parameters[i])
         with phase("update", i):
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.parameters[i], self.clip_norm)
@@ -150,6 +159,7 @@ class Rule(ABC):
             "buffers": list(self.blocks.buffers()),
             "optimizer state": [value for state in states for value in state.values() if isinstance(value, Tensor)],
             "feedback": list(self.feedback.matrices.values()),
+            "gradients": self.group.rooms,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,233 @@
+"""What test_distributed.py runs on two ranks, and once more alone: each case is a function of the group."""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import memdfa_lab as ml
+from memdfa_lab import cli
+from memdfa_lab.distributed import RankLost, ranks
+from memdfa_lab.sync_batchnorm import synchronise
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.1),
+    "adamw": partial(torch.optim.AdamW, lr=0.01),
+    "clipped": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+}
+
+
+def mlp(depth=3):
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(12, 12), nn.Tanh())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 12), *layers, nn.Linear(12, 5))
+
+
+def conv():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(6, 5),
+    )  # fmt: skip
+
+
+def conv_batchnorm():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=None, affine=False), nn.Tanh(), nn.Flatten(),
+        nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+def mlp_batchnorm():
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
+
+
+NETS = {net.__name__: net for net in (mlp, conv, conv_batchnorm, mlp_batchnorm)}
+
+
+def build(make, dtype=torch.float64, seed=1):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().to(dtype)
+
+
+def examples(n, dtype=torch.float64, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, 6, 6, dtype=dtype, generator=generator), torch.randint(5, (n,), generator=generator)
+
+
+def outcome(rule, **more):
+    state = {name: value.clone() for name, value in rule.blocks.state_dict().items()}
+    return {"state": state, **more}
+
+
+def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=False, **options):
+    """Learn from batches of these sizes, this rank's part of each."""
+    options |= {"clip_norm": 0.3} if optimizer == "clipped" else {}
+    made = ml.RULES[rule](build(NETS[net], dtype), OPTIMIZERS[optimizer], **options)
+    made.group = group
+    if sync:
+        synchronise(made.blocks, group)
+    losses = []
+    for step, n in enumerate(sizes):
+        x, y = examples(n, dtype, seed=step)
+        mine = group.part(torch.arange(n))
+        losses.append(made.step(x[mine], y[mine]).item())
+    made.blocks.eval()
+    return outcome(made, losses=losses, output=made.blocks(x).detach())
+
+
+def peaks(group, rule):
+    """Return this rank's peak above rest, and the gradients at it, for two depths."""
+    traces = []
+    for depth in (4, 24):
+        made = ml.RULES[rule](build(partial(mlp, depth)), OPTIMIZERS["sgd"], feedback=ml.feedback.Regenerated())
+        made.group = group
+        x, y = examples(16)
+        traces.append(ml.memory.measure(made, x, y, warm_up=1))
+    return [trace.peak_bytes for trace in traces], [trace.peak_by_category.get("gradients", 0) for trace in traces]
+
+
+def data(n=70):
+    x, y = examples(n + 20)
+    return ml.datasets.Data("made up", x[:n], y[:n], x[n:], y[n:], torch.zeros(2, 1, 1), 1.0, classes=5)
+
+
+def with_dropout():
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 5))
+
+
+def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_seed=1, **options):
+    """Fit; `cut`: a step after which this rank is asked to stop, as by Ctrl-C."""
+    made = ml.RULES[rule](build(make, seed=net_seed), partial(torch.optim.SGD, lr=lr, momentum=0.9))
+    made.group = group
+    steps, step = [], made.step
+
+    def counting(x, y):
+        steps.append(len(x))
+        if cut == len(steps):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(x, y)
+
+    made.step = counting
+    settings = {"epochs": 3, "batch_size": 23, "checkpoint": path, "save_every_s": 1e9, **options}
+    try:
+        history = ml.fit(made, data(), **settings).rows
+    except KeyboardInterrupt:
+        history = "interrupted"
+    return outcome(made, history=history, steps=steps)
+
+
+def refused(run, *arguments, **options):
+    try:
+        run(*arguments, **options)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return "nothing was refused"
+
+
+def not_finite(group):
+    """The loss is infinite on rank 1 alone, and then its gradient is."""
+    found = []
+    for wrong in (lambda logits: logits.sum() * torch.inf, lambda logits: (0 * logits).sqrt().sum()):
+
+        def loss_fn(logits, y, wrong=wrong):
+            return F.cross_entropy(logits, y) + (wrong(logits) if group.rank else 0)
+
+        made = ml.MemDFA(build(mlp), OPTIMIZERS["sgd"], loss_fn=loss_fn)
+        made.group = group
+        before = outcome(made)["state"]
+        problem = refused(made.step, *examples(8))
+        unchanged = all(torch.equal(value, before[name]) for name, value in made.blocks.state_dict().items())
+        found.append((problem, unchanged))
+    return found
+
+
+def all_cases(group, folder):
+    """Run everything that two ranks in good health do; `folder` has one.pt, a checkpoint that one process wrote."""
+    found = {name: learn(group, **options) for name, options in EQUAL.items()}
+    found |= {("peaks", rule): peaks(group, rule) for rule in ml.RULES}
+    found["own statistics"] = learn(group, "bp", "sgd", "conv_batchnorm", [12])
+    found["not finite"] = not_finite(group)
+    found["fit"] = fitted(group, folder / "fit.pt")
+    found["fit, one's own statistics"] = fitted(group, make=conv_batchnorm)
+    found["files"] = sorted(path.name for path in folder.glob("*.pt"))
+    found["two to one"] = fitted(group, folder / "two.pt", cut=6 if group.rank else None)
+    found["one to two"] = fitted(group, folder / "one.pt")
+    whole = fitted(group, make=with_dropout)
+    torch.manual_seed(99)
+    cut = fitted(group, folder / "dropout.pt", with_dropout, cut=6)
+    torch.manual_seed(98)
+    found["dropout"] = whole, cut, fitted(group, folder / "dropout.pt", with_dropout)
+    group.draw_apart(1, 2, 3)
+    found["drawn"] = torch.rand(5)
+    found["refused"] = {
+        "seed": refused(fitted, group, seed=group.rank),
+        "weights": refused(fitted, group, net_seed=group.rank),
+        "optimizer": refused(fitted, group, lr=0.1 + group.rank),
+        "rule": refused(fitted, group, rule=["bp", "dfa"][group.rank]),
+        "where training begins": refused(fitted, group, folder / ("fit.pt" if group.rank else "none.pt")),
+    }
+    return found
+
+
+def lost(group, how):
+    """Rank 1 is killed, or hangs, in its third step; say how that ended for rank 0, after how long, in which step."""
+    made = ml.MemDFA(build(mlp), OPTIMIZERS["sgd"])
+    made.group = group
+    for step in range(10):
+        started = time.monotonic()
+        if group.rank and step == 2:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(3600)
+        try:
+            made.step(*examples(8))
+        except RankLost as problem:
+            return str(problem), time.monotonic() - started, step
+    return "nobody was missed"
+
+
+EQUAL = {}  # name -> arguments of `learn`
+for rule in ml.RULES:
+    for optimizer in OPTIMIZERS:
+        for net in ("mlp", "conv"):  # the last batch is too small for two
+            EQUAL[f"{rule} {optimizer} {net}"] = {
+                "rule": rule,
+                "optimizer": optimizer,
+                "net": net,
+                "sizes": [12, 13, 1],
+            }
+    for net, sizes in (("conv_batchnorm", [12, 13, 1]), ("mlp_batchnorm", [12, 13, 3])):
+        of_all = {"rule": rule, "optimizer": "adamw", "net": net, "sizes": sizes, "sync": True}
+        EQUAL[f"{rule} {net}"] = of_all
+# 2 images on rank 0 outweigh the filters, 1 on rank 1 does not: their gradients come in two layouts.
+EQUAL["layouts"] = {"rule": "dfa", "optimizer": "sgd", "net": "conv", "sizes": [3, 5], "dtype": torch.float32}
+EQUAL["some kept"] = {"rule": "memdfa", "optimizer": "adamw", "net": "mlp", "sizes": [12, 13], "keep_bytes": 3000}
+
+
+def well(folder):
+    """Run all cases; then rank 1 is killed."""
+    with ranks() as group:
+        torch.save(all_cases(group, folder), folder / f"cases-{group.rank}")
+        torch.save(lost(group, "killed"), folder / "killed")
+
+
+def ill(folder):
+    """Start the command with another seed on each rank; then rank 1 hangs."""
+    seed = os.environ["RANK"]
+    status = cli.main(["train", "--epochs", "1", "--out", str(folder / "run"), "--seed", seed])
+    torch.save(status, folder / f"status-{seed}")
+    os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]
+    with ranks(timeout_s=3) as group:
+        torch.save(lost(group, "hangs"), folder / "hangs")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"well": well, "ill": ill}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,237 @@
+"""Two ranks with half the batch each train as one process with the whole batch, and do not wait for the dead."""
+
+import os
+import socket
+import subprocess
+import sys
+from subprocess import PIPE
+
+import in_ranks
+import pandas as pd
+import pytest
+import torch
+from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peaks
+
+import memdfa_lab as ml
+from memdfa_lab import cli
+from memdfa_lab.distributed import Group, ranks
+
+ALONE = Group()
+QUICK = ["train", "--rule", "memdfa", "bp", "--epochs", "1", "--batch-size", "150"]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+def start(what, folder):
+    """Start in_ranks.py twice on this machine's loopback, as torchrun would."""
+    with socket.socket() as one, socket.socket() as other:
+        ports = []
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+            ports.append(str(probe.getsockname()[1]))
+    env = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": ports[0],
+        "SECOND_PORT": ports[1],
+    }
+    env |= {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+    command = [sys.executable, in_ranks.__file__, what, str(folder)]
+    each = [env | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [subprocess.Popen(command, env=one, text=True, stdout=PIPE, stderr=PIPE) for one in each]
+
+
+def end(first, second, timeout_s=300):
+    """Wait for rank 0, put an end to rank 1, and return what each printed, errors last; raise if rank 0 failed."""
+    try:
+        out, errors = first.communicate(timeout=timeout_s)
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert first.returncode == 0, errors
+    return (out, errors), second.communicate()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Return what every case gave on rank 0 and on rank 1, and the folder."""
+    folder = tmp_path_factory.mktemp("well")
+    fitted(ALONE, folder / "one.pt", cut=6)
+    end(*start("well", folder))
+    return *(torch.load(folder / f"cases-{rank}", weights_only=False) for rank in (0, 1)), folder
+
+
+@pytest.fixture(scope="module")
+def ill(tmp_path_factory):
+    """Return the folder of ranks that differ and hang, and what each printed."""
+    folder = tmp_path_factory.mktemp("ill")
+    return folder, end(*start("ill", folder))
+
+
+def assert_same(ours, theirs, rtol=1e-12, atol=1e-12):
+    assert ours["state"].keys() == theirs["state"].keys()
+    for name, value in theirs["state"].items():
+        torch.testing.assert_close(ours["state"][name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_history(ours, theirs):
+    table, other = (pd.DataFrame(result["history"]).drop(columns="seconds") for result in (ours, theirs))
+    pd.testing.assert_frame_equal(table, other, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_ranks_with_half_the_batch_each_are_one_process_with_all_of_it(both, name):
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "layouts" else {"rtol": 1e-12, "atol": 1e-12}
+    expected = learn(ALONE, **EQUAL[name])
+    for ours in (both[0][name], both[1][name]):
+        assert_same(ours, expected, **tolerance)
+        torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(ours["output"], expected["output"], **tolerance)
+
+
+def test_without_synchronising_each_rank_has_statistics_of_its_own(both):
+    net = build(conv_batchnorm)
+    x, y = examples(12, seed=0)
+    for half in (slice(6), slice(6, 12)):  # the first half's statistics are those of rank 0, so they come last
+        (torch.nn.functional.cross_entropy(net(x[half]), y[half]) / 2).backward()
+    expected = [(parameter - 0.1 * parameter.grad).detach() for parameter in net.parameters()]
+    for rank in (0, 1):
+        state = both[rank]["own statistics"]["state"]
+        for ours, value in zip(
+            [v for n, v in state.items() if "running" not in n and "num_" not in n], expected, strict=True
+        ):
+            torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+        alone = build(conv_batchnorm)
+        alone(x[6 * rank :][:6])
+        running = [(n, v) for n, v in alone.state_dict().items() if "1.running" in n]
+        for (_, value), ours in zip(running, [v for n, v in state.items() if "0.1.running" in n], strict=True):
+            torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ml.RULES)
+def test_memory_of_a_rank_is_flat_in_depth_for_memdfa_alone(both, rule):
+    block = 8 * (72 * 12 + 12)
+    for rank in (0, 1):
+        (shallow, deep), gradients = both[rank]["peaks", rule]
+        if rule == "memdfa":
+            assert shallow == deep
+            assert max(gradients) <= block
+        else:
+            assert deep > 1.5 * shallow
+    (alone, _), _ = peaks(ALONE, rule)
+    assert both[0]["peaks", rule][0][0] - alone <= block, "more than the gradients that one process need not make"
+
+
+def test_what_is_not_finite_on_one_rank_stops_all_before_any_weight_changes(both):
+    for rank in (0, 1):
+        for problem, unchanged in both[rank]["not finite"]:
+            assert problem.startswith("FloatingPointError: the loss or its gradient is not finite")
+            assert unchanged
+
+
+def test_fit_on_two_ranks_gives_the_history_and_weights_of_one_process(both):
+    expected = fitted(ALONE)
+    for rank in (0, 1):
+        assert_same(both[rank]["fit"], expected)
+        assert_same_history(both[rank]["fit"], expected)
+    assert both[0]["fit"]["steps"][:4] == [12, 12, 12, 1]
+    assert both[1]["fit"]["steps"][:4] == [11, 11, 11, 1]  # the last has none, and takes part all the same
+    assert both[0]["files"] == ["fit.pt", "one.pt"]
+
+
+def test_all_ranks_evaluate_one_network_when_statistics_are_their_own(both):
+    one, other = (both[rank]["fit, one's own statistics"] for rank in (0, 1))
+    assert_same(one, other, rtol=0, atol=0)
+    assert_same_history(one, other)
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(both):
+    for rank in (0, 1):
+        assert both[rank]["two to one"]["history"] == "interrupted"
+        assert len(both[rank]["two to one"]["steps"]) == 7  # rank 1 was asked in the 6th: the 7th tells the others
+    ours = fitted(ALONE, both[2] / "two.pt")
+    assert len(ours["steps"]) == 5
+    expected = fitted(ALONE)
+    assert_same(ours, expected)
+    assert_same_history(ours, expected)
+
+
+def test_a_run_of_one_goes_on_with_two_ranks(both):
+    expected = fitted(ALONE)
+    for rank in (0, 1):
+        assert len(both[rank]["one to two"]["steps"]) == 6
+        assert_same(both[rank]["one to two"], expected)
+        assert_same_history(both[rank]["one to two"], expected)
+
+
+def test_a_run_with_dropout_that_was_cut_goes_on_bit_for_bit(both):
+    for rank in (0, 1):
+        whole, cut, resumed = both[rank]["dropout"]
+        assert cut["history"] == "interrupted"
+        assert_same(resumed, whole, rtol=0, atol=0)
+        assert_same_history(resumed, whole)
+    assert not torch.equal(both[0]["drawn"], both[1]["drawn"])
+
+
+@pytest.mark.parametrize("name", ["seed", "weights", "optimizer", "rule", "where training begins"])
+def test_ranks_that_differ_are_refused_at_the_start(both, name):
+    for rank in (0, 1):
+        problem = both[rank]["refused"][name]
+        assert problem.startswith(f"ValueError: ranks differ in {name}: ")
+        assert "on rank 0, " in problem
+        assert "\n" not in problem
+
+
+@pytest.mark.parametrize(("how", "longest_s"), [("killed", 20), ("hangs", 3 + 20)])
+def test_a_rank_that_is_lost_ends_the_others_with_a_clear_error(request, how, longest_s):
+    folder = request.getfixturevalue("both")[2] if how == "killed" else request.getfixturevalue("ill")[0]
+    problem, waited_s, step = torch.load(folder / how, weights_only=False)
+    assert problem.startswith("rank 0 of 2 waited for the loss of another rank, which has ended or is more than")
+    assert step == 2
+    assert waited_s < longest_s
+
+
+def test_the_command_refuses_different_seeds_in_one_line_a_rank(ill):
+    folder, printed = ill
+    for rank, (out, errors) in enumerate(printed):
+        assert torch.load(folder / f"status-{rank}") == 2
+        assert out == ""
+        assert errors.startswith("memdfa: ranks differ in feedback: ")
+        assert errors.count("\n") == 1
+    assert not (folder / "run").exists()
+
+
+def test_torchrun_trains_writes_and_prints_once(tmp_path):
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "memdfa_lab"]
+    command = [sys.executable, *run, *QUICK, "--out", str(tmp_path / "two"), "--dist-timeout", "50"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("memdfa ") == 1
+    assert done.stdout.count("histories and checkpoints are in") == 1
+    assert cli.main([*QUICK, "--out", str(tmp_path / "one")]) == 0
+    for rule in ("memdfa", "bp"):
+        two, one = (pd.read_csv(tmp_path / name / rule / "history.csv") for name in ("two", "one"))
+        pd.testing.assert_frame_equal(two.drop(columns="seconds"), one.drop(columns="seconds"), rtol=1e-3)
+        assert sorted(path.name for path in (tmp_path / "two" / rule).iterdir()) == ["checkpoint.pt", "history.csv"]
+
+
+def test_without_torchrun_there_is_one_rank_and_no_process_group():
+    with ranks() as group:
+        assert (group.rank, group.size, group.device) == (0, 1, "cpu")
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+def test_a_timeout_that_makes_no_sense_is_refused(timeout_s):
+    with pytest.raises(ValueError, match="the timeout must be a number of seconds above 0"), ranks(timeout_s=timeout_s):
+        pass
+
+
+def test_ranks_that_never_come_are_missed_in_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    with pytest.raises(RuntimeError, match=r"not all of the 2 ranks came together within 1 s"), ranks(timeout_s=1):
+        pass
