@@ -139,8 +139,8 @@ def _convolution_gradient(m: Any, h: Tensor, s: Tensor, part: slice, plain: Opti
     wanted = [False, m.weight.requires_grad, m.bias is not None and m.bias.requires_grad]
     settings = (m.stride, padding, m.dilation, False, [0] * dims, m.groups)
     _, dW, db = aten.convolution_backward(s, h, m.weight, [m.out_channels], *settings, wanted)
-    for parameter, gradient in ((m.weight, dW), (m.bias, db)):
-        if gradient is not None:
+    for parameter, gradient in ((m.weight, dW), (m.bias, db)):  # oneDNN makes dW for db's sake, too
+        if gradient is not None and parameter.requires_grad:
             parameter.grad = label("gradients", gradient)
 
 
