@@ -26,7 +26,10 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, get_B: GetB) -> Tensor:
         ctx.save_for_backward(x)
         ctx.get_B = get_B
-        return F.linear(x, W, b)
+        if x.dim() == 2:
+            return F.linear(x, W, b)
+        out = F.linear(x.flatten(0, -2), W, b)
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(W)))  # no view: what follows may work in place
 
     @staticmethod
     @once_differentiable
