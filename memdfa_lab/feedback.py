@@ -43,7 +43,14 @@ def _unit_uniform(B: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal(B: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.nn.init.orthogonal_(B, generator=generator)
+    # As torch.nn.init.orthogonal_, which draws nothing where there is no data: memory could not be predicted.
+    flat = torch.empty_like(B).flatten(1).normal_(generator=generator)
+    wide = flat.shape[0] < flat.shape[1]
+    q, r = torch.linalg.qr(flat.t() if wide else flat)
+    q *= r.diagonal().sign()
+    q = q.t() if wide else q
+    B.view(q.shape).copy_(q)
+    return B
 
 
 # name -> (draw with unit scale, scale from fan_in and fan_out of B seen as a layer)

@@ -60,7 +60,8 @@ def predict(
     `options` go to the rule. It is a step in the steady state, `measure(..., warm_up=1)`: what a first step leaves
     behind, the optimizer's state and stored feedback, is there already.
 
-    Known limits: attention and Adam(foreach=True) take other ways without data, and differ.
+    Known limits: attention, Mish, convolutions of which only the bias learns, and Adam(foreach=True) take other ways
+    without data, and differ.
     """
     shapes = _ShapesAlone()
     with ExitStack() as stack:
@@ -137,9 +138,9 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
         return torch.empty_like(out, memory_format=layout)
     if func in REDUCED and not out.dim():
         return torch.empty_like(args[0]).resize_(())
-    if func is aten.native_batch_norm.default:  # the precision of mean and deviation
+    if func is aten.native_batch_norm.default:  # the precision of mean and deviation; none in eval mode
         dtype = next(value.dtype for value in (args[1], args[3], args[0]) if value is not None)
-        return out[0], out[1].to(dtype), out[2].to(dtype)
+        return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
     if func is aten.native_batch_norm_backward.default:  # gradients that nobody asked for
         return tuple(part if wanted else None for part, wanted in zip(out, args[-1], strict=True))
     return out
