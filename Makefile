@@ -16,7 +16,7 @@ BIN := $(filter-out ./,$(dir $(PY)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env reproduce paper test test-notebooks check notebooks lab book clean
+.PHONY: help env reproduce paper test test-notebooks test-deep check notebooks lab book clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,11 @@ test: $(READY) ## run the tests, then the notebooks
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/notebooks.sanitize
 test-notebooks: $(READY) ## run the notebooks, outputs compared with those committed
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) notebooks $(ARGS)
+
+# 500 random networks a property, others each time; failures are made small, which takes its time.
+test-deep: $(READY) ## the properties on many random networks: an hour or more
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+	  tests/test_properties.py $(ARGS)
 
 check: $(READY) ## what a change must pass: format, lint, types, tests
 	$(PY) -m ruff format --check .

@@ -24,13 +24,14 @@ class Problem:
     """A net, a batch and a loss; `build()` gives the same fresh net every time and leaves the global RNG alone."""
 
     name: str
-    make: Callable[[], nn.Module]
+    make: Callable[[], nn.Module] = field(repr=False)
     shape: tuple[int, ...]
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     dtype: torch.dtype = torch.float32
     random: bool = False  # draws from the global RNG in each step
     twin: bool = False  # made of layers that reference.py has in numpy
-    marks: tuple[Any, ...] = field(default=(), compare=False)
+    batch: int = 6
+    marks: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     def build(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -39,16 +40,16 @@ class Problem:
 
     @property
     def x(self) -> Tensor:
-        return torch.randn(6, *self.shape, dtype=self.dtype, generator=torch.Generator().manual_seed(2))
+        return torch.randn(self.batch, *self.shape, dtype=self.dtype, generator=torch.Generator().manual_seed(2))
 
     @property
     def y(self) -> Tensor:
-        return torch.tensor([0, 3, 4, 1, 2, 3])
+        return torch.tensor(([0, 3, 4, 1, 2, 3] * -(-self.batch // 6))[: self.batch])
 
     def batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield another batch each step; every third one is short, as the last of an epoch is."""
         for step in range(steps):
-            size = 4 if step % 3 == 2 else 6
+            size = max(self.batch - 2, 2) if step % 3 == 2 else self.batch
             yield self.x.roll(step, 0)[:size] * (1 + 0.1 * step), self.y[:size]
 
     def double(self) -> Problem:
@@ -282,6 +283,18 @@ def _frozen_ends() -> nn.Sequential:
     return net
 
 
+def _frozen_filters() -> nn.Sequential:
+    net = _conv_pool()
+    net[0].weight.requires_grad_(False)  # its bias learns
+    net[3].bias.requires_grad_(False)
+    return net
+
+
+def _inplace_tokens() -> nn.Sequential:
+    first = [nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.Dropout(0.3, inplace=True)]
+    return nn.Sequential(*first, nn.Flatten(), nn.Linear(15, CLASSES))
+
+
 # torch warns that it pads once more on one side, which is what is tested here
 _EVEN = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
@@ -309,6 +322,9 @@ PROBLEMS = [
     Problem("nested", _nested, (2, 4, 4), losses.bce, twin=True),
     Problem("partly_frozen", _frozen, (8,)),
     Problem("frozen_ends", _frozen_ends, (2, 4, 4)),
+    Problem("frozen_filters", _frozen_filters, (2, 8, 8), dtype=torch.float64),
+    Problem("inplace_on_tokens", _inplace_tokens, (3, 4), random=True),
+    Problem("eval_mode", lambda: _batchnorm(0.1).eval(), (2, 4, 4)),
     Problem("float64", _conv_pool, (2, 8, 8), dtype=torch.float64),
 ]
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
