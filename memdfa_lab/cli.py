@@ -1,4 +1,4 @@
-"""The command line: memdfa train | reproduce | profile | bench."""
+"""The command line: memdfa train | reproduce | profile | bench | sweep."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import memdfa_lab as ml
-from memdfa_lab import paper
+from memdfa_lab import paper, sweep
 from memdfa_lab.bench import ALL as BENCH_RULES
 from memdfa_lab.bench import NETWORKS, bench, contenders, frontier
 from memdfa_lab.experiments import OPTIMIZERS
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reproduce(commands)
     _add_profile(commands)
     _add_bench(commands)
+    _add_sweep(commands)
     return parser
 
 
@@ -313,6 +314,27 @@ def _bench(options: argparse.Namespace) -> None:
             table = pd.concat(tables)
             write_text(options.out / "bench.csv", table.to_csv(index=False))
             ml.figures.save(ml.figures.frontier(table), options.out / "bench")
+
+
+def _add_sweep(commands: Any) -> None:
+    command = _add(
+        commands,
+        "sweep",
+        sweep.command,
+        "run a notebook or train once for each combination of parameters; finished runs are not run again",
+        "  memdfa sweep sweep.yaml --jobs 4\n"
+        "  memdfa sweep sweep.yaml --scheduler tcp://127.0.0.1:8786    # on the workers of a Dask cluster\n"
+        "  memdfa sweep status sweep.yaml\n"
+        "sweep.yaml, here 12 runs; run may be a notebook, too, then with table: NAME, the table that is its result:\n"
+        "  run: train\n"
+        "  parameters: {network: '784-[100]x3-10', epochs: 5}\n"
+        "  grid: {rule: [bp, memdfa], lr: [0.003, 0.01, 0.03], seed: [0, 1]}\n",
+    )
+    add = command.add_argument
+    add("what", nargs="+", metavar="[status] FILE", help="a sweep file; with status before it: how far it is")
+    add("--out", type=Path, help="folder of all runs; default: reports/runs/NAME for NAME.yaml")
+    add("--jobs", type=int, help="runs at a time on this machine; default: as many as it has cores for")
+    add("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the folder, such as tcp://HOST:8786")
 
 
 if __name__ == "__main__":

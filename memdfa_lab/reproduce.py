@@ -70,7 +70,7 @@ def reproduce(
 
     failed = []
     for number, notebook in enumerate(chosen, 1):
-        name, source, before = notebook.stem, _source(notebook), run["notebooks"][notebook.stem]
+        name, source, before = notebook.stem, source_of(notebook), run["notebooks"][notebook.stem]
         label = f"[{number}/{len(chosen)}] {name}"
         if before["status"] == "done" and before["source"] == source:
             print(f"{label}: done before, skipped", flush=True)
@@ -80,7 +80,7 @@ def reproduce(
         keep(name, status="running", source=source)
         started = time.perf_counter()
         try:
-            error = _execute(notebook, out, takes[name], timeout_s, label)
+            error = execute(notebook, out, takes[name], timeout_s, label)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
             keep(name, status="interrupted", source=source)
@@ -140,7 +140,7 @@ def _refuse(out: Path, run: dict[str, Any], names: set[str], parameters: dict[st
         )
 
 
-def _source(notebook: Path) -> str:
+def source_of(notebook: Path) -> str:
     """Return a hash of what the notebook says, whatever it last put out."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     said = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
@@ -154,7 +154,7 @@ def _clear(out: Path, name: str) -> None:
         file.unlink(missing_ok=True)
 
 
-def _execute(notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: float, label: str) -> str | None:
+def execute(notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: float, label: str) -> str | None:
     """Run one notebook into the folder; return which cell failed and why, in one line, or None.
 
     In a terminal there is a bar of cells; else one line, begun at the start and ended with the time it took.
@@ -170,7 +170,7 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: f
         print(f"{time.strftime('%H:%M:%S')} {label}: ", end="", flush=True)
     started, error, running = time.perf_counter(), "", out.resolve() / f".{notebook.name}"
     # Notebooks run where they lie, as in JupyterLab, but a relative path was meant from here.
-    given = {"out": os.path.relpath(out, notebook.parent), **{k: _from_here(v) for k, v in parameters.items()}}
+    given = {"out": os.path.relpath(out, notebook.parent), **{k: from_here(v) for k, v in parameters.items()}}
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -207,6 +207,6 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: f
     return error or None
 
 
-def _from_here(value: Any) -> Any:
+def from_here(value: Any) -> Any:
     is_path = isinstance(value, str) and bool(value) and not value.isidentifier() and Path(value).exists()
     return str(Path(value).resolve()) if is_path else value

@@ -56,6 +56,8 @@ def test_train_goes_on_with_the_run_in_the_folder(capsys, tmp_path):
         (["reproduce", "-p", "epochs", "[1"], "-p takes a value as in YAML"),
         (["profile", "--network", "long_fcc"], "did you mean 'long_fc'?"),
         (["profile", "--batch", "0"], "the batch size must be 1 or more"),
+        (["sweep", "status", "no/such.yaml"], "No such file"),
+        (["sweep", "one.yaml", "two.yaml"], "one sweep file is needed"),
         (["bench", "--network", "fc_relu", "--rounds", "0"], "rounds must be 1 or more"),
     ],
 )
@@ -85,7 +87,7 @@ def test_debug_shows_the_traceback(capsys):
         run(capsys, "train", "--network", "nonsense", "--debug")
 
 
-@pytest.mark.parametrize("command", ["train", "reproduce", "profile", "bench"])
+@pytest.mark.parametrize("command", ["train", "reproduce", "profile", "bench", "sweep"])
 def test_help_has_examples(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0

@@ -14,6 +14,7 @@ from memdfa_lab.figures.peaks import (
 from memdfa_lab.figures.profiles import lifetimes, memory_profiles, step_profiles
 from memdfa_lab.figures.signals import LOOKS, against_scale, alignment, balance, block_angles, signal_images, spectrum
 from memdfa_lab.figures.style import FILLS, FILLS_AT_REST, MIB, SETTINGS, STYLES, picture, save
+from memdfa_lab.figures.sweeps import sweep_summary
 from memdfa_lab.figures.training import confusion, images, learning_curves, training_curves
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "signal_images",
     "spectrum",
     "step_profiles",
+    "sweep_summary",
     "theory_and_measurement",
     "training_curves",
 ]

@@ -1,0 +1,335 @@
+"""Sweeps: what a file asks for is run once each and put in a table, whatever is killed in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from filelock import FileLock
+
+from memdfa_lab import cli, experiments, figures, sweep, sweep_file
+
+QUICK = {"network": "784-[16]x2-10", "epochs": 2, "batch_size": 100}
+TINY = """
+import os, signal, time
+from pathlib import Path
+(Path(out) / "kernel.pid").write_text(str(os.getpid()))
+tries = len(list(Path(out).glob("try*")))
+(Path(out) / f"try{tries}").touch()
+if do == "fail":
+    raise ValueError("no such\\nthing")
+if do == "fail once" and tries == 0:
+    raise OSError("for now")
+if do == "wait once" and tries == 0:
+    time.sleep(120)
+Path(out, "tiny-results.csv").write_text(f"n,threads,root\\n{n},{os.environ['OMP_NUM_THREADS']},{n**0.5}\\n")
+"""
+
+
+def write(path, **said):
+    path.write_text(json.dumps(said))  # JSON is YAML
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A notebook that does what it is told to, and needs no torch."""
+    cells = [nbformat.v4.new_code_cell(text) for text in ('n: int = 1\ndo: str = "work"\nout = None', TINY)]
+    cells[0].metadata.tags = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "tiny.ipynb")
+    return {"run": "tiny.ipynb", "table": "results"}
+
+
+def command(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "memdfa_lab", "sweep", *map(str, arguments)], text=True, **options)
+
+
+def until(true, process=None, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it takes too long"
+        assert process is None or process.poll() is None, "it ended too early"
+        time.sleep(0.02)
+
+
+def finished(out):
+    return len(list((out / "runs").glob("*/done.json")))
+
+
+def kill(process):
+    """Kill without a chance to tidy up, and return all that it had started."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    if isinstance(process, subprocess.Popen):
+        process.wait()
+    return started
+
+
+def gone(processes):
+    return not psutil.wait_procs(processes, timeout=30)[1]
+
+
+# Runs on a cluster, with kills
+
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
+        print(cluster.scheduler_address, *(worker.pid for worker in cluster.workers.values()), flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A function that starts a cluster of two workers and returns its process, address and workers."""
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    processes = []
+
+    def start():
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        processes.append(subprocess.Popen([sys.executable, str(tmp_path / "cluster.py")], text=True, **pipes))
+        address, *workers = processes[-1].stdout.readline().split()
+        return processes[-1], address, [psutil.Process(int(worker)) for worker in workers]
+
+    yield start
+    for process in processes:
+        process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kills with signals")
+def test_24_runs_are_there_once_each_though_a_worker_the_scheduler_and_the_client_are_killed(cluster, tmp_path):
+    grid = {"rule": ["bp", "fa", "dfa", "memdfa"], "lr": [0.01, 0.03, 0.1], "seed": [0, 1]}
+    file, out = write(tmp_path / "many.yaml", run="train", parameters=QUICK, grid=grid), tmp_path / "many"
+    scheduler, address, (worker, _) = cluster()
+    client = command(file, "--out", out, "--scheduler", address, stderr=subprocess.PIPE)
+    until(lambda: finished(out) >= 3, client)
+    assert gone(kill(worker))
+    until(lambda: finished(out) >= 8, client)
+    assert gone(kill(scheduler))
+    _, err = client.communicate(timeout=120)
+    assert client.returncode == 1
+    assert err == "memdfa: the Dask scheduler is gone: what was finished is kept, the same command goes on\n"
+
+    scheduler, address, _ = cluster()
+    client = command(file, "--out", out, "--scheduler", address)
+    until(lambda: finished(out) >= 14, client)
+    assert finished(out) < 24
+    kill(client)
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/done.json")}
+    client = command(file, "--out", out, "--scheduler", address)
+    assert client.wait(timeout=300) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    scheduler.communicate(timeout=60)
+
+    table = pd.read_csv(out / "results.csv", dtype={"run": str})
+    assert list(table.groupby("run").size()) == [QUICK["epochs"]] * 24
+    data = experiments.load_for(QUICK["network"], "mnist5k")
+    results = ["epoch", "loss", "train_accuracy", "test_accuracy"]
+    for (rule, lr, seed), rows in table.groupby(["rule", "lr", "seed"]):
+        _, history = experiments.train(rule, data=data, **QUICK, lr=lr, seed=seed, progress=False)
+        pd.testing.assert_frame_equal(rows[results].reset_index(drop=True), history.table[results], check_exact=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "results.parquet"), table, check_dtype=False)
+    assert (out / "results.svg").exists()
+    assert not list(out.glob("runs/*/checkpoint.pt"))
+
+
+# Notebooks, on this machine
+
+
+def test_a_notebook_is_run_for_each_entry_and_what_fails_is_tried_again(tiny, tmp_path, capsys):
+    listed = [{"n": 9, "do": "fail"}, {"n": 16, "do": "fail once"}]
+    file, out = write(tmp_path / "s.yaml", **tiny, list=listed, threads=2), tmp_path / "out"
+    with pytest.raises(sweep.RunsFailed, match=r"1 of 2 runs failed: \w+ \(n=9, .*\), cell 3: ValueError: no such"):
+        sweep.run(file, out, jobs=2)
+    table = pd.read_csv(out / "results.csv")
+    assert list(table["parameter_n"]) == list(table["n"]) == [16]
+    assert set(table["threads"]) == {2}
+    tries = {row["n"]: len(list((out / "runs" / row["run"]).glob("try*"))) for row in rows(file, out)}
+    assert tries == {9: 2, 16: 2}
+    assert {row["n"]: (row["status"], row["error"]) for row in rows(out)} == {
+        9: ("failed", "cell 3: ValueError: no such"),
+        16: ("done", ""),
+    }
+    for row in rows(out):
+        folder = out / "runs" / row["run"]
+        executed = nbformat.read(folder / "tiny.ipynb", as_version=4)
+        assert any(f"n = {row['n']}" in cell.source.splitlines() for cell in executed.cells)
+        assert json.loads((folder / "parameters.json").read_text())["parameters"]["n"] == row["n"]
+        assert not psutil.pid_exists(int((folder / "kernel.pid").read_text()))
+    capsys.readouterr()
+    assert cli.main(["sweep", "status", str(file), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "2 runs: 1 failed, 1 done"
+
+    # another text of the notebook: nothing of the old one counts
+    notebook = nbformat.read(tmp_path / "tiny.ipynb", as_version=4)
+    notebook.cells[1].source += "\n# "
+    nbformat.write(notebook, tmp_path / "tiny.ipynb")
+    assert {row["status"] for row in rows(file, out)} == {"waiting", "failed"}
+
+
+def rows(*arguments):
+    return sweep.status(*arguments).to_dict("records")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kills with signals")
+def test_a_killed_run_takes_its_kernel_along_and_is_done_again_and_ctrl_c_ends_all(tiny, tmp_path):
+    listed = [{"n": 4, "do": "wait once"}, {"n": 9}]
+    file, out = write(tmp_path / "s.yaml", **tiny, list=listed), tmp_path / "out"
+    client = command(file, "--out", out, "--jobs", 1, stderr=subprocess.PIPE)
+    until(lambda: list(out.glob("runs/*/try0")), client)
+    assert [row["status"] for row in rows(out)] == ["running", "waiting"]
+    (kernel,) = (psutil.Process(int(path.read_text())) for path in out.glob("runs/*/kernel.pid"))
+    run = kernel.parent()
+    run.kill()
+    assert gone([kernel])
+    until(lambda: list(out.glob("runs/*/try1")), client)
+    started = psutil.Process(client.pid).children(recursive=True)
+    assert len(started) >= 3  # the process that waits for a run, the run and its kernel
+    client.send_signal(signal.SIGINT)
+    _, err = client.communicate(timeout=60)
+    assert client.returncode == 130
+    assert err == "memdfa: interrupted: what was finished is kept, the same command goes on from there\n"
+    assert gone(started)
+    sweep.run(file, out)
+    assert [row["status"] for row in rows(out)] == ["done", "done"]
+
+
+def test_only_what_has_its_mark_is_read_and_a_killed_training_goes_on(tmp_path):
+    file = write(tmp_path / "s.yaml", run="train", parameters=QUICK, grid={"rule": ["bp", "memdfa"]})
+    out = tmp_path / "out"
+    sweep.run(file, out, jobs=1)
+    whole = pd.read_csv(out / "results.csv")
+    one, other = (out / "runs" / row["run"] for row in rows(out))
+    (one / "done.json").unlink()
+    (one / "results.csv").write_text("run,loss\nhalf,")
+    experiments.train(
+        "bp", data=experiments.load_for(QUICK["network"], "mnist5k"), **(QUICK | {"epochs": 1}), folder=one
+    )
+    kept = (other / "done.json").stat()
+    assert list(sweep.collect(out)["rule"]) == ["memdfa"] * 2
+    sweep.run(file, out, jobs=1)
+    assert (other / "done.json").stat() == kept
+    pd.testing.assert_frame_equal(
+        pd.read_csv(out / "results.csv").drop(columns="seconds"), whole.drop(columns="seconds")
+    )
+
+
+# What is refused
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    file = write(tmp_path / "s.yaml", run="train", grid={"seed": [0]})
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(RuntimeError, match="another sweep is at work in"):
+        sweep.run(file, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other files and no sweep"):
+        sweep.run(file, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: [train", "not YAML"),
+        ("train", "not a sweep file"),
+        ("{run: train, grids: {seed: [0]}}", "did you mean 'grid'?"),
+        ("{run: train}", "give either grid"),
+        ("{run: train, grid: {}}", "the grid is empty"),
+        ("{run: train, list: []}", "list must be None or a list"),
+        ("{run: train, grid: {seed: []}}", "seed must be a list of one value or more"),
+        ("{run: train, grid: {seed: 3}}", "seed must be a list of one value or more, got 3"),
+        ("{run: train, list: [{seed: 0}, {seed: 0}]}", "two runs have the same parameters"),
+        ("{run: train, grid: {seeds: [0]}}", "did you mean 'seed'?"),
+        ("{run: train, grid: {rule: [bpp]}}", "rule must be one of"),
+        ("{run: train, grid: {lr: [fast]}}", "lr must be None or a number"),
+        ("{run: train, grid: {network: [mnist_con]}}", "did you mean 'mnist_conv'?"),
+        ("{run: train, grid: {dataset: [mnist5]}}", "did you mean 'mnist5k'?"),
+        ("{run: train, grid: {seed: [2026-01-01]}}", "seed must be a whole number"),
+        ("{run: train, grid: {seed: [0]}, retries: -1}", "retries must be a whole number from 0"),
+        ("{run: train, grid: {seed: [0]}, table: histories}", "table goes with a notebook"),
+        ("{run: 02_mnist_mpl, grid: {epochs: [1]}}", "did you mean '02_mnist_mlp'?"),
+        ("{run: 02_mnist_mlp, table: histories, grid: {epoch: [1]}}", "did you mean 'epochs'?"),
+        ("{run: 02_mnist_mlp, table: histories, grid: {epochs: [x]}}", "epochs must be int, got 'x'"),
+        ("{run: 02_mnist_mlp, table: histories, grid: {network: [fc_rel]}}", "did you mean 'fc_relu'?"),
+        ("{run: 02_mnist_mlp, table: histories, grid: {out: [x]}}", "unknown parameter 'out'"),
+        ("{run: 02_mnist_mlp, table: history_, grid: {epochs: [1]}}", "table must name a table that 02_mnist_mlp"),
+        ("{run: 02_mnist_mlp, grid: {epochs: [1]}}", "table must name a table that 02_mnist_mlp"),
+    ],
+)
+def test_what_cannot_run_is_one_line_before_anything_starts(text, expected, tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text(text)
+    assert cli.main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_scheduler_is_one_line_and_workers_that_see_another_disk_say_so(tmp_path, capsys):
+    file = write(tmp_path / "s.yaml", run="train", grid={"seed": [0]})
+    arguments = ["sweep", str(file), "--out", str(tmp_path / "out"), "--scheduler"]
+    assert cli.main([*arguments, "127.0.0.1:0x"]) == 2
+    assert "no Dask scheduler at 127.0.0.1:0x" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    task = {"folder": str(tmp_path / "elsewhere" / "runs" / "a"), "retries": 0}
+    assert "all workers must share the sweep's folder" in sweep.work(task)
+
+
+def test_settings_are_those_of_memdfa_train():
+    options = set(vars(cli._parser().parse_args(["train"])))
+    of_torchrun = {"sync_batchnorm", "dist_timeout"}
+    assert set(sweep_file.TRAIN) == options - of_torchrun - {"out", "overwrite", "debug", "run"}
+
+
+@pytest.mark.parametrize(("name", "runs"), [("rules", 24), ("notebook", 3)])
+def test_example_files_can_be_run(name, runs):
+    folder = Path(__file__).resolve().parent.parent / "notebooks" / "sweeps"
+    assert len(sweep.read(folder / f"{name}.yaml").runs) == runs
+
+
+def test_1e_3_is_a_number_and_a_run_is_named_by_its_parameters_alone(tmp_path):
+    (tmp_path / "a.yaml").write_text("{run: train, parameters: {rule: bp}, grid: {lr: [1e-3, 1E+1, 0.5]}}")
+    (tmp_path / "b.yaml").write_text("{run: train, list: [{lr: 0.001, rule: bp}], retries: 3}")
+    one, other = (sweep.read(tmp_path / name) for name in ("a.yaml", "b.yaml"))
+    assert [run["lr"] for run in one.runs.values()] == [0.001, 10.0, 0.5]
+    assert next(iter(one.runs)) == next(iter(other.runs))
+
+
+# The figure
+
+
+def summary_table(**columns):
+    grid = [(lr, rule, seed) for lr in (0.01, 0.1) for rule in ("memdfa", "bp") for seed in (0, 1)]
+    table = pd.DataFrame(grid, columns=["lr", "rule", "seed"])
+    table = table.assign(run=[str(n) for n in range(8)], epoch=2, test_accuracy=table["lr"] + 0.1 * table["seed"])
+    return pd.concat([table, table.assign(epoch=1, test_accuracy=0.0)]).assign(**columns)
+
+
+def test_the_summary_draws_the_last_epoch_against_the_number_that_varied():
+    axes = figures.sweep_summary(summary_table(), ["lr", "rule", "seed"]).axes[0]
+    assert axes.get_xlabel() == "lr"
+    assert axes.get_ylabel() == "test accuracy (%)"
+    assert [line.get_label() for line in axes.lines] == ["BP", "MEM-DFA"]
+    for line in axes.lines:
+        np.testing.assert_allclose(line.get_ydata(), [6, 15])  # the mean over seeds
+
+
+def test_the_summary_of_names_has_a_place_for_each_and_without_numbers_there_is_none():
+    table = summary_table(lr="as it is")
+    axes = figures.sweep_summary(table, ["rule"]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["BP", "MEM-DFA"]
+    assert figures.sweep_summary(table[["run", "rule"]], ["rule"]) is None
