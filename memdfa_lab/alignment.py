@@ -158,7 +158,7 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
         twin.feedback = _apart(rule.feedback)
         for i, (block, weights) in enumerate(zip(rule.blocks, rule.parameters, strict=True)):
             out = block(h)
-            told, u = twin.signal(i, out.detach(), e).whole(out.detach()), torch.zeros_like(out, requires_grad=True)
+            told, u = twin.signal(i, e).whole(out.detach()), torch.zeros_like(out, requires_grad=True)
             if weights:
                 step = torch.autograd.grad(out, weights, told, retain_graph=True)
                 pulled = torch.autograd.grad(out, weights, u, create_graph=True)  # J^T u, of which u is the variable

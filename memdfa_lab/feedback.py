@@ -21,7 +21,7 @@ from torch import Tensor
 from memdfa_lab.names import known
 from memdfa_lab.phases import label
 
-SMALL_BYTES = 2**16
+SMALL_BYTES = 2**16  # where calling torch takes about as long as the work
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
 
 
@@ -117,6 +117,10 @@ class Feedback(ABC):
     def _factor(self, fan_in: int, fan_out: int) -> float:
         return self.scale * DISTRIBUTIONS[self.distribution][1](fan_in, fan_out)
 
+    def held(self) -> "Feedback":
+        """Return the same matrices for several uses of one."""
+        return self
+
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to have the same matrices elsewhere."""
         settings = {"seed": self.seed, "distribution": self.distribution, "scale": self.scale}
@@ -163,6 +167,10 @@ class Regenerated(Feedback):
         for part in parts:
             yield self._drawn(generator, (part.stop - part.start, error_size), factor, like).t()
 
+    def held(self) -> Feedback:
+        """Return the same matrices, each drawn at its first use."""
+        return Stored(self.seed, self.distribution, self.scale)
+
     def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
         return self._draw(key, shape, self._factor(fan_in, fan_out), like)
 
@@ -191,43 +199,59 @@ class Shared(Feedback):
 
 
 class Signal:
-    """What a block with outputs of `shape` is taught: e B_i, all of it or some outputs at a time; e for the last block.
+    """What a block is taught: e B_i, or e itself if it is the last one (`feedback` None).
 
-    `feedback` None means the last block. Whoever gets a signal may overwrite it: each is asked for once.
+    Whoever gets a signal may overwrite it: each is asked for once.
     """
 
-    def __init__(self, i: int, e: Tensor, shape: torch.Size, feedback: Feedback | None):
-        self.i, self.e, self.shape, self.feedback = i, e, shape, feedback
+    def __init__(self, i: int, e: Tensor, feedback: Feedback | None):
+        self.i, self.e, self.feedback = i, e, feedback
 
-    def slices(self, whole: int = 16) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (part, signal of these outputs, shape (N, outputs of the part)), the outputs flattened.
+    def slices(self, outputs: int, whole: int = 16) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (part, signal of these outputs, shape (N, outputs of the part)), a quarter of the outputs at a time.
 
         A part, but for the last, has a multiple of `whole` outputs; 16 fill a processor's vectors.
         """
-        parts = _quarters(self.shape.numel(), len(self.e) * self.e.element_size(), whole)
+        parts = cut(outputs, 4, SMALL_BYTES / (len(self.e) * self.e.element_size()), whole)
         if self.feedback is None:
             yield from ((part, self.e[:, part]) for part in parts)
             return
         e = self.e.reshape(len(self.e), -1)
-        matrices = self.feedback.columns(self.i, parts, e.shape[1], self.shape.numel(), like=e)
+        matrices = self.feedback.columns(self.i, parts, e.shape[1], outputs, like=e)
         for part, B in zip(parts, matrices, strict=True):
             yield part, e @ B
 
     def whole(self, out: Tensor) -> Tensor:
-        """Return the signal in the shape (N, *shape) and the memory layout of the block's output."""
-        if self.feedback is None:
-            return self.e
-        signal, pixels = torch.empty_like(out), self.shape[1:].numel()
-        for part, s in self.slices(pixels if pixels > 1 else 16):
+        """Return the signal in the shape (N, ...) and the memory layout of the block's output."""
+        return self.e.view(out.shape) if self.feedback is None else self._into(torch.empty_like(out))
+
+    def _into(self, signal: Tensor) -> Tensor:
+        pixels = signal[0, 0].numel()
+        for part, s in self.slices(signal[0].numel(), pixels if pixels > 1 else 16):
             channels = slice(part.start // pixels, part.stop // pixels)
-            signal[:, channels] = s.view(len(s), -1, *self.shape[1:])
+            signal[:, channels] = s.view(len(s), -1, *signal.shape[2:])
             del s  # before the next one is made
         return signal
 
+    def of(self, examples: slice) -> "Signal":
+        """Return the signal of some examples."""
+        return type(self)(self.i, self.e[examples], self.feedback)
 
-def _quarters(size: int, column_bytes: int, whole: int) -> list[slice]:
-    # A quarter of the outputs, but not so few that calling torch takes longer than the work: 64 KiB of signal.
-    width = math.ceil(max(size / 4, SMALL_BYTES / column_bytes) / whole) * whole
+    def held(self, outputs: int) -> "Signal":
+        """Return the same signal for several uses; what each would form again, B_i or e B_i, is formed once."""
+        if self.feedback is None:
+            return self
+        if self.e[0].numel() <= len(self.e):
+            return type(self)(self.i, self.e, self.feedback.held())
+        return type(self)(self.i, self._into(self.e.new_empty(len(self.e), outputs)), None)
+
+
+def cut(size: int, parts: int, least: float, whole: int = 1) -> list[slice]:
+    """Return slices of `size` in so many parts; fewer, where one would have less than `least`.
+
+    A part, but for the last, is a multiple of `whole`.
+    """
+    width = math.ceil(max(size / parts, least) / whole) * whole
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 

@@ -4,84 +4,148 @@ For a = h_{i-1} W^T + b and h_i = f(a), with s of h_i's shape (N, n_i):
 
     dW = (s * f'(a))^T h_{i-1},    db = sum over the batch of s * f'(a).
 
-Autograd can do it for any block (`_ByAutograd`). The common ones, a weight layer and then BatchNorm, elementwise
-activations and pooling, do it by hand (`_ByHand`), because autograd holds more than it takes: f' is computed from h_i,
-which is there anyway; the signal of a dense block is formed, masked and used some outputs at a time; and what plain SGD
-would do to a dense weight is done where it lies, with no room for dW. A block's input and output are left.
+Autograd can do it for any block (`_ByAutograd`), and holds more than it takes. The common ones, a weight layer and then
+BatchNorm, elementwise activations and pooling, do it by hand (`_ByHand`), in parts:
+
+- A dense block learns some outputs at a time: their signal is formed, masked and used. What plain SGD would do to the
+  weight is done where it lies, with no room for dW.
+- A convolutional block runs and learns some examples at a time, dW summed over them: what lies between h_{i-1} and h_i,
+  from the convolution's output to the pooling's indices, is there for these alone. Left are h_{i-1}, h_i and dW.
+
+BatchNorm mixes the examples, so a convolutional block with it is one part: its own input and output, the pooling's
+indices, the signal, and that with the size of the convolution's output, are there for the whole batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from memdfa_lab.blocks import has_hooks, parts_of, run_block
-from memdfa_lab.feedback import Signal
+from memdfa_lab.feedback import SMALL_BYTES, Signal, cut
+from memdfa_lab.layers import LAYERS, NORMS, VIEWS, Back, gradient_of, run
 from memdfa_lab.phases import label
 
-aten = torch.ops.aten
+WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Optimizer = torch.optim.Optimizer | None
-Back = Callable[[Tensor, slice], Tensor]  # the signal behind a layer, for these outputs -> the signal before it
+Context = AbstractContextManager[Any]
 
 
 class Local(ABC):
-    """One block's forward pass: its output, and what its own gradient needs of it."""
+    """A block on h (N, ...), in parts of the batch; a part is held from its forward pass to its gradient.
+
+    `forward` runs all parts, as DFA does; else each is run when it is taught, within `during`. `out` is the block's
+    whole output, once the last part has run.
+    """
 
     out: Tensor
 
-    @abstractmethod
+    def __init__(self, h: Tensor, parts: list[slice], during: Context):
+        self.h, self.parts, self.during = h, parts, during
+        self.kept: deque[Any] = deque()
+
+    def output(self) -> Tensor:
+        """Return the block's output; if it has not run, it does now, and nothing else is held."""
+        if not hasattr(self, "out"):
+            for part in self.parts:
+                self.run(part)
+        return self.out
+
+    def run(self, part: slice) -> Any:
+        """Run the block on these examples, and return what `learn` takes."""
+        with self.during:
+            return self._run(part)
+
     def teach(self, signal: Signal, plain: Optimizer) -> None:
         """Leave the signal's gradient in the block's parameters; if `plain` would only add -lr dW, it may be done."""
+        for part in self.parts:
+            ran = self.kept.popleft() if self.kept else self.run(part)
+            if len(self.parts) > 1:
+                signal = signal.held(self.out[0].numel())
+            self._learn(ran, signal.of(part), plain)
+            del ran  # before the next part runs
+
+    @abstractmethod
+    def _run(self, part: slice) -> Any: ...
+
+    @abstractmethod
+    def _learn(self, ran: Any, signal: Signal, plain: Optimizer) -> None:
+        """Add to the gradient what these examples give."""
+
+
+def prepare(block: nn.Module, h: Tensor, during: Context | None = None) -> Local:
+    """Return a block on h (N, ...), in the way that holds the least; nothing has run yet."""
+    during = during or nullcontext()
+    views, weight, layers = _by_hand(block)
+    if weight is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        return _ByAutograd(block, h, during)
+    for view in views:
+        h = view(h)
+    if isinstance(weight, nn.Linear) and h.dim() != 2:
+        return _ByAutograd(nn.Sequential(weight, *layers), h, during)
+    return _ByHand(weight, layers, h, during)
 
 
 def forward(block: nn.Module, h: Tensor) -> Local:
-    """Run a block on h (N, ...) in the way that holds the least."""
-    views, weight, layers = _by_hand(block)
-    if weight is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-        return _ByAutograd(block, h)
-    for view in views:
-        h = view(h)
-    dense_on_sequences = isinstance(weight, nn.Linear) and h.dim() != 2
-    return _ByAutograd(nn.Sequential(weight, *layers), h) if dense_on_sequences else _ByHand(weight, layers, h)
+    """Return a block that has run on h (N, ...), with what its gradient takes."""
+    local = prepare(block, h)
+    local.kept.extend(map(local.run, local.parts))
+    return local
 
 
 class _ByAutograd(Local):
-    def __init__(self, block: nn.Module, h: Tensor):
-        self.graph = run_block(block, h.detach())
-        self.out = self.graph.detach()
+    def __init__(self, block: nn.Module, h: Tensor, during: Context):
+        super().__init__(h.detach(), [slice(0, len(h))], during)
+        self.block = block
 
-    def teach(self, signal: Signal, plain: Optimizer) -> None:
-        self.graph.backward(signal.whole(self.out))
+    def _run(self, part: slice) -> Tensor:
+        graph = run_block(self.block, self.h)
+        self.out = graph.detach()
+        return graph
+
+    def _learn(self, ran: Tensor, signal: Signal, plain: Optimizer) -> None:
+        ran.backward(signal.whole(self.out))
 
 
 class _ByHand(Local):
-    def __init__(self, weight: Any, layers: list[nn.Module], h: Tensor):
-        if isinstance(weight, nn.Conv2d):
-            h = _laid_out_for(weight, h)
-        self.weight, self.h = weight, h
-        self.backs: list[Back] = []
-        with torch.no_grad():
-            h = weight(h)
-            spare = True  # only an activation looks at what it put out: behind all others, that room may be taken
-            for layer in layers:
-                h, back = LAYERS[type(layer)](layer, h, spare)
-                self.backs.insert(0, back)
-                spare = type(layer) not in ACTIVATIONS and (spare or type(layer) not in VIEWS)
-        self.out = h
+    def __init__(self, weight: Any, layers: list[nn.Module], h: Tensor, during: Context):
+        super().__init__(h, _parts(weight, layers, h), during)
+        self.weight, self.layers, self.laid_out = weight, layers, _layout_for(weight, h)
 
-    def teach(self, signal: Signal, plain: Optimizer) -> None:
+    def _run(self, part: slice) -> tuple[Tensor, Tensor, list[Back]]:
+        with torch.no_grad():
+            h = self.laid_out(self.h[part])
+            out, backs = run(self.layers, self.weight(h))
+            if len(self.parts) == 1:
+                self.out = out
+                return h, out, backs
+            if part.start == 0:
+                strides = (out[0].numel(), *out.stride()[1:])
+                self.out = out.new_empty_strided((len(self.h), *out.shape[1:]), strides)
+            self.out[part] = out
+            out.data = self.out[part]  # where the ways back find it
+            return h, out, backs
+
+    def _learn(self, ran: tuple[Tensor, Tensor, list[Back]], signal: Signal, plain: Optimizer) -> None:
+        h, out, backs = ran
         dense = isinstance(self.weight, nn.Linear)
         gradient = _dense_gradient if dense else _convolution_gradient
         with torch.no_grad():
-            for part, s in signal.slices() if dense else [(slice(None), signal.whole(self.out))]:
-                for back in self.backs:
-                    s = back(s, part)
-                gradient(self.weight, self.h, s, part, plain)
+            for outputs, s in signal.slices(out.shape[1]) if dense else _in_one(signal, out):
+                for back in backs:
+                    s = back(s, outputs)
+                gradient(self.weight, h, s, outputs, plain)
                 del s  # before the next one is made
+
+
+def _in_one(signal: Signal, out: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    yield slice(None), signal.whole(out)
 
 
 def _by_hand(block: nn.Module) -> tuple[list[nn.Module], nn.Module | None, list[nn.Module]]:
@@ -95,16 +159,29 @@ def _by_hand(block: nn.Module) -> tuple[list[nn.Module], nn.Module | None, list[
     return parts[:at], weight, layers
 
 
-def _laid_out_for(m: nn.Conv2d, h: Tensor) -> Tensor:
-    """Return images (N, C, H, W) in the layout in which oneDNN copies least; where it is not used, as they are.
+def _parts(weight: Any, layers: list[nn.Module], h: Tensor) -> list[slice]:
+    """Return eighths of the batch for a convolution, but none that puts out fewer numbers than its filters have.
+
+    Each part costs a pass over dW, and copies of the filters in oneDNN.
+    """
+    if isinstance(weight, nn.Linear) or any(type(layer) in NORMS for layer in layers):
+        return [slice(0, len(h))]
+    outputs = max(1, h[0, 0].numel() // prod(weight.stride)) * weight.out_channels  # about, before pooling
+    return cut(len(h), 8, max(weight.weight.numel(), SMALL_BYTES / h.element_size()) / outputs)
+
+
+def _layout_for(m: Any, h: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return how to lay out images (N, C, H, W) so that oneDNN copies least; as they are, where it is not used.
 
     That is each pixel's channels side by side (pooling is much faster on it, too), but for filters that outweigh h:
     those would be copied three times.
     """
-    if h.is_cuda or h.dtype not in (torch.float32, torch.bfloat16):
-        return h
-    if h.numel() < m.weight.numel():
-        return h.contiguous()
+    if not isinstance(m, nn.Conv2d) or h.is_cuda or h.dtype not in (torch.float32, torch.bfloat16):
+        return lambda h: h
+    return Tensor.contiguous if h.numel() < m.weight.numel() else _channels_last
+
+
+def _channels_last(h: Tensor) -> Tensor:
     N, C, H, W = h.shape
     return h.permute(0, 2, 3, 1).flatten(1).view(N, H, W, C).permute(0, 3, 1, 2)  # strides that say so for C = 1, too
 
@@ -117,37 +194,29 @@ def _pads_alike(weight: Any) -> bool:
     return weight.padding_mode == "zeros" and not (weight.padding == "same" and odd)
 
 
-# ---------------------------------------------------------------------- weight layers: the gradient of their weights
-
-
-def _dense_gradient(m: Any, h: Tensor, s: Tensor, part: slice, plain: Optimizer) -> None:
+def _dense_gradient(m: Any, h: Tensor, s: Tensor, outputs: slice, plain: Optimizer) -> None:
     if m.weight.requires_grad:
         lr = _plain_lr(plain, m.weight)
         if lr is None:
-            torch.mm(s.t(), h, out=_gradient_of(m.weight)[part])
+            torch.mm(s.t(), h, out=gradient_of(m.weight)[outputs])
         else:
-            m.weight[part].addmm_(s.t(), h, alpha=-lr)
+            m.weight[outputs].addmm_(s.t(), h, alpha=-lr)
     if m.bias is not None and m.bias.requires_grad:
-        torch.sum(s, 0, out=_gradient_of(m.bias)[part])
+        torch.sum(s, 0, out=gradient_of(m.bias)[outputs])
 
 
-def _convolution_gradient(m: Any, h: Tensor, s: Tensor, part: slice, plain: Optimizer) -> None:
+def _convolution_gradient(m: Any, h: Tensor, s: Tensor, outputs: slice, plain: Optimizer) -> None:
     dims = h.dim() - 2
     padding = m.padding
     if isinstance(padding, str):  # "same", of which each side has half, or "valid"
         padding = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size, strict=True)]
     wanted = [False, m.weight.requires_grad, m.bias is not None and m.bias.requires_grad]
     settings = (m.stride, padding, m.dilation, False, [0] * dims, m.groups)
-    _, dW, db = aten.convolution_backward(s, h, m.weight, [m.out_channels], *settings, wanted)
+    _, dW, db = torch.ops.aten.convolution_backward(s, h, m.weight, [m.out_channels], *settings, wanted)
     for parameter, gradient in ((m.weight, dW), (m.bias, db)):  # oneDNN makes dW for db's sake, too
         if gradient is not None and parameter.requires_grad:
-            parameter.grad = label("gradients", gradient)
-
-
-def _gradient_of(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = label("gradients", torch.empty_like(parameter))
-    return parameter.grad
+            label("gradients", gradient)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _plain_lr(optimizer: Optimizer, parameter: Tensor) -> float | None:
@@ -159,111 +228,3 @@ def _plain_lr(optimizer: Optimizer, parameter: Tensor) -> float | None:
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     more = ("momentum", "weight_decay", "maximize", "differentiable")
     return None if any(group[name] for name in more) else float(group["lr"])
-
-
-# ------------------------------------- layers behind it: (module, input, may its room be taken) -> (output, way back)
-#
-# The way back takes the signal for a part of the outputs (all, behind a convolution) and may change it in place.
-
-Layer = Callable[[Any, Tensor, bool], tuple[Tensor, Back]]
-
-
-def _relu(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    out = h.relu_() if spare else h.relu()
-    return out, lambda s, part: aten.threshold_backward.grad_input(s, out[:, part], 0, grad_input=s)
-
-
-def _leaky_relu(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    slope, out = m.negative_slope, F.leaky_relu(h, m.negative_slope, inplace=spare)
-    return out, lambda s, part: aten.leaky_relu_backward.grad_input(s, out[:, part], slope, True, grad_input=s)
-
-
-def _tanh(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    out = h.tanh_() if spare else h.tanh()
-    return out, lambda s, part: aten.tanh_backward.grad_input(s, out[:, part], grad_input=s)
-
-
-def _sigmoid(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    out = h.sigmoid_() if spare else h.sigmoid()
-    return out, lambda s, part: aten.sigmoid_backward.grad_input(s, out[:, part], grad_input=s)
-
-
-def _gelu(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    # Two inputs have the same output: its slope cannot be told from that, and the input stays, an activation more.
-    settings = {"approximate": m.approximate}
-    return F.gelu(h, **settings), lambda s, part: aten.gelu_backward.grad_input(s, h[:, part], **settings, grad_input=s)
-
-
-def _batch_norm(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    counted = m.training and m.track_running_stats
-    if counted:
-        m.num_batches_tracked.add_(1)
-    momentum = m.momentum if m.momentum is not None else 1.0 / float(m.num_batches_tracked) if counted else 0.0
-    of_batch = m.training or m.running_mean is None
-    running = (m.running_mean, m.running_var) if counted or not of_batch else (None, None)
-    if of_batch and h.numel() == h.shape[1]:
-        raise ValueError(f"BatchNorm in training mode needs more than one value a channel, got {tuple(h.shape)}")
-    out, mean, invstd = aten.native_batch_norm(h, m.weight, m.bias, *running, of_batch, momentum, m.eps)
-
-    def back(s: Tensor, part: slice) -> Tensor:
-        vectors = (m.weight, *running, mean, invstd)
-        sliced = [None if v is None else v[part] if v.numel() else v for v in vectors]
-        wanted = [True, m.weight is not None, m.bias is not None]
-        s, dw, db = aten.native_batch_norm_backward(s, h[:, part], *sliced, of_batch, m.eps, wanted)
-        for parameter, gradient in ((m.weight, dw), (m.bias, db)):
-            if parameter is not None and parameter.requires_grad:
-                _gradient_of(parameter)[part] = gradient
-        return s
-
-    return out, back
-
-
-def _max_pool(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    settings = (*map(_pair, (m.kernel_size, m.stride, m.padding, m.dilation)), m.ceil_mode)
-    out, indices = aten.max_pool2d_with_indices(h, *settings)
-
-    def back(s: Tensor, part: slice) -> Tensor:  # of h only the shape is asked for
-        into = h if spare else torch.empty_like(h)
-        return aten.max_pool2d_with_indices_backward.grad_input(s, h, *settings, indices, grad_input=into)
-
-    return out, back
-
-
-def _avg_pool(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    sizes = map(_pair, (m.kernel_size, m.stride, m.padding))
-    settings = (*sizes, m.ceil_mode, m.count_include_pad, m.divisor_override)
-
-    def back(s: Tensor, part: slice) -> Tensor:
-        into = h if spare else torch.empty_like(h)
-        return aten.avg_pool2d_backward.grad_input(s, h, *settings, grad_input=into)
-
-    return aten.avg_pool2d(h, *settings), back
-
-
-def _view(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    out = m(h)
-    if out.shape == h.shape:
-        return out, lambda s, part: s
-    return out, lambda s, part: torch.empty_like(h).copy_(s.view(h.shape))  # in the layout of h
-
-
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-ACTIVATIONS: dict[type, Layer] = {
-    nn.ReLU: _relu,
-    nn.LeakyReLU: _leaky_relu,
-    nn.Tanh: _tanh,
-    nn.Sigmoid: _sigmoid,
-    nn.GELU: _gelu,
-}
-VIEWS = (nn.Flatten, nn.Identity)
-WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAYERS: dict[type, Layer] = {
-    **ACTIVATIONS,
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
-    **dict.fromkeys(VIEWS, _view),
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-}

@@ -24,7 +24,7 @@ def forward_without_trace(blocks: Iterable[nn.Module], x: Tensor, first: int = 0
         h = x
         for i, block in enumerate(blocks, first):
             with phase("forward", i), buffers_put_back(block):  # by block: copies of all buffers would grow with depth
-                h = local.forward(block, h).out
+                h = local.prepare(block, h).output()
     return h
 
 

@@ -100,9 +100,8 @@ class Rule(ABC):
             return local.forward(self.chain[i], h)
 
     def recompute(self, i: int, h: Tensor) -> Local:
-        """Return the same as `keep`, the second time that h passes the block."""
-        with phase("recompute", i):
-            return local.forward(self.chain[i], h)
+        """Return the same as `keep`, for the second time that h passes the block; it is run as it is taught."""
+        return local.prepare(self.chain[i], h, phase("recompute", i))
 
     def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, 0-d and detached, and e = dloss/dlogits, of the logits' shape."""
@@ -122,22 +121,22 @@ class Rule(ABC):
         with phase("backward"):
             h.backward(e)
 
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
-        """Return what DFA and MEM-DFA teach block i with output h: e B_i, or e itself for the last block."""
+    def signal(self, i: int, e: Tensor) -> Signal:
+        """Return what DFA and MEM-DFA teach block i: e B_i, or e itself for the last block."""
         last = i == len(self.chain) - 1
-        return Signal(i, e, h.shape[1:], None if last else self.feedback)
+        return Signal(i, e, None if last else self.feedback)
 
     def teach(self, i: int, block: Local, e: Tensor) -> Tensor:
         """Turn block i's signal into the gradient of its weights, change them, and return its output."""
-        self.group.finish()  # the block before, whose gradients went over the wire while this one was run again
         if self.parameters[i]:
             plain = self.clip_norm is None and self.group.size == 1
             with phase("local gradient", i):
-                block.teach(self.signal(i, block.out, e), self.optimizers[i] if plain else None)
+                block.teach(self.signal(i, e), self.optimizers[i] if plain else None)
+            self.group.finish()  # the block before, whose gradients went over the wire meanwhile
             self.group.start(self.parameters[i], partial(self.update, i))
         if i == len(self.chain) - 1:
             self.group.finish()
-        return block.out
+        return block.output()
 
     def update(self, i: int) -> None:
         """Change block i's weights by the gradients they hold, and free those."""

@@ -13,7 +13,7 @@ from problems import BY_NAME, STORAGES, make_rule
 from reference import assert_identical, refuses
 from torch import Tensor
 
-from memdfa_lab.feedback import DISTRIBUTIONS, Feedback, Regenerated, Shared, Signal, Stored
+from memdfa_lab.feedback import DISTRIBUTIONS, Feedback, Regenerated, Shared, Signal, Stored, cut
 
 LIKE = torch.zeros(())
 INDEPENDENT = [Stored, Regenerated]  # a matrix a block
@@ -216,6 +216,9 @@ class TestDistributionsOfOtherShapes:
         assert torch.allclose(small, large[:, :40] * 10, rtol=1e-6)
 
 
+generator = Feedback._generator
+
+
 class TestProject:
     @pytest.mark.parametrize("kind", STORAGES.values())
     def test_the_signal_is_e_times_B_in_logical_order(self, kind):
@@ -229,15 +232,38 @@ class TestProject:
                     by_hand[:, c, row, column] = (e * B[:, (c * 3 + row) * 4 + column]).sum(1)
         for layout in (torch.contiguous_format, torch.channels_last):
             out = torch.empty(4, 2, 3, 4, dtype=torch.float64, memory_format=layout)
-            signal = Signal(2, e, out.shape[1:], feedback).whole(out)
+            signal = Signal(2, e, feedback).whole(out)
             torch.testing.assert_close(signal, by_hand, rtol=1e-12, atol=1e-12)
             assert signal.stride() == out.stride()
 
     def test_an_error_of_more_dimensions_is_flattened(self):
         e = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(1))
         out = torch.empty(4, 7)
-        signal, flat = (Signal(0, error, out.shape[1:], Stored(0)).whole(out) for error in (e, e.flatten(1)))
+        signal, flat = (Signal(0, error, Stored(0)).whole(out) for error in (e, e.flatten(1)))
         assert torch.equal(signal, flat)
+
+    @pytest.mark.parametrize("examples", [3, 40])  # fewer than classes, and more
+    @pytest.mark.parametrize("kind", STORAGES.values())
+    def test_parts_of_the_batch_are_parts_of_the_whole_with_each_matrix_drawn_once(self, kind, examples, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(Feedback, "_generator", lambda self, key: drawn.append(key) or generator(self, key))
+        e = torch.randn(examples, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        out = torch.empty(examples, 2, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+        whole = Signal(2, e, kind(0)).whole(out)
+        drawn.clear()
+        signal, parts = Signal(2, e, kind(0)), []
+        for part in cut(examples, 2, 1):
+            signal = signal.held(24)
+            parts.append(signal.of(part).whole(out[part]))
+        assert drawn == [drawn[0]]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
+
+    def test_stored_and_regenerated_give_the_same_parts_bit_for_bit(self):
+        for examples in (3, 40):
+            e = torch.randn(examples, 10, generator=torch.Generator().manual_seed(1))
+            out = torch.empty(2, 50, 6, 6)
+            one, other = (Signal(2, e, kind(0)).held(1800).of(slice(1, 3)).whole(out) for kind in (Stored, Regenerated))
+            assert torch.equal(one, other)
 
 
 class TestStorage:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import BY_NAME, params, train
+from problems import BY_NAME, OPTIMIZERS, params, train
 from problems import make_rule as make
 from reference import assert_same_training
 
@@ -22,6 +22,27 @@ def test_every_budget_trains_as_dfa_bit_for_bit(problem, budget):
         train(make("dfa", problem, "momentum"), problem),
         train(make("memdfa", problem, "momentum", keep_bytes=budget), problem),
     )
+
+
+@pytest.mark.parametrize("budget", [0, 3000, math.inf])
+@pytest.mark.parametrize("problem", params(lambda problem: "conv" in problem.name or problem.random))
+def test_in_parts_of_the_batch_too(problem, budget, monkeypatch):
+    monkeypatch.setattr(ml.local, "SMALL_BYTES", 1)  # batches of 6 and 4 in parts of 1 and more
+    assert_same_training(
+        train(make("dfa", problem), problem),
+        train(make("memdfa", problem, keep_bytes=budget), problem),
+    )
+
+
+@pytest.mark.parametrize("budget", [0, 2**20, math.inf])
+@pytest.mark.parametrize(("network", "batch"), [("mnist_conv", 21), ("liao_cifar", 10)])
+def test_convnets_of_full_size_train_as_dfa_bit_for_bit(network, batch, budget):
+    x, y = torch.randn(batch, *ml.models.get(network).input_shape), torch.randint(10, (batch,))
+    nets = [ml.models.build(network) for _ in range(2)]
+    for rule in (ml.DFA(nets[0], OPTIMIZERS["sgd"]), ml.MemDFA(nets[1], OPTIMIZERS["sgd"], keep_bytes=budget)):
+        for _ in range(2):
+            rule.step(x, y)
+    assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
 
 
 @pytest.mark.parametrize("name", ["mlp_relu", "everything", "conv_pool", "dropout"])

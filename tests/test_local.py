@@ -1,6 +1,7 @@
 """The local gradient by hand against the one by autograd, and what each holds."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -81,22 +82,24 @@ BY_HAND = {
 }
 
 
+@pytest.mark.parametrize("run", [local.forward, local.prepare])
 @pytest.mark.parametrize("name", BY_HAND)
-def test_a_block_by_hand_has_autograds_gradients(name):
+def test_a_block_by_hand_has_autograds_gradients(name, run, monkeypatch):
+    monkeypatch.setattr(local, "SMALL_BYTES", 1)  # convolutions run in parts of one example and more
     layers, features = BY_HAND[name]
     block, x = block_of(*layers(), features=features)
     block, x = block.double(), x.double()
     assert local._by_hand(block)[1] is not None, "this block is not done by hand"
     before, other = x.clone(), copy.deepcopy(block)
-    expected, by_hand = local._ByAutograd(other, x), local.forward(block, x)
+    expected, by_hand = local._ByAutograd(other, x, nullcontext()), run(block, x)
     assert isinstance(by_hand, local._ByHand)
-    assert torch.equal(by_hand.out, expected.out)
-    assert all(map(torch.equal, block.buffers(), other.buffers()))
     gradients = []
     for way, net in ((expected, other), (by_hand, block)):
-        signal = ml.feedback.Signal(0, torch.linspace(-1, 1, 60).view(6, 10).double(), way.out.shape[1:], FEEDBACK)
+        signal = ml.feedback.Signal(0, torch.linspace(-1, 1, 60).view(6, 10).double(), FEEDBACK)
         way.teach(signal, None)
         gradients.append([p.grad for p in net.parameters()])
+    assert torch.equal(by_hand.out, expected.out)
+    assert all(map(torch.equal, block.buffers(), other.buffers()))
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
     assert torch.equal(x, before)
 
@@ -190,12 +193,53 @@ def test_no_whole_feedback_matrix_is_made():
     assert stored.timeline.query("category == 'feedback' and bytes > 0")["bytes"].max() == 4 * 512 * 10
 
 
-def test_pooling_takes_the_room_of_the_convolutions_output():
+def test_what_lies_between_input_and_output_is_there_for_an_eighth_of_the_batch():
     def build():
         return nn.Sequential(
             nn.Conv2d(3, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10)
         )
 
-    trace = predict("memdfa", build, (8, 3, 32, 32), SGD, FEEDBACK)
-    large = trace.timeline[trace.timeline["bytes"] >= 4 * 8 * 16 * 32 * 32]
-    assert list(large["phase"]) == ["forward", "recompute"]  # the output, twice; no gradient of its size
+    trace = predict("memdfa", build, (64, 3, 32, 32), SGD, FEEDBACK)
+    output, part = 4 * 64 * 16 * 16 * 16, 4 * 8 * 16 * 32 * 32  # of the block after pooling; before it, an eighth
+    born = trace.timeline.query("bytes > 0 and phase in ('forward', 'recompute', 'local gradient')")["bytes"]
+    assert list(born[born > part]) == [output, output]  # pass 1 and pass 2
+    assert (born == part).sum() >= 3 * 8  # the convolution's output in both passes, the signal there
+
+
+NETWORKS = [("mnist_conv", 100), ("mnist_conv", 96), ("liao_cifar", 100), ("moskovitz_1", 100), ("vgg_16", 32)]
+
+
+@pytest.mark.parametrize("storage", ["stored", "regenerated"])
+@pytest.mark.parametrize(("network", "batch"), NETWORKS)
+def test_a_convnet_holds_what_one_block_takes(network, batch, storage):
+    """Above rest at most the largest block's input, output, gradient of its weights, and one signal, and 10 %."""
+    x = torch.empty(batch, *ml.models.get(network).input_shape, device="meta")
+    floor = 0
+    for block in ml.models.build(network).to("meta"):
+        out = block(x)
+        floor = max(floor, 4 * (x.numel() + 2 * out.numel() + sum(p.numel() for p in block.parameters())))
+        x = out
+    assert ml.experiments.profile("memdfa", network, batch, feedback_kind=storage).peak_bytes <= 1.1 * floor
+
+
+@pytest.mark.parametrize(
+    ("kernel", "features", "batch", "sizes"),
+    [
+        (3, (16, 32, 32), 37, [5] * 7 + [2]),  # eighths
+        (3, (16, 4, 4), 100, [64, 36]),  # 64 KiB of output
+        (33, (16, 32, 32), 37, [18, 18, 1]),  # as much output as there are filters
+    ],
+)
+def test_parts_are_eighths_but_for_small_outputs_and_large_filters(kernel, features, batch, sizes):
+    layer, h = nn.Conv2d(16, 16, kernel, padding="same"), torch.empty(batch, *features)
+    assert [part.stop - part.start for part in local._parts(layer, [nn.ReLU()], h)] == sizes
+    assert local._parts(layer, [nn.BatchNorm2d(16)], h) == [slice(0, batch)]
+
+
+@pytest.mark.parametrize("rule", ["dfa", "memdfa"])
+@pytest.mark.parametrize("problem", params(lambda problem: "conv" in problem.name or problem.random))
+def test_parts_of_the_batch_give_the_same_updates_in_float64(problem, rule, monkeypatch):
+    problem = problem.double()
+    whole = train(make(rule, problem, "momentum"), problem)
+    monkeypatch.setattr(local, "SMALL_BYTES", 1)  # batches of 6 and 4 in parts of 1 and more
+    assert_close_training(train(make(rule, problem, "momentum"), problem), whole)

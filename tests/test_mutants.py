@@ -115,15 +115,15 @@ class SumOverTheBatch(Rule):
 
 
 class LastBlockIsGivenBe(Rule):
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
-        return Signal(i, e, h.shape[1:], self.feedback)
+    def signal(self, i: int, e: Tensor) -> Signal:
+        return Signal(i, e, self.feedback)
 
 
 class Times(Signal):
     factor = 1.0
 
-    def slices(self, *whole: int):
-        for part, s in super().slices(*whole):
+    def slices(self, *sizes: int):
+        for part, s in super().slices(*sizes):
             yield part, s * self.factor
 
 
@@ -136,15 +136,15 @@ class Negated(Times):
 
 
 class BackwardZeroed(Rule):
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
+    def signal(self, i: int, e: Tensor) -> Signal:
         last = i == len(self.blocks) - 1
-        return super().signal(i, h, e) if last else Zeroed(i, e, h.shape[1:], self.feedback)
+        return super().signal(i, e) if last else Zeroed(i, e, self.feedback)
 
 
 class WrongSign(Rule):
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
+    def signal(self, i: int, e: Tensor) -> Signal:
         last = i == len(self.blocks) - 1
-        return super().signal(i, h, e) if last else Negated(i, e, h.shape[1:], self.feedback)
+        return super().signal(i, e) if last else Negated(i, e, self.feedback)
 
 
 class ErrorZeroed(Rule):
@@ -211,15 +211,15 @@ class ChannelsLast(Signal):
     """B_i e laid out over the feature map with the channels last."""
 
     def whole(self, out: Tensor) -> Tensor:
-        channels, *rest = self.shape
+        channels, *rest = out.shape[1:]
         signal = super().whole(out).contiguous()
         return signal.view(-1, *rest, channels).movedim(-1, 1).contiguous()
 
 
 class InMemoryOrder(Rule):
-    def signal(self, i: int, h: Tensor, e: Tensor) -> Signal:
+    def signal(self, i: int, e: Tensor) -> Signal:
         last = i == len(self.blocks) - 1
-        return (Signal if last or h.dim() < 3 else ChannelsLast)(i, e, h.shape[1:], None if last else self.feedback)
+        return super().signal(i, e) if last else ChannelsLast(i, e, self.feedback)
 
 
 class ZeroFeedback(Stored):
