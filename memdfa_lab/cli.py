@@ -331,7 +331,8 @@ def _add_sweep(commands: Any) -> None:
         "  grid: {rule: [bp, memdfa], lr: [0.003, 0.01, 0.03], seed: [0, 1]}\n",
     )
     add = command.add_argument
-    add("what", nargs="+", metavar="[status] FILE", help="a sweep file; with status before it: how far it is")
+    add("status", nargs="?", choices=["status"], help="only say how far it is")
+    add("file", help="a sweep file; after status, it may be the folder of all runs")
     add("--out", type=Path, help="folder of all runs; default: reports/runs/NAME for NAME.yaml")
     add("--jobs", type=int, help="runs at a time on this machine; default: as many as it has cores for")
     add("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the folder, such as tcp://HOST:8786")

@@ -97,8 +97,9 @@ def _this_machine(jobs: int | None, threads: int) -> Iterator[Submit]:
     try:
         yield lambda task: pool.submit(work, task, processes)
     finally:
-        processes.close()
+        processes.interrupt()
         pool.shutdown(cancel_futures=True)
+        processes.dismiss()
 
 
 @contextmanager
@@ -207,15 +208,12 @@ def _state(out: str | Path) -> Sweep:
 
 def command(options: argparse.Namespace) -> None:
     """Run a sweep or tell how far it is, for the command line."""
-    *before, what = options.what
-    if before not in ([], ["status"]):
-        raise ValueError(f"one sweep file is needed, or status and one, got {' '.join(options.what)}")
-    if before:
-        table = status(what, options.out)
+    if options.status:
+        table = status(options.file, options.out)
         counts = table["status"].value_counts()
         print(f"{len(table)} runs:", ", ".join(f"{number} {name}" for name, number in counts.items()))
         for row in table[table["status"] == "failed"].to_dict("records"):
             print(f"  {row['run']}: {row['error']}")
         return
-    out = run(what, options.out, options.scheduler, options.jobs)
+    out = run(options.file, options.out, options.scheduler, options.jobs)
     print(f"the table of all runs is {out / 'results.csv'}, a figure beside it; each run is in {out / 'runs'}")

@@ -46,6 +46,8 @@ def is_done(folder: Path, code: str) -> bool:
 
 def is_held(lock: Path) -> bool:
     """Tell whether a living process holds a lock file."""
+    if not lock.exists():  # FileLock would make it, and its folder
+        return False
     try:
         with FileLock(lock, timeout=0):
             return False
@@ -59,22 +61,25 @@ class Processes:
     def __init__(self) -> None:
         self._idle: list[subprocess.Popen[str]] = []
         self._busy: set[subprocess.Popen[str]] = set()
-        self._closed = False
+        self._interrupted = False
 
     def do(self, task: dict[str, Any]) -> int:
         """Do a run and return its exit status, negative for the signal that killed it."""
-        process = self._idle.pop() if self._idle else _start()
+        try:
+            process = self._idle.pop()
+        except IndexError:
+            process = _start()
         assert process.stdin is not None
         assert process.stdout is not None
         self._busy.add(process)
         with suppress(OSError, ValueError):  # it died, or is closed already
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
-        if self._closed:
+        if self._interrupted:
             process.stdin.close()
         status = process.stdout.readline()
         self._busy.remove(process)
-        if status and not self._closed:
+        if status and not self._interrupted:
             self._idle.append(process)
             return int(status)
         ended = _end(process)
@@ -85,13 +90,12 @@ class Processes:
         while self._idle:
             _end(self._idle.pop())
 
-    def close(self) -> None:
-        """End all: a run that is under way keeps what it has, and its status is 130."""
-        self._closed = True
+    def interrupt(self) -> None:
+        """End what is under way, which keeps what it has, with the status 130; so does what is asked for afterwards."""
+        self._interrupted = True
         for process in list(self._busy):
             assert process.stdin is not None
             process.stdin.close()
-        self.dismiss()
 
 
 OURS = Processes()  # of a Dask worker
@@ -161,6 +165,7 @@ def main() -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with suppress(BrokenPipeError):  # the parent is gone
             os.write(1, f"{status}\n".encode())
+    sys.exit(INTERRUPTED)
 
 
 def _run(task: dict[str, Any]) -> int:
@@ -168,6 +173,7 @@ def _run(task: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(task["folder"])
+    os.dup(1)  # by its end the parent sees that of this process, and kernels do not inherit it
     with (folder / LOG).open("a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)

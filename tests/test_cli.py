@@ -57,7 +57,7 @@ def test_train_goes_on_with_the_run_in_the_folder(capsys, tmp_path):
         (["profile", "--network", "long_fcc"], "did you mean 'long_fc'?"),
         (["profile", "--batch", "0"], "the batch size must be 1 or more"),
         (["sweep", "status", "no/such.yaml"], "No such file"),
-        (["sweep", "one.yaml", "two.yaml"], "one sweep file is needed"),
+        (["sweep", "one.yaml", "two.yaml"], "invalid choice: 'one.yaml'"),
         (["bench", "--network", "fc_relu", "--rounds", "0"], "rounds must be 1 or more"),
     ],
 )

@@ -151,6 +151,8 @@ def test_24_runs_are_there_once_each_though_a_worker_the_scheduler_and_the_clien
 def test_a_notebook_is_run_for_each_entry_and_what_fails_is_tried_again(tiny, tmp_path, capsys):
     listed = [{"n": 9, "do": "fail"}, {"n": 16, "do": "fail once"}]
     file, out = write(tmp_path / "s.yaml", **tiny, list=listed, threads=2), tmp_path / "out"
+    assert [row["status"] for row in rows(file, out)] == ["waiting", "waiting"]
+    assert not out.exists()
     with pytest.raises(sweep.RunsFailed, match=r"1 of 2 runs failed: \w+ \(n=9, .*\), cell 3: ValueError: no such"):
         sweep.run(file, out, jobs=2)
     table = pd.read_csv(out / "results.csv")
@@ -186,11 +188,10 @@ def rows(*arguments):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kills with signals")
 def test_a_killed_run_takes_its_kernel_along_and_is_done_again_and_ctrl_c_ends_all(tiny, tmp_path):
-    listed = [{"n": 4, "do": "wait once"}, {"n": 9}]
-    file, out = write(tmp_path / "s.yaml", **tiny, list=listed), tmp_path / "out"
+    file, out = write(tmp_path / "s.yaml", **tiny, list=[{"n": 4, "do": "wait once"}]), tmp_path / "out"
     client = command(file, "--out", out, "--jobs", 1, stderr=subprocess.PIPE)
     until(lambda: list(out.glob("runs/*/try0")), client)
-    assert [row["status"] for row in rows(out)] == ["running", "waiting"]
+    assert [row["status"] for row in rows(out)] == ["running"]
     (kernel,) = (psutil.Process(int(path.read_text())) for path in out.glob("runs/*/kernel.pid"))
     run = kernel.parent()
     run.kill()
@@ -204,7 +205,7 @@ def test_a_killed_run_takes_its_kernel_along_and_is_done_again_and_ctrl_c_ends_a
     assert err == "memdfa: interrupted: what was finished is kept, the same command goes on from there\n"
     assert gone(started)
     sweep.run(file, out)
-    assert [row["status"] for row in rows(out)] == ["done", "done"]
+    assert [row["status"] for row in rows(out)] == ["done"]
 
 
 def test_only_what_has_its_mark_is_read_and_a_killed_training_goes_on(tmp_path):
@@ -225,6 +226,22 @@ def test_only_what_has_its_mark_is_read_and_a_killed_training_goes_on(tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_csv(out / "results.csv").drop(columns="seconds"), whole.drop(columns="seconds")
     )
+
+
+def test_where_fork_is_not_safe_a_process_does_one_run(tmp_path, monkeypatch):
+    program = "import sys; from memdfa_lab import sweep_run; sys.platform = 'darwin'; sweep_run.main()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    monkeypatch.setattr(
+        "memdfa_lab.sweep_run._start", lambda: subprocess.Popen([sys.executable, "-c", program], **pipes)
+    )
+    (tmp_path / "runs").mkdir()
+    task = {"run": "train", "code": "now", "retries": 0, "threads": 1, "folder": str(tmp_path / "runs" / "a")}
+    assert sweep.work(task | {"parameters": QUICK, "given": QUICK}) is None
+    assert len(pd.read_csv(tmp_path / "runs" / "a" / "results.csv")) == 2
+    wrong = QUICK | {"lr": -1.0}
+    said = sweep.work(task | {"code": "later", "parameters": wrong, "given": wrong})
+    assert said == "ValueError: Invalid learning rate: -1.0"
+    assert not (tmp_path / "runs" / "a" / "results.csv").exists()
 
 
 # What is refused
