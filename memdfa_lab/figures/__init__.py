@@ -1,5 +1,6 @@
 """One function a figure; each takes plain tables and returns a matplotlib Figure. Units are on the axes."""
 
+from memdfa_lab.figures.machines import pipelines, sent, utilisation
 from memdfa_lab.figures.peaks import (
     RESTING,
     frontier,
@@ -41,12 +42,15 @@ __all__ = [
     "peak_fillings",
     "peaks_by_network",
     "picture",
+    "pipelines",
     "rest_against",
     "save",
+    "sent",
     "signal_images",
     "spectrum",
     "step_profiles",
     "sweep_summary",
     "theory_and_measurement",
     "training_curves",
+    "utilisation",
 ]

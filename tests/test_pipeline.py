@@ -1,0 +1,90 @@
+"""The simulated pipeline: closed forms, no task before what it needs, and what the figures show of it."""
+
+import pandas as pd
+import pytest
+
+from memdfa_lab import figures
+from memdfa_lab.pipeline import ORDERS, simulate, steady
+
+SIZES = [(1, 1), (1, 5), (4, 1), (4, 3), (4, 4), (4, 16), (7, 5)]
+# the part of the time in which machines compute, M machines and K micro-batches, nothing on the wire
+BUSY = {
+    "bp": lambda M, K: K / (K + M - 1),
+    "fa": lambda M, K: K / (K + M - 1),
+    "dfa": lambda M, K: 2 * K / (K + max(K, M)),
+    "memdfa": lambda M, K: 3 * K / (2 * K + max(K, M)),
+}
+
+
+@pytest.mark.parametrize("rule", ORDERS)
+@pytest.mark.parametrize(("machines", "micro_batches"), SIZES)
+def test_machines_are_as_busy_as_the_closed_form_says(rule, machines, micro_batches):
+    found = steady(simulate(rule, machines, micro_batches, batches=4))
+    assert found["busy"] == pytest.approx(BUSY[rule](machines, micro_batches))
+    units = {"bp": 3, "fa": 3, "dfa": 2, "memdfa": 3}[rule]
+    assert found["rate"] == pytest.approx(found["busy"] / units)
+    assert found["held"] == (1 if rule == "memdfa" else micro_batches)
+
+
+@pytest.mark.parametrize("rule", ORDERS)
+def test_nothing_begins_before_what_it_needs_and_no_machine_does_two_things_at_once(rule):
+    wire = 0.3
+    table = simulate(rule, 3, 4, batches=3, wire=wire, signal=0.1)
+    assert len(table) == 3 * 4 * 3 * sum(map(len, ORDERS[rule]))
+    at = table.set_index(["machine", "task", "batch", "micro_batch"])
+    for (machine, task, batch, micro), start in at["start"].items():
+        if task in ("forward", "recompute") and machine:
+            assert start >= at.loc[(machine - 1, task, batch, micro), "end"] + wire
+        if task == "backward" and machine < 2:
+            assert start >= at.loc[(machine + 1, task, batch, micro), "end"] + wire
+        if task != "forward":
+            assert start >= at.loc[(2, "forward", batch, micro), "end"] + (wire if machine < 2 else 0)
+        if task == "local gradient" and rule == "memdfa":
+            assert start >= at.loc[(machine, "recompute", batch, micro), "end"]
+        if task == "forward" and batch:  # the weights of the batch before are updated
+            before = at.xs(machine).xs(batch - 1, level="batch")["end"].max()
+            assert start >= before
+    for _, rows in table.sort_values("start").groupby("machine"):
+        assert (rows["start"].to_numpy()[1:] >= rows["end"].to_numpy()[:-1]).all()
+
+
+def test_the_wire_and_the_signal_cost_time():
+    free = steady(simulate("dfa", 4, 4, 4))
+    assert steady(simulate("dfa", 4, 4, 4, wire=0.5))["rate"] < free["rate"]
+    assert steady(simulate("dfa", 4, 4, 4, signal=0.5))["rate"] == pytest.approx(4 / (4 + 4 * 1.5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "dpa"}, "did you mean 'dfa'"),
+        ({"machines": 0}, "machines must be 1 or more, got 0"),
+        ({"micro_batches": 0}, "micro_batches must be 1 or more"),
+        ({"batches": 0}, "batches must be 1 or more"),
+        ({"wire": -1.0}, "wire and signal are times from 0 on"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(**{"rule": "dfa", "machines": 2, "micro_batches": 2} | arguments)
+
+
+def test_one_batch_does_not_show_how_a_pipeline_settles():
+    with pytest.raises(ValueError, match="takes two batches or more"):
+        steady(simulate("bp", 2, 2, batches=1))
+
+
+def test_the_figure_has_a_bar_a_task():
+    table = simulate("memdfa", 3, 2, batches=3)
+    axes = figures.pipelines({"memdfa": table}).axes[0]
+    assert sum(len(bars.get_paths()) for bars in axes.collections) == len(table)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "3"]
+
+
+def test_busy_and_speed_are_drawn_beside_each_other():
+    rows = [("bp", 1, 0.5, 1 / 6), ("bp", 4, 1.0, 1 / 3), ("dfa", 1, 0.4, 0.2), ("dfa", 4, 0.9, 0.45)]
+    table = pd.DataFrame(rows, columns=["rule", "x", "busy", "rate"])
+    busy, other, speed, _ = figures.utilisation({"machines": table, "micro-batches": table}).axes
+    assert [axes.get_xlabel() for axes in (busy, other)] == ["machines", "micro-batches"]
+    assert list(busy.lines[0].get_ydata()) == [50, 100]
+    assert list(speed.lines[1].get_ydata()) == pytest.approx([0.6, 1.35])
