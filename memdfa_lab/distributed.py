@@ -2,9 +2,9 @@
 
 The loss is a mean over the whole batch of N examples. A rank with n of them scales its e by n / N; then the sum over
 ranks of each block's gradients is the gradient of that loss. What goes over the wire in a step is three numbers with
-the loss, and each gradient once, block by block: MEM-DFA sends block i's while block i + 1 is run again and taught, and
-updates block i then, so that every rank holds one block's gradients, and room to send another's from. B is drawn
-from its seed on each rank and never sent.
+the loss, and each gradient once, block by block: MEM-DFA sends block i's while block i + 1 is run again, and updates
+block i before block i + 1 has its gradient, so that every rank holds one block's gradients, and room to send them from.
+B is drawn from its seed on each rank and never sent.
 
 gloo on the CPU; nccl on CUDA (written, not run).
 """

@@ -62,6 +62,11 @@ class Local(ABC):
         with self.during:
             return self._run(part)
 
+    def begin(self) -> None:
+        """Run the first part, if none has run."""
+        if not self.kept:
+            self.kept.append(self.run(self.parts[0]))
+
     def teach(self, signal: Signal, plain: Optimizer) -> None:
         """Leave the signal's gradient in the block's parameters; if `plain` would only add -lr dW, it may be done."""
         for part in self.parts:

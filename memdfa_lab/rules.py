@@ -129,10 +129,11 @@ class Rule(ABC):
     def teach(self, i: int, block: Local, e: Tensor) -> Tensor:
         """Turn block i's signal into the gradient of its weights, change them, and return its output."""
         if self.parameters[i]:
+            block.begin()
+            self.group.finish()  # the block before, whose gradients went over the wire meanwhile
             plain = self.clip_norm is None and self.group.size == 1
             with phase("local gradient", i):
                 block.teach(self.signal(i, e), self.optimizers[i] if plain else None)
-            self.group.finish()  # the block before, whose gradients went over the wire meanwhile
             self.group.start(self.parameters[i], partial(self.update, i))
         if i == len(self.chain) - 1:
             self.group.finish()
