@@ -116,7 +116,12 @@ def _add_train(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     with ml.distributed.ranks(options.device, options.dist_timeout) as group:
-        _train_in(group, options)
+        try:
+            _train_in(group, options)
+        except KeyboardInterrupt:
+            if group.rank == 0:  # it speaks for all
+                raise
+            sys.exit(INTERRUPTED)
 
 
 def _train_in(group: ml.distributed.Group, options: argparse.Namespace) -> None:

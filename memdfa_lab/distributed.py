@@ -176,7 +176,8 @@ def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
     """Join the processes that torchrun has started, for as long as the block runs; without torchrun, be alone.
 
     `device`: cpu (gloo) or cuda (nccl), each rank then having the GPU of its number on the machine. `timeout_s`: how
-    long a rank waits for another before it ends with RankLost. Raises ValueError for a timeout that is not above 0.
+    long a rank waits for another before it ends with RankLost. Raises ValueError for a timeout that is not above 0, and
+    for a GPU that is not there.
     """
     if not timeout_s > 0:
         raise ValueError(f"the timeout must be a number of seconds above 0, got {timeout_s!r}")
@@ -184,6 +185,8 @@ def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
     if size == 1:
         yield Group(device=device)
         return
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} is not there: use cpu, or install a torch that finds your GPU")
     if on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -86,7 +86,8 @@ def test_two_ranks_with_half_the_batch_each_are_one_process_with_all_of_it(both,
     expected = learn(ALONE, **EQUAL[name])
     for ours in (both[0][name], both[1][name]):
         assert_same(ours, expected, **tolerance)
-        torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0)
+        losses, theirs = (torch.tensor(one["losses"], dtype=torch.float64) for one in (ours, expected))
+        torch.testing.assert_close(losses, theirs, **tolerance)
         torch.testing.assert_close(ours["output"], expected["output"], **tolerance)
 
 
@@ -183,13 +184,13 @@ def test_ranks_that_differ_are_refused_at_the_start(both, name):
         assert "\n" not in problem
 
 
-@pytest.mark.parametrize(("how", "longest_s"), [("killed", 20), ("hangs", 3 + 20)])
-def test_a_rank_that_is_lost_ends_the_others_with_a_clear_error(request, how, longest_s):
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_rank_that_is_lost_ends_the_others_with_a_clear_error(request, how):
     folder = request.getfixturevalue("both")[2] if how == "killed" else request.getfixturevalue("ill")[0]
     problem, waited_s, step = torch.load(folder / how, weights_only=False)
     assert problem.startswith("rank 0 of 2 waited for the loss of another rank, which has ended or is more than")
     assert step == 2
-    assert waited_s < longest_s
+    assert waited_s < 60  # the timeout of those of whom one is killed, and twenty times that of those of whom one hangs
 
 
 def test_the_command_refuses_different_seeds_in_one_line_a_rank(ill):
@@ -226,6 +227,13 @@ def test_without_torchrun_there_is_one_rank_and_no_process_group():
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
 def test_a_timeout_that_makes_no_sense_is_refused(timeout_s):
     with pytest.raises(ValueError, match="the timeout must be a number of seconds above 0"), ranks(timeout_s=timeout_s):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device 'cuda' is not there"), ranks("cuda"):
         pass
 
 
