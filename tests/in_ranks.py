@@ -69,7 +69,7 @@ def outcome(rule, **more):
 def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=False, **options):
     """Learn from batches of these sizes, this rank's part of each."""
     options |= {"clip_norm": 0.3} if optimizer == "clipped" else {}
-    made = ml.RULES[rule](build(NETS[net], dtype), OPTIMIZERS[optimizer], **options)
+    made = {**ml.RULES, **ml.BASELINES}[rule](build(NETS[net], dtype), OPTIMIZERS[optimizer], **options)
     made.group = group
     if sync:
         synchronise(made.blocks, group)
@@ -206,6 +206,8 @@ for rule in ml.RULES:
     for net, sizes in (("conv_batchnorm", [12, 13, 1]), ("mlp_batchnorm", [12, 13, 3])):
         of_all = {"rule": rule, "optimizer": "adamw", "net": net, "sizes": sizes, "sync": True}
         EQUAL[f"{rule} {net}"] = of_all
+for rule in ml.BASELINES:
+    EQUAL[rule] = {"rule": rule, "optimizer": "adamw", "net": "mlp", "sizes": [12, 13]}
 # 2 images on rank 0 outweigh the filters, 1 on rank 1 does not: their gradients come in two layouts.
 EQUAL["layouts"] = {"rule": "dfa", "optimizer": "sgd", "net": "conv", "sizes": [3, 5], "dtype": torch.float32}
 EQUAL["some kept"] = {"rule": "memdfa", "optimizer": "adamw", "net": "mlp", "sizes": [12, 13], "keep_bytes": 3000}
