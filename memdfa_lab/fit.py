@@ -1,13 +1,13 @@
 """Epochs over a dataset: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.distributed import digest
-from memdfa_lab.files import write_text, written_whole
+from memdfa_lab.files import locked, write_text, written_whole
+from memdfa_lab.names import whole
 from memdfa_lab.rules import Rule
 
 if TYPE_CHECKING:
@@ -81,12 +82,20 @@ def fit(
     Raises ValueError for sizes below 1, a checkpoint that is damaged or belongs to another setting, or ranks that
     differ in settings or weights; RankLost if another rank ends; and whatever `rule.step` raises.
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        whole(name, value, least)
+    if not isinstance(rule, Rule):
+        raise TypeError(f"fit takes a rule, such as ml.MemDFA(model, optimizer), not a {type(rule).__name__}")
+    if not hasattr(data, "x_train"):
+        raise TypeError(f"fit takes data as ml.datasets.load returns it, not a {type(data).__name__}")
+    for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
     run = _Run(rule, [scheduler(made) for made in rule.optimizers if made is not None] if scheduler else [])
     settings = _settings(rule, data, batch_size, seed)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
     group = rule.group
     group.agree(**settings, epochs=epochs)
     if path is not None and path.exists() and not overwrite:
@@ -99,7 +108,9 @@ def fit(
     like = next(rule.blocks.parameters())
     batches = -(-len(data.x_train) // batch_size)
     saved_at = time.monotonic()
-    with _interrupt_after_step() as interrupt, _bar(epochs * batches, progress and group.rank == 0) as bar:
+    lock = nullcontext() if written is None else locked(written)
+    shown = progress and group.rank == 0
+    with lock, _interrupt_after_step() as interrupt, _bar(epochs * batches, shown) as bar:
         bar.update(run.epoch * batches + run.batch)
         while run.epoch < epochs:
             order = _order(len(data.x_train), seed, run.epoch)
@@ -131,6 +142,9 @@ def fit(
 
 def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tensor:
     """Return the network's output (N, C) for x (N, ...), in eval mode and in batches; the mode is put back."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor (N, ...), not a {type(x).__name__}: use torch.as_tensor")
+    whole("batch_size", batch_size)
     blocks = model.blocks if isinstance(model, Rule) else model
     like = next(blocks.parameters())
     modes = [(module, module.training) for module in blocks.modules()]
@@ -144,7 +158,13 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
 
 
 def accuracy(model: Rule | nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
-    """Return the part of the examples x (N, ...) whose largest output is the label y (N,)."""
+    """Return the part of the examples x (N, ...) whose largest output is the label y (N,).
+
+    Raises ValueError if there is no example, or not a label for each.
+    """
+    if not isinstance(y, Tensor) or y.shape != (len(x),) or not len(x):
+        given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(f"y must be a tensor of {len(x)} labels, one or more, one for each example; got {given}")
     return (predict(model, x, batch_size).argmax(1).cpu() == y.cpu()).float().mean().item()
 
 
@@ -198,9 +218,12 @@ class _Run:
 
     def load(self, path: Path, settings: dict[str, Any]) -> None:
         try:
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
             state = torch.load(path, map_location="cpu", weights_only=True)
             known = state["format"] == FORMAT
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as problem:
+        except Exception as problem:  # damage shows as any kind of exception
             raise ValueError(
                 f"{path} is damaged or not a checkpoint of memdfa_lab: delete it, or start anew with overwrite=True"
             ) from problem

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memdfa_lab.files import write_text
+from memdfa_lab.files import locked, write_text
 from memdfa_lab.names import known
 from memdfa_lab.notebook import versions
 
@@ -69,29 +69,32 @@ def reproduce(
         write_page(out, run)
 
     failed = []
-    for number, notebook in enumerate(chosen, 1):
-        name, source, before = notebook.stem, source_of(notebook), run["notebooks"][notebook.stem]
-        label = f"[{number}/{len(chosen)}] {name}"
-        if before["status"] == "done" and before["source"] == source:
-            print(f"{label}: done before, skipped", flush=True)
-            continue
-        if before.get("source") != source:
-            _clear(out, name)  # else training goes on from the checkpoints there
-        keep(name, status="running", source=source)
-        started = time.perf_counter()
-        try:
-            error = execute(notebook, out, takes[name], timeout_s, label)
-        except KeyboardInterrupt:
-            print("interrupted", flush=True)
-            keep(name, status="interrupted", source=source)
-            goes_on = f"memdfa reproduce --out {shlex.quote(str(out))}"
-            raise KeyboardInterrupt(f"interrupted in {name}: what was finished is kept, {goes_on} goes on") from None
-        record = {"source": source, "seconds": round(time.perf_counter() - started, 1)}
-        if error:
-            failed.append(f"{name}, {error}")
-            keep(name, status="failed", error=error, **record)
-        else:
-            keep(name, status="done", **record)
+    with locked(out / STATE):
+        for number, notebook in enumerate(chosen, 1):
+            name, source, before = notebook.stem, source_of(notebook), run["notebooks"][notebook.stem]
+            label = f"[{number}/{len(chosen)}] {name}"
+            if before["status"] == "done" and before["source"] == source:
+                print(f"{label}: done before, skipped", flush=True)
+                continue
+            if before.get("source") != source:
+                _clear(out, name)  # else training goes on from the checkpoints there
+            keep(name, status="running", source=source)
+            started = time.perf_counter()
+            try:
+                error = execute(notebook, out, takes[name], timeout_s, label)
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+                keep(name, status="interrupted", source=source)
+                goes_on = f"memdfa reproduce --out {shlex.quote(str(out))}"
+                raise KeyboardInterrupt(
+                    f"interrupted in {name}: what was finished is kept, {goes_on} goes on"
+                ) from None
+            record = {"source": source, "seconds": round(time.perf_counter() - started, 1)}
+            if error:
+                failed.append(f"{name}, {error}")
+                keep(name, status="failed", error=error, **record)
+            else:
+                keep(name, status="done", **record)
     if failed:
         raise NotebooksFailed(f"{len(failed)} of {len(chosen)} notebooks failed: {'; '.join(failed)}; see {out}")
     return out
@@ -101,7 +104,7 @@ def _read(out: Path) -> dict[str, Any]:
     if (out / STATE).exists():
         run: dict[str, Any] = json.loads((out / STATE).read_text(encoding="utf-8"))
         return run
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not all(file.name.startswith(".") for file in out.iterdir()):
         raise ValueError(f"{out} holds other files and no run to go on with: choose another folder with --out")
     return {"parameters": {}, "notebooks": {}}
 
