@@ -20,7 +20,7 @@ from memdfa_lab import feedback, local, models
 from memdfa_lab.baselines import BASELINES
 from memdfa_lab.memory import measure
 from memdfa_lab.memory.predict import kept_bytes
-from memdfa_lab.names import known
+from memdfa_lab.names import known, whole
 from memdfa_lab.rules import RULES
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Contender:
 def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
     """Return BP and the rules, those that use feedback once with each kind. Raises ValueError for unknown names."""
     found = [Contender("bp")]
+    for kind in kinds:
+        known("feedback", kind, feedback.KINDS)
     for rule in dict.fromkeys(rules):
         known("rule", rule, ALL)
         uses_feedback = rule in RULES and rule != "bp"
@@ -62,6 +64,8 @@ def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
 def frontier(network: str, batch_size: int, kind: str = "regenerated", points: int = 5) -> list[Contender]:
     """Return BP, MEM-DFA keeping from nothing to everything, and checkpointing with more and more segments."""
     blocks = models.build(network)
+    whole("batch size", batch_size)
+    whole("points", points, 2)
     x = torch.empty(batch_size, *models.get(network).input_shape, device="meta")
     everything = sum(kept_bytes(local.forward, blocks, x))
     found = [Contender("bp")]
@@ -95,9 +99,8 @@ def bench(
     """
     import pandas as pd
 
-    for name, value in (("batch size", batch_size), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    for name, value, least in (("batch size", batch_size, 1), ("rounds", rounds, 1), ("warm_up", warm_up, 0)):
+        whole(name, value, least)
     every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL), ["regenerated"]))]))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (batch_size, *models.get(network).input_shape)

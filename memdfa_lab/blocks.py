@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 WEIGHT_LAYERS = (nn.Linear, _ConvNd, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
@@ -17,8 +18,8 @@ def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
     first block. The blocks hold the modules of `model`; nothing is copied, renamed or moved. Calling it on blocks
     gives the same blocks.
 
-    Raises TypeError if the model is not a chain of modules; ValueError if it has no weight layer or hooks of its own,
-    if nothing in it can be trained, or if two blocks share a parameter or a buffer.
+    Raises TypeError if the model is not a chain of modules or not of real numbers; ValueError if it has no weight layer
+    or hooks of its own, if nothing in it can be trained, or if two blocks share a parameter or a buffer.
     """
     if isinstance(model, nn.Module) and has_hooks(model):
         raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")
@@ -37,6 +38,11 @@ def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
     blocks = nn.Sequential(*(group[0] if len(group) == 1 else nn.Sequential(*group) for group in groups))
     if not any(parameter.requires_grad for parameter in blocks.parameters()):
         raise ValueError("every parameter is frozen (requires_grad=False): unfreeze what should be trained")
+    for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: run the model once on a batch before it is cut into blocks")
+        if tensor.is_complex():
+            raise TypeError(f"{name} is {tensor.dtype}: the rules take networks of real numbers, float32 for example")
     _refuse_sharing(blocks)
     return blocks
 

@@ -3,9 +3,10 @@
 import hashlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdfa_lab.names import known
+from memdfa_lab.names import known, whole
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x_train, y_train, x_test, y_test
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -63,7 +64,7 @@ class Data:
     def subset(self, train: int | None = None, test: int | None = None) -> "Data":
         """Keep the first images (None: all), for quick runs; raises ValueError if there are fewer."""
         for n, x in ((train, self.x_train), (test, self.x_test)):
-            if n is not None and not 1 <= n <= len(x):
+            if n is not None and whole("a subset", n) > len(x):
                 raise ValueError(f"subset of {n} images: {self.name} has 1 to {len(x)} to give")
         parts = {key: getattr(self, key)[: train if key.endswith("train") else test] for key in KEYS}
         return replace(self, test_exact=None if self.test_exact is None else self.test_exact[:test], **parts)
@@ -116,11 +117,12 @@ def _cache() -> Path:
 
 def _split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Shuffle the indices and take round(fraction * count) of each class: (rest, taken)."""
+    whole("seed", seed, 0)
     # numpy never changes RandomState's stream (NEP 19): the split stays the same in every version.
     order = np.random.RandomState(seed).permutation(len(labels))
     taken = np.zeros(len(labels), dtype=bool)
     for k, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        n = round(fraction * count) if 0 < fraction < 1 else 0
+        n = round(fraction * count) if isinstance(fraction, Real) and 0 < fraction < 1 else 0
         if not 1 <= n < count:
             raise ValueError(f"a fraction of {fraction} cannot split the {count} images of class {k} in two")
         taken[order[labels[order] == k][:n]] = True
@@ -238,7 +240,7 @@ def _normalised(name: str, arrays: Arrays, shape: tuple[int, int, int] | None) -
     """Pad, repeat grey, subtract the training mean of each channel, divide by the training max - min."""
     x_train, y_train, x_test, y_test = arrays
     own = x_train.shape[1:]
-    wanted = own if shape is None else tuple(shape)
+    wanted = own if shape is None else tuple(shape) if isinstance(shape, Sequence) else (shape,)
     fits = len(wanted) == 3 and all(isinstance(w, int) and w >= n for w, n in zip(wanted, own, strict=True))
     why = f"it is {own}, which can be padded to more height and width, and repeated over channels if grey"
     _require(fits and own[0] in (1, wanted[0]), f"{name} cannot be had as {wanted}: {why}")

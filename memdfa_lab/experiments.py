@@ -13,7 +13,7 @@ from memdfa_lab.baselines import BASELINES
 from memdfa_lab.distributed import Group
 from memdfa_lab.fit import History, fit
 from memdfa_lab.losses import LOSSES
-from memdfa_lab.names import known
+from memdfa_lab.names import known, number, whole
 from memdfa_lab.notebook import Report as Report
 from memdfa_lab.notebook import check_parameters as check_parameters  # notebooks find both here
 from memdfa_lab.rules import RULES, Rule
@@ -65,6 +65,9 @@ def make_rule(
     """
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is not there: use cpu, or install a torch that finds your GPU")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if value is not None:
+            number(name, value)
     setting = models.get(network)
     as_rule = rule if rule in setting.lr else "bp"  # baselines are set as BP is
     how = initialisation or setting.initialisation[as_rule]
@@ -140,6 +143,8 @@ def compare(
     """
     import pandas as pd
 
+    if isinstance(rules, str) or not rules or not isinstance(seeds, Sequence) or not seeds:
+        raise ValueError(f"rules and seeds are lists, such as ['bp', 'memdfa'] and [0, 1], got {rules!r} and {seeds!r}")
     tables, trained = [], {}
     for rule in rules:
         for seed in seeds:
@@ -179,9 +184,7 @@ def profile(
 
     Raises ValueError for unknown names and a batch size below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be 1 or more, got {batch_size}")
-    shape = (batch_size, *models.get(network).input_shape)
+    shape = (whole("the batch size", batch_size), *models.get(network).input_shape)
     make = partial(known("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
     storage = known("feedback", feedback_kind, feedback.KINDS)(seed)
     build = partial(models.build, network)
@@ -194,6 +197,13 @@ def profile(
 
 
 def confusion(y: Tensor, predicted: Tensor, classes: int) -> "np.ndarray":
-    """Return how often each class (rows) was taken for each (columns), shape (classes, classes)."""
+    """Return how often each class (rows) was taken for each (columns), shape (classes, classes).
+
+    Raises ValueError if y and predicted are not as many whole numbers from 0 to classes - 1.
+    """
+    whole("classes", classes)
+    if y.shape != predicted.shape or any(z.numel() and not 0 <= z.min() <= z.max() < classes for z in (y, predicted)):
+        shapes = f"shapes {tuple(y.shape)} and {tuple(predicted.shape)}"
+        raise ValueError(f"y and predicted must be as many labels from 0 to {classes - 1}; got {shapes}")
     pairs = y.cpu() * classes + predicted.cpu()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

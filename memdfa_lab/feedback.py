@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memdfa_lab.names import known
+from memdfa_lab.names import known, number, whole
 from memdfa_lab.phases import label
 
 SMALL_BYTES = 2**16  # where calling torch takes about as long as the work
@@ -72,11 +72,8 @@ class Feedback(ABC):
 
     def __init__(self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0):
         known("distribution", distribution, DISTRIBUTIONS)
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise ValueError(f"seed must be a whole number from 0 on, got {seed!r}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-        self.seed, self.distribution, self.scale = int(seed), distribution, float(scale)
+        number("scale", scale, or_more=False)
+        self.seed, self.distribution, self.scale = whole("seed", seed, 0), distribution, float(scale)
         self.matrices: dict[Key, Tensor] = {}
 
     def columns(

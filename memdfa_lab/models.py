@@ -19,7 +19,7 @@ from torch import nn
 from memdfa_lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, dense
 from memdfa_lab.architectures import mlp as mlp_layers
 from memdfa_lab.blocks import as_blocks, parts_of
-from memdfa_lab.names import known
+from memdfa_lab.names import known, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ def get(name: str) -> Network:
     spelt = re.fullmatch(r"(\d+)-\[(\d+)\]x(\d+)-10", str(name))
     if spelt is None:
         return known("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
-    inputs, width, depth = map(int, spelt.groups())
+    inputs, width, depth = (whole(f"each size in {name}", int(size)) for size in spelt.groups())
     return Network(mlp_layers([width] * depth, "relu"), (1, 1, inputs))
 
 
@@ -109,7 +109,8 @@ def build(
     whatever the global generator's state.
     """
     network = get(name)
-    shape = network.input_shape if input_shape is None else input_shape
+    shape = network.input_shape if input_shape is None else _shape(input_shape)
+    whole("classes", classes)
     how = initialisation or network.initialisation["bp"]
     return _initialised(lambda: network.layers(shape, classes), seed, how)
 
@@ -130,8 +131,10 @@ def mlp(
     """
     known("activation", activation, ACTIVATIONS)
     known("activation", output, ACTIVATIONS)
-    if min(in_features, classes, *hidden) < 1:
-        raise ValueError(f"widths must be 1 or more, got {in_features}, {list(hidden)}, {classes}")
+    if not isinstance(hidden, Sequence):
+        raise TypeError(f"hidden must be a list of widths, such as [800, 800], got {hidden!r}")
+    for width in (in_features, *hidden, classes):
+        whole("a width", width)
     return _initialised(lambda: dense(in_features, hidden, classes, activation, batch_norm, output), seed)
 
 
@@ -161,6 +164,13 @@ def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> "pd
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="block")).reset_index()
 
 
+def _shape(given: object) -> Shape:
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
+        raise ValueError(f"the input shape must be (C, H, W), such as (1, 28, 28), got {given!r}")
+    channels, height, width = (whole("a size in the input shape", size) for size in given)
+    return channels, height, width
+
+
 def _uniform(layer: nn.Linear | nn.Conv2d) -> None:
     bound = 1 / math.sqrt(layer.weight[0].numel())
     for parameter in (layer.weight, layer.bias):
@@ -179,6 +189,7 @@ INITIALISATIONS: dict[str, Callable[[nn.Linear | nn.Conv2d], object]] = {
 
 def _initialised(make: Callable[[], list[nn.Module]], seed: int, how: str = "he_normal") -> nn.Sequential:
     initialise = known("initialisation", how, INITIALISATIONS)
+    whole("seed", seed, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         blocks = as_blocks(make())

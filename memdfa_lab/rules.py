@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 
 from memdfa_lab import local
 from memdfa_lab.blocks import as_blocks, run_block
+from memdfa_lab.checks import check_batch, check_finite, scalar_loss
 from memdfa_lab.distributed import Group
 from memdfa_lab.feedback import Feedback, Signal, Stored
 from memdfa_lab.local import Local
 from memdfa_lab.memory.predict import kept_bytes
+from memdfa_lab.names import number
 from memdfa_lab.phases import phase
 from memdfa_lab.recompute import forward_without_trace
 from memdfa_lab.transport import FeedbackTransport
@@ -61,8 +64,10 @@ class Rule(ABC):
         if feedback is not None and not isinstance(feedback, Feedback):
             given = type(feedback).__name__
             raise TypeError(f"feedback must be a Feedback, such as ml.feedback.Stored(seed=0), not a {given}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be above 0, got {clip_norm!r}")
+        if clip_norm is not None:
+            number("clip_norm", clip_norm, or_more=False)
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of logits and y, such as ml.losses.mse, not {loss_fn!r}")
         self.blocks = as_blocks(blocks)
         self.chain = list(self.blocks)  # nn.Sequential counts up to its i-th module each time
         self.loss_fn = loss_fn
@@ -76,14 +81,14 @@ class Rule(ABC):
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Learn from one batch, x (N, ...) and y as the loss takes it; return the loss before the update, 0-d.
 
-        Gradients that parameters hold from before are dropped. Raises FloatingPointError if x, the loss or e are not
-        finite, before any weight changes.
+        Gradients that parameters hold from before are dropped. Raises, before any weight changes, FloatingPointError if
+        x, the loss or e are not finite, TypeError or ValueError for what is no batch, or none that the loss takes.
         """
 
     def begin(self, x: Tensor) -> Tensor:
         """Return x without a graph, checked; drop gradients that are left from elsewhere."""
         with phase("begin"):
-            _require_finite("x holds NaN or inf", x)
+            check_batch(x)
         for block in self.parameters:
             for parameter in block:
                 parameter.grad = None
@@ -108,12 +113,10 @@ class Rule(ABC):
         with phase("error"):
             logits = logits.detach().requires_grad_()
             with torch.enable_grad():
-                loss = self.loss_fn(logits, y)
-            if loss.dim() != 0:
-                raise ValueError(f"the loss must be a scalar, a mean over the batch; got shape {tuple(loss.shape)}")
+                loss = scalar_loss(self.loss_fn, logits, y)
             (e,) = torch.autograd.grad(loss, logits)
             loss, e = self.group.whole(loss.detach(), e)
-            _require_finite("the loss or its gradient is not finite", loss, e)
+            check_finite("the loss or its gradient is not finite", loss, e)
             return loss, e
 
     def backward(self, h: Tensor, e: Tensor) -> None:
@@ -248,9 +251,9 @@ class MemDFA(Rule):
 
     def __init__(self, *args: Any, keep_bytes: float = 0, **options: Any):
         super().__init__(*args, **options)
-        if not keep_bytes >= 0:
+        if not (isinstance(keep_bytes, Real) and keep_bytes >= 0):
             raise ValueError(f"keep_bytes must be a number of bytes from 0 on, got {keep_bytes!r}")
-        self.keep_bytes = keep_bytes
+        self.keep_bytes: float = keep_bytes
         self._fitting: dict[tuple[torch.Size, torch.dtype], int] = {}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -297,13 +300,3 @@ def _optimizer_kind(state: dict[str, Any] | None) -> str:
     if state is None:
         return "none (frozen)"
     return f"{state['kind']} of {sum(len(group['params']) for group in state['state']['param_groups'])} tensors"
-
-
-def _require_finite(problem: str, *tensors: Tensor) -> None:
-    for tensor in tensors:
-        least, largest = torch.aminmax(tensor.detach())  # isfinite would make four tensors of this size
-        if not (torch.isfinite(least) and torch.isfinite(largest)):
-            raise FloatingPointError(
-                f"{problem}; no weight was changed: look for NaN and inf in the data, lower the learning rate, or clip "
-                "(clip_norm=...)"
-            )

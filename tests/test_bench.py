@@ -62,7 +62,10 @@ def test_the_peak_is_the_steps():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rounds": 0}, "rounds must be 1 or more"), ({"batch_size": 0}, "batch size must be 1 or more")],
+    [
+        ({"rounds": 0}, "rounds must be a whole number from 1 on"),
+        ({"batch_size": 0}, "batch size must be a whole number from 1 on"),
+    ],
 )
 def test_sizes_below_one_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -47,7 +47,7 @@ def test_train_goes_on_with_the_run_in_the_folder(capsys, tmp_path):
         (["train", "--dataset", "no/such.npz"], "no such file"),
         (["train", "--epochs", "0"], "epochs must be a whole number from 1 on"),
         (["train", "--epochs", "two"], "invalid int value: 'two'"),
-        (["train", "--lr", "-1"], "Invalid learning rate"),
+        (["train", "--lr", "-1"], "lr must be a finite number from 0 on"),
         (["train", "--scale", "0"], "scale must be a finite number above 0"),
         (["train", "--seed", "-1"], "seed must be a whole number from 0 on"),
         (["train", "--device", "tpu0"], "tpu0"),
@@ -55,10 +55,10 @@ def test_train_goes_on_with_the_run_in_the_folder(capsys, tmp_path):
         (["reproduce", "--only", "02", "-p", "epoch", "3"], "did you mean 'epochs'?"),
         (["reproduce", "-p", "epochs", "[1"], "-p takes a value as in YAML"),
         (["profile", "--network", "long_fcc"], "did you mean 'long_fc'?"),
-        (["profile", "--batch", "0"], "the batch size must be 1 or more"),
+        (["profile", "--batch", "0"], "the batch size must be a whole number from 1 on"),
         (["sweep", "status", "no/such.yaml"], "No such file"),
         (["sweep", "one.yaml", "two.yaml"], "invalid choice: 'one.yaml'"),
-        (["bench", "--network", "fc_relu", "--rounds", "0"], "rounds must be 1 or more"),
+        (["bench", "--network", "fc_relu", "--rounds", "0"], "rounds must be a whole number from 1 on"),
     ],
 )
 def test_wrong_arguments_get_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, expected):

@@ -227,7 +227,7 @@ def test_initialisations_have_the_spread_of_their_name(how, deviation, bound):
         (lambda: ml.models.build("fc_rely"), "did you mean 'fc_relu'?"),
         (lambda: ml.models.build("fc_relu", initialisation="he_norm"), "did you mean 'he_normal'?"),
         (lambda: ml.models.mlp(784, [10], 10, activation="rely"), "unknown activation 'rely'"),
-        (lambda: ml.models.mlp(784, [0], 10), "widths must be 1 or more"),
+        (lambda: ml.models.mlp(784, [0], 10), "a width must be a whole number from 1 on"),
     ],
 )
 def test_a_network_that_is_not_there_is_refused_in_one_line(call, message):

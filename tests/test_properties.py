@@ -238,7 +238,9 @@ def check_predicted(problem: Problem, rule: str, optimizer: Any = "sgd", storage
     make = OPTIMIZERS.get(optimizer, optimizer)
     predicted = predict(kind, problem.build(), shape, make, storage, loss_fn=problem.loss, **options)
     measured = measure(make_rule(kind, problem, make, storage, **options), problem.x, problem.y, warm_up=1)
-    assert events(predicted) == events(measured)
+    # The strides of a dimension of size 1 are anybody's choice: a product with it may come out transposed.
+    one, other = ([(*e[:6], sorted(e[6]), e[7]) for e in events(trace)] for trace in (predicted, measured))
+    assert one == other
     assert predicted.resting_by_category == measured.resting_by_category
     check_account(measured)
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memdfa_lab import phases
 from memdfa_lab.memory.trace import Event, Storage, Trace
+from memdfa_lab.names import whole
 
 Known = Callable[[], Mapping[str, Iterable[Tensor]]]
 Run = Callable[[Any, Any, Any], Any]
@@ -50,6 +51,12 @@ def measure(
 
     Whatever the step raises goes through; use `Ledger` to look at a step that fails.
     """
+    whole("steps", steps)
+    whole("warm_up", warm_up, 0)
+    if not all(isinstance(tensor, Tensor) for tensor in batch):
+        raise TypeError(f"a batch is tensors, such as x and y; got {', '.join(type(item).__name__ for item in batch)}")
+    if not hasattr(step, "step") and not callable(step):
+        raise TypeError(f"measure takes a rule or a function of the batch, not a {type(step).__name__}")
     take = step.step if hasattr(step, "step") else step
     known: Known = getattr(step, "tensors", dict) if tensors is None else tensors
     for _ in range(warm_up):

@@ -7,7 +7,7 @@ FakeTensorMode gives the same events, and takes longer.)
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from memdfa_lab.memory.ledger import Ledger, address, measure, tensors_in
 from memdfa_lab.memory.trace import Trace
-from memdfa_lab.names import known
+from memdfa_lab.names import known, whole
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -63,6 +63,10 @@ def predict(
     Known limits: attention, Mish, convolutions of which only the bias learns, and Adam(foreach=True) take other ways
     without data, and differ.
     """
+    if not isinstance(x_shape, Sequence) or not x_shape:
+        raise ValueError(f"x_shape must be the shape of a batch (N, ...), such as (128, 784), got {x_shape!r}")
+    for size in x_shape:
+        whole("a size in x_shape", size)
     shapes = _ShapesAlone()
     with ExitStack() as stack:
         for name in BY_DEVICE:
@@ -190,7 +194,12 @@ def _without_data(network: Network) -> nn.Module:
 
         return models.build(network)
     if not isinstance(network, nn.Module):
-        return network()
+        model = network() if callable(network) else network
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"network must be a model, a name of ml.models, or a callable that makes one; got {model!r}"
+            )
+        return model
     # The copy's tensors are made beforehand: deepcopy finds them in its memory, and copies no data.
     memory: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
