@@ -18,7 +18,7 @@ from memdfa_lab.notebook import check_parameters
 from memdfa_lab.reproduce import notebooks_folder, source_of
 from memdfa_lab.rules import RULES
 
-COUNT, NUMBER = (None, range(1, 10**9)), (None, (0, 1e9))
+COUNT, NUMBER = (None, range(1, 10**9)), (None, (0, 10**9))
 # setting of `memdfa train` -> what it must be; one that is not given is what it is for `memdfa train`
 TRAIN: dict[str, Any] = {
     "rule": {*RULES, *BASELINES},
@@ -34,7 +34,7 @@ TRAIN: dict[str, Any] = {
     "feedback": set(KINDS),
     "distribution": (None, set(DISTRIBUTIONS)),
     "initialisation": (None, set(INITIALISATIONS)),
-    "scale": (1e-9, 1e9),
+    "scale": (1e-9, 10**9),
     "clip_norm": NUMBER,
     "seed": range(2**32),
     "device": str,

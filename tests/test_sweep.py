@@ -337,7 +337,7 @@ def summary_table(**columns):
 
 
 def test_the_summary_draws_the_last_epoch_against_the_number_that_varied():
-    axes = figures.sweep_summary(summary_table(), ["lr", "rule", "seed"]).axes[0]
+    axes = figures.sweep_summary(summary_table(), ["lr", "rule", "seed", "device"]).axes[0]
     assert axes.get_xlabel() == "lr"
     assert axes.get_ylabel() == "test accuracy (%)"
     assert [line.get_label() for line in axes.lines] == ["BP", "MEM-DFA"]

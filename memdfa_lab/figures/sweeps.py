@@ -23,7 +23,8 @@ def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
     seed), a line for each rule, or for each value of another parameter. Means over the rest, in a band from the least
     to the largest.
     """
-    varied = [f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied]
+    named = (f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied)
+    varied = [name for name in named if name in table]  # else no run that was given it was finished
     numbers = [str(name) for name in table if is_numeric_dtype(table[name]) and name not in varied]
     value = next(
         (name for name in ["test_accuracy", *reversed(numbers)] if name in numbers and name != "seconds"), None
