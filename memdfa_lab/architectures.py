@@ -38,6 +38,19 @@ def dense(
     return layers if output == "none" else [*layers, ACTIVATIONS[output]()]
 
 
+def convolutions(
+    shape: Shape, filters: Sequence[int], classes: int, activation: str, batch_norm: bool = False
+) -> list[nn.Module]:
+    """Return a 3x3 convolution (+ BatchNorm) + activation for each of `filters`, Flatten, and Linear."""
+    channels, height, width = shape
+    layers: list[nn.Module] = []
+    for count in filters:
+        layers += [nn.Conv2d(channels, count, 3, padding=1), *([nn.BatchNorm2d(count)] if batch_norm else [])]
+        layers.append(ACTIVATIONS[activation]())
+        channels = count
+    return [*layers, nn.Flatten(), nn.Linear(channels * height * width, classes)]
+
+
 def mlp(hidden: Sequence[int], activation: str, batch_norm: bool = False, output: str = "none") -> Layers:
     """Return the layers of an MLP for whatever flattens to its input."""
 

@@ -1,4 +1,4 @@
-"""The command line: memdfa train | reproduce | profile | bench | sweep."""
+"""The command line: memdfa train | reproduce | profile | bench | sweep | explore."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ from memdfa_lab import paper, sweep
 from memdfa_lab.bench import ALL as BENCH_RULES
 from memdfa_lab.bench import NETWORKS, bench, contenders, frontier
 from memdfa_lab.experiments import OPTIMIZERS
+from memdfa_lab.explore import explore
 from memdfa_lab.feedback import DISTRIBUTIONS, KINDS
 from memdfa_lab.files import write_text
 from memdfa_lab.losses import LOSSES
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(commands)
     _add_bench(commands)
     _add_sweep(commands)
+    _add_explore(commands)
     return parser
 
 
@@ -341,6 +343,18 @@ def _add_sweep(commands: Any) -> None:
     add("--out", type=Path, help="folder of all runs; default: reports/runs/NAME for NAME.yaml")
     add("--jobs", type=int, help="runs at a time on this machine; default: as many as it has cores for")
     add("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the folder, such as tcp://HOST:8786")
+
+
+def _add_explore(commands: Any) -> None:
+    command = _add(
+        commands,
+        "explore",
+        lambda options: explore(options.port, options.browser, partial(print, flush=True)),
+        "open the explorers as a page of their own in your browser, served on this machine alone",
+        "  memdfa explore\n  memdfa explore --port 8866 --no-browser\n",
+    )
+    command.add_argument("--port", type=int, help="default: one that is free")
+    command.add_argument("--no-browser", dest="browser", action="store_false", help="only say where the page is")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from memdfa_lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, dense
+from memdfa_lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, convolutions, dense
 from memdfa_lab.architectures import mlp as mlp_layers
 from memdfa_lab.blocks import as_blocks, parts_of
 from memdfa_lab.names import known, whole
@@ -136,6 +136,25 @@ def mlp(
     for width in (in_features, *hidden, classes):
         whole("a width", width)
     return _initialised(lambda: dense(in_features, hidden, classes, activation, batch_norm, output), seed)
+
+
+def convnet(
+    input_shape: Shape,
+    filters: Sequence[int],
+    classes: int,
+    activation: str = "relu",
+    batch_norm: bool = False,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Return a convnet as blocks: 3x3 convolution (+ BatchNorm) + activation for each of `filters`, then Linear.
+
+    Takes (N, *input_shape); height and width stay. Raises ValueError for an activation that is not in ACTIVATIONS
+    and for numbers below 1.
+    """
+    known("activation", activation, ACTIVATIONS)
+    if min(classes, *filters) < 1:
+        raise ValueError(f"filters and classes must be 1 or more, got {list(filters)}, {classes}")
+    return _initialised(lambda: convolutions(input_shape, filters, classes, activation, batch_norm), seed)
 
 
 def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> "pd.DataFrame":

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import memdfa_lab as ml
 from memdfa_lab import widgets
+from memdfa_lab.architectures import ACTIVATIONS
 from memdfa_lab.memory.deep import Chain, _step
+from memdfa_lab.widgets.setting import FAMILIES, PRECISIONS, chain_of
 
 EVERY = [*ml.RULES, *ml.BASELINES]
 
 
 def predicted(rule: str, setting: widgets.Setting):
     """Return the whole network's prediction."""
-    net = [setting.inputs, [setting.width] * setting.depth, setting.classes, setting.activation, setting.batch_norm]
-    optimizer, feedback = ml.experiments.OPTIMIZERS[setting.optimizer], ml.feedback.KINDS[setting.feedback]()
-    return ml.memory.predict(rule, lambda: ml.models.mlp(*net), (setting.batch, setting.inputs), optimizer, feedback)
-
-
-def chain(rule: str, setting: widgets.Setting) -> Chain:
-    return widgets._chain(rule, *(getattr(setting, name) for name in widgets.OF_A_CHAIN))
+    return eval(replace(setting, rules=(rule,)).code, {"ml": ml})[rule]
 
 
 def assert_the_same(rule: str, setting: widgets.Setting) -> None:
     trace = predicted(rule, setting)
-    whole, found = _step(trace), chain(rule, setting).step(setting.depth + 1, setting.batch)
+    whole, found = _step(trace), chain_of(rule, setting).step(setting.depth + 1, setting.batch)
     assert found.resting_by_category == whole.resting_by_category
     for name in ("changes", "categories", "phases"):
         assert np.array_equal(getattr(found, name), getattr(whole, name)), (name, setting)
     assert (found.peak_bytes, found.peak_by_category) == (trace.peak_bytes, trace.peak_by_category)
-    assert chain(rule, setting).peak_bytes(setting.depth + 1, setting.batch) == trace.peak_bytes
+    assert chain_of(rule, setting).peak_bytes(setting.depth + 1, setting.batch) == trace.peak_bytes
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 19, 20])
@@ -57,12 +55,37 @@ def test_any_setting_is_the_whole_networks(seed):
             batch=choose([2, 3, 33, 128, 5000]),
             inputs=choose([784, 20]),
             classes=choose([10, 100]),
-            activation=choose(list(widgets.ACTIVATIONS)),
+            activation=choose(list(ACTIVATIONS)),
             batch_norm=choose([False, True]),
             optimizer=choose(list(ml.experiments.OPTIMIZERS)),
             feedback=choose(list(ml.feedback.KINDS)),
+            precision=choose(list(PRECISIONS)),
         )
         assert_the_same(rule, setting)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rule", EVERY)
+def test_convolutions_are_the_whole_networks(rule, precision):
+    for batch_norm, optimizer, width, depth, batch in ((False, "sgd", 3, 6, 40), (True, "adam", 8, 11, 2)):
+        how = {"batch_norm": batch_norm, "optimizer": optimizer, "feedback": "stored", "precision": precision}
+        assert_the_same(rule, widgets.Setting("convnet", depth, width, batch, **how))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rule", ["bp", "memdfa", "checkpoint"])
+def test_a_step_that_is_run_holds_what_is_shown(rule, family, precision):
+    """The deep step against the ledger's count of a real one."""
+    setting = widgets.Setting(family, 12, 8, 16, batch_norm=True, optimizer="momentum", precision=precision)
+    kind, dtype = {**ml.RULES, **ml.BASELINES}[rule], PRECISIONS[precision]
+    size = setting.x_shape[1:] if family == "convnet" else setting.inputs
+    net = getattr(ml.models, family)(size, [8] * 12, 10, "relu", True).to(dtype)
+    made = kind(net, ml.experiments.OPTIMIZERS["momentum"], feedback=ml.feedback.Regenerated())
+    x, y = torch.randn(setting.x_shape, dtype=dtype), torch.zeros(16, dtype=torch.long)
+    measured, found = ml.memory.measure(made, x, y, warm_up=1), chain_of(rule, setting).step(13, 16)
+    assert (found.peak_bytes, found.peak_by_category) == (measured.peak_bytes, measured.peak_by_category)
+    assert found.resting_by_category == measured.resting_by_category
 
 
 @pytest.mark.parametrize("rule", ["fa", "memdfa", "checkpoint_step_in_backward"])
@@ -76,10 +99,10 @@ def test_one_more_example_or_layer_does_not_fit(rule, depth):
     setting = widgets.Setting(depth=depth, width=60, batch=30, inputs=50, optimizer="momentum", feedback="stored")
 
     def held(depth: int, batch: int) -> int:
-        trace = predicted(rule, widgets.replace(setting, depth=depth, batch=batch))
+        trace = predicted(rule, replace(setting, depth=depth, batch=batch))
         return trace.peak_bytes + trace.resting_bytes
 
-    found = chain(rule, setting)
+    found = chain_of(rule, setting)
     for budget in (held(depth, 1), held(depth, 30) + 5, held(depth, 3000) + 1):
         batch = found.largest_batch(budget, depth + 1)
         assert held(depth, batch) <= budget < held(depth, batch + 1)
@@ -93,7 +116,7 @@ def test_one_more_example_or_layer_does_not_fit(rule, depth):
 def test_the_closed_form_says_the_same():
     how = {"feedback": "stored", "optimizer": "adam"}
     for rule in ml.RULES:
-        found = chain(rule, widgets.Setting(optimizer="adam", feedback="stored"))
+        found = chain_of(rule, widgets.Setting(optimizer="adam", feedback="stored"))
         widths = [784, *[800] * 32, 10]
         assert found.largest_batch(2**33, 33) == ml.memory.formula.largest_batch(2**33, rule, widths, **how)
         size = {"batch": 128, "width": 800, "inputs": 784, "classes": 10}
@@ -101,7 +124,7 @@ def test_the_closed_form_says_the_same():
 
 
 def test_what_is_not_linear_in_the_batch_is_refused():
-    whole = chain("memdfa", widgets.Setting())
+    whole = chain_of("memdfa", widgets.Setting())
     with pytest.raises(ValueError, match="not linear in the batch from 3 on"):
         Chain(whole.predicted, linear_from=3).step(5, 128)  # its signal is still in one piece at 3
 
@@ -109,6 +132,6 @@ def test_what_is_not_linear_in_the_batch_is_refused():
 def test_a_batch_norm_net_has_no_batch_of_one():
     norm = widgets.Setting(batch_norm=True)
     for rule in ("bp", "memdfa"):
-        least = chain(rule, norm).held_bytes(33, 2)
-        assert chain(rule, norm).largest_batch(least, 33) == 2
-        assert chain(rule, norm).largest_batch(least - 1, 33) == 0
+        least = chain_of(rule, norm).held_bytes(33, 2)
+        assert chain_of(rule, norm).largest_batch(least, 33) == 2
+        assert chain_of(rule, norm).largest_batch(least - 1, 33) == 0

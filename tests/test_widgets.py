@@ -15,7 +15,9 @@ import pytest
 import memdfa_lab as ml
 from memdfa_lab import figures, widgets
 from memdfa_lab.memory.trace import readable
+from memdfa_lab.widgets import memory, setting
 
+CONVNET = {"family": "convnet", "inputs": 784, "precision": "float64"}
 SMALL = {"depth": 5, "width": 20, "batch": 6, "inputs": 30, "classes": 4}
 
 
@@ -41,7 +43,7 @@ def test_the_table_is_the_prediction():
 @pytest.mark.parametrize("count_rest", [False, True])
 def test_the_curve_is_the_prediction(count_rest):
     curve = widgets.explore(**SMALL, rules=("fa", "memdfa"), feedback="stored", count_rest=count_rest).curve
-    assert set(curve["depth"]) == {*widgets.CURVE, 5}
+    assert set(curve["depth"]) == {*setting.CURVE, 5}
     for row in curve[curve["depth"].isin([2, 5, 12, 96])].itertuples():
         trace = predicted(row.rule, **SMALL | {"depth": row.depth})
         assert row.bytes == trace.peak_bytes + count_rest * trace.resting_bytes
@@ -49,12 +51,12 @@ def test_the_curve_is_the_prediction(count_rest):
 
 @pytest.mark.parametrize("depth", [1, 5, 300])
 def test_the_drawn_moments_are_of_the_step(depth):
-    setting = SMALL | {"depth": depth}
-    drawn = widgets.explore(**setting, feedback="stored", rules=("dfa",)).steps["DFA"]
-    by_category = predicted("dfa", **setting, activation="relu").by_category
+    small = SMALL | {"depth": depth}
+    drawn = widgets.explore(**small, feedback="stored", rules=("dfa",)).steps["DFA"]
+    by_category = predicted("dfa", **small, activation="relu").by_category
     total = drawn.drop(columns="phase").sum(axis=1)
     assert total.max() == by_category.sum(axis=1).max()
-    assert len(drawn) == min(widgets.MOMENTS, len(by_category))
+    assert len(drawn) == min(setting.MOMENTS, len(by_category))
     if depth < 300:  # each event is drawn
         for name in by_category:
             assert list(drawn.get(name, pd.Series(0, range(len(drawn))))) == list(by_category[name])
@@ -72,7 +74,9 @@ def test_what_rests_can_be_drawn_below():
     assert list(whole.columns[1:5]) == ["parameters", "optimizer state", "feedback", "input"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adam", "feedback": "shared", "batch_norm": True, "depth": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, CONVNET, {"optimizer": "adam", "feedback": "shared", "batch_norm": True, "depth": 1}]
+)
 def test_the_line_of_code_gives_the_peaks(changes):
     explored = widgets.explore(**SMALL | changes, rules=("dfa", "checkpoint"))
     traces = eval(explored.setting.code, {"ml": ml})
@@ -88,7 +92,7 @@ def test_the_numbers_as_html():
     for row in explored.table.itertuples():
         assert f"<span title='{row.peak_bytes:,} bytes'>{readable(row.peak_bytes)}</span>" in text
         assert f"<td>{row.largest_batch:,}</td>" in re.sub(r" style='[^']*'", "", text)
-    assert f"{widgets.MOST_LAYERS:,} or more" in text
+    assert f"{setting.MOST_LAYERS:,} or more" in text
     assert "color" not in re.sub(r"rgba\(128,128,128,0.4\)", "", text)  # it is read on light and dark
     nothing = widgets.explore(budget="1 kB", rules=("bp",))
     assert "none" in nothing.html()
@@ -118,6 +122,9 @@ def test_sizes(text, size):
         ({"optimizer": "sdg"}, "did you mean 'sgd'"),
         ({"feedback": "store"}, "stored"),
         ({"activation": "rellu"}, "relu"),
+        ({"family": "convnets"}, "did you mean 'convnet'"),
+        ({"precision": "float16"}, "float32"),
+        ({"family": "convnet", "inputs": 30}, "a convnet takes images, of 784 (1x28x28), 3,072"),
         ({"batch": 1, "batch_norm": True}, "BatchNorm needs two examples"),
     ],
 )
@@ -137,7 +144,7 @@ def test_the_depth_figure_marks_the_depth_and_the_budget():
     assert [line.get_ydata()[0] * figures.MIB for line in marked] == list(explored.table["held_bytes"])
     labels = {line.get_label(): line for line in axes.lines}
     assert set(labels["budget"].get_ydata()) == {1024}
-    assert list(labels["BP"].get_xdata()) == sorted({*widgets.CURVE, 100})
+    assert list(labels["BP"].get_xdata()) == sorted({*setting.CURVE, 100})
     assert axes.get_ylabel() == "peak, with what rests (MiB)"
     above = widgets.explore(rules=("bp",)).depth_figure().axes[0]
     assert above.get_ylabel() == "peak above rest (MiB)"
@@ -182,6 +189,8 @@ def test_each_control_changes_what_is_shown():
         "count_rest": True,
         "budget": "2 GB",
         "data": (3072, 100),
+        "precision": "bfloat16",
+        "family": "convnet",
     }
     assert explorer.controls.keys() == changes.keys()
     for name, value in changes.items():
@@ -232,15 +241,15 @@ def test_what_cannot_be_is_said_and_what_was_shown_stays(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("broken\nin two lines")
 
-    monkeypatch.setattr(widgets, "explore", broken)
+    monkeypatch.setattr(memory, "explore", broken)
     explorer.controls["batch"].value = 2
-    assert "<b>broken in two lines</b>" in explorer.message.value
+    assert "<b>broken in two lines; below" in explorer.message.value
 
 
 def test_a_drag_is_drawn_once(monkeypatch):
     explorer = ml.widgets.memory_explorer(**SMALL, rules=("memdfa",))
     drawn = []
-    monkeypatch.setattr(widgets, "explore", lambda setting: drawn.append(setting.depth) or widgets.Explored)
+    monkeypatch.setattr(memory, "explore", lambda setting: drawn.append(setting.depth) or widgets.Explored)
 
     async def drag() -> None:
         for depth in range(10, 20):

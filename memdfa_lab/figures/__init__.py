@@ -13,10 +13,19 @@ from memdfa_lab.figures.peaks import (
     theory_and_measurement,
 )
 from memdfa_lab.figures.profiles import lifetimes, memory_profiles, step_profiles
-from memdfa_lab.figures.signals import LOOKS, against_scale, alignment, balance, block_angles, signal_images, spectrum
+from memdfa_lab.figures.signals import (
+    LOOKS,
+    against_scale,
+    alignment,
+    balance,
+    block_angles,
+    feedback,
+    signal_images,
+    spectrum,
+)
 from memdfa_lab.figures.style import FILLS, FILLS_AT_REST, MIB, SETTINGS, STYLES, picture, save
 from memdfa_lab.figures.sweeps import sweep_summary
-from memdfa_lab.figures.training import confusion, images, learning_curves, training_curves
+from memdfa_lab.figures.training import confusion, images, learning_curves, live_curves, training_curves
 
 __all__ = [
     "FILLS",
@@ -31,11 +40,13 @@ __all__ = [
     "balance",
     "block_angles",
     "confusion",
+    "feedback",
     "frontier",
     "images",
     "keep_frontier",
     "learning_curves",
     "lifetimes",
+    "live_curves",
     "memory_profiles",
     "peak_against",
     "peak_at_depth",

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from memdfa_lab.figures.style import SETTINGS, STYLES
+from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
 
 LOOKS: list[dict[str, Any]] = [  # for what is no rule, in the order in which it comes
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},
@@ -183,6 +183,47 @@ def spectrum(table: pd.DataFrame, classes: int, width: int) -> Figure:
         handles.append(Rectangle((0, 0), 1, 1, facecolor="#cccccc"))
         place: Any = {"loc": "outside lower center", "ncols": 5, "frameon": False, "handlelength": 2.5, "fontsize": 9}
         figure.legend(handles, [*labels, "Marchenko–Pastur"], **place)
+    plt.close(figure)
+    return figure
+
+
+def feedback(
+    values: np.ndarray,
+    own: np.ndarray,
+    grid: np.ndarray,
+    theory: np.ndarray | None,
+    angles: pd.DataFrame,
+    title: str,
+    steps: int,
+) -> Figure:
+    """Draw the spectrum of B beside theory (left), and angles to BP against steps (right), a line a run.
+
+    `values`: singular values of B and others drawn as it is, `own` those of B, both over the entries' deviation and
+    root of n; `theory`: their density on `grid`, None if all are to be alike. `angles` has the columns run, step and
+    angle_deg, or is empty; its axis goes to `steps`.
+    """
+    with plt.rc_context(SETTINGS):
+        figure, (spread, angle) = plt.subplots(1, 2, figsize=(8.5, 3.4), layout="constrained")
+        if theory is not None:
+            spread.fill_between(grid, theory, color="#cccccc", lw=0, label="Marchenko–Pastur")
+            heights, bins = np.histogram(values, np.linspace(0, grid[-1], 40), density=True)
+            spread.stairs(heights, bins, baseline=None, color="#0072B2", linewidth=1.6, label="drawn")
+            top = 1.3 * max(heights.max(), theory.max())
+        else:
+            spread.axvline(values.mean(), color="#cccccc", linewidth=6, label="orthogonal: all alike")
+            top = 1.0
+        spread.plot(own, np.full(len(own), 0.03 * top), "|", color="#D55E00", markersize=12, label="this B")
+        spread.set(xlabel="singular value of B / (σ √n)", ylabel="density", title=title, xlim=(0, grid[-1]))
+        spread.set_ylim(0, top)
+        spread.title.set_fontsize(10)
+        spread.legend(frameon=False, fontsize=8, loc="upper left")
+        for look, (run, rows) in zip(LOOKS, angles.groupby("run", sort=False) if len(angles) else (), strict=False):
+            angle.plot(rows["step"], rows["angle_deg"], label=run, **look | {"markevery": 4})
+        angle.axhline(90, color="black", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        angle.set(xlabel="steps", ylabel="angle to BP (degrees)", xlim=(0, steps), ylim=(-4, 124))
+        angle.set_yticks([0, 30, 60, 90, 120])
+        handles, labels = angle.get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=3, handlelength=3, **BELOW)
     plt.close(figure)
     return figure
 

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from memdfa_lab.figures.signals import _draw_band
-from memdfa_lab.figures.style import SETTINGS, STYLES
+from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
 
 
 def images(data: Any) -> Figure:
@@ -50,6 +50,30 @@ def learning_curves(table: pd.DataFrame) -> Figure:
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_ylim(bottom=0)
         loss.legend(frameon=False, handlelength=3.5)
+    plt.close(figure)
+    return figure
+
+
+def live_curves(table: pd.DataFrame) -> Figure:
+    """Draw loss, accuracy and angle to BP against steps, a line a rule.
+
+    `table` has the columns rule, step, loss, accuracy (a part of one) and angle_deg.
+    """
+    with plt.rc_context(SETTINGS):
+        figure, panels = plt.subplots(1, 3, figsize=(8.5, 3.2), layout="constrained")
+        for rule, rows in table.groupby("rule", sort=False):
+            label, style = STYLES[str(rule)]
+            look = style | {"markevery": max(1, len(rows) // 8), "zorder": 1.9 if "linewidth" in style else 2}
+            for axes, values in zip(panels, (rows["loss"], 100 * rows["accuracy"], rows["angle_deg"]), strict=True):
+                axes.plot(rows["step"], values, label=label, **look)
+        panels[0].set(ylabel="training loss", ylim=(0, None))
+        panels[1].set(ylabel="test accuracy (%)", ylim=(0, 100))
+        panels[2].set(ylabel="angle to BP (degrees)", ylim=(-4, 104), yticks=[0, 30, 60, 90])
+        panels[2].axhline(90, color="black", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        for axes in panels:
+            axes.set(xlabel="steps", xlim=(0, max(100, table["step"].max())))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=4, handlelength=3.5, **BELOW)
     plt.close(figure)
     return figure
 

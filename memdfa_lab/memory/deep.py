@@ -123,7 +123,8 @@ class Chain:
 
     def deepest(self, budget_bytes: int, batch: int, most: int) -> int:
         """Return a number of blocks that fits while one more does not; 0 if not even 2 do, `most` if these do, too."""
-        return _last(lambda blocks: self.held_bytes(blocks, batch) <= budget_bytes, 2, most + 1)
+        fits = lambda blocks: self.held_bytes(blocks, batch) <= budget_bytes  # noqa: E731
+        return _last(fits, 3, most + 1) or _last(fits, 2, 3)  # 2 are unlike any others: one more to be predicted
 
     @cached_property
     def _rest_of_a_block(self) -> dict[str, int]:

@@ -1,0 +1,105 @@
+"""The explorers as a page of their own, without code: notebook 06 served by Voila, on this machine alone."""
+
+import importlib.util
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+
+from memdfa_lab.reproduce import notebooks_folder
+
+NOTEBOOK = "06_explore.ipynb"
+STARTED_WITHIN_S = 60.0
+# Voila's own template asks a server elsewhere for a font of icons: without it, a page needs no network.
+TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
+{%- block notebook_css -%}
+{{ super() | replace('href="https://', 'data-left-out="https://') }}
+<style>
+  .fa::before { font-family: sans-serif; font-style: normal; }
+  .fa-play::before { content: "\\25B6"; }
+  .fa-pause::before { content: "\\23F8"; }
+  .fa-stop::before { content: "\\23F9"; }
+  .fa-repeat::before, .fa-retweet::before { content: "\\21BB"; }
+  #rendered_cells > div { padding: 2ex 3ex 4ex 3ex !important; }
+</style>
+{%- endblock -%}
+"""
+
+
+def explore(port: int | None = None, browser: bool = True, say: Callable[[str], object] = print) -> None:
+    """Serve the page on 127.0.0.1 until interrupted; `say` is told its address, which holds a secret token.
+
+    `port` None: one that is free. `browser`: open it, too. Raises ValueError without Voila, for a port that is taken,
+    and RuntimeError if Voila does not start.
+    """
+    if importlib.util.find_spec("voila") is None:
+        raise ValueError('memdfa explore needs Voila, which is not installed: pip install "memdfa_lab[explore]"')
+    chosen = _free(port)
+    token = secrets.token_urlsafe(16)
+    with tempfile.TemporaryDirectory(prefix="memdfa-explore-") as folder:
+        nbformat.write(page(nbformat.read(notebooks_folder() / NOTEBOOK, as_version=4)), Path(folder, "explore.ipynb"))
+        template = Path(folder, "voila", "templates", "memdfa", "index.html.j2")
+        template.parent.mkdir(parents=True)
+        template.write_text(TEMPLATE, encoding="utf-8")
+        command = [sys.executable, "-m", "voila", str(Path(folder, "explore.ipynb")), "--no-browser"]
+        command += ["--Voila.ip=127.0.0.1", f"--port={chosen}", f"--token={token}", "--template=memdfa"]
+        command += ["--Voila.log_level=ERROR", "--show_tracebacks=False"]
+        paths = os.pathsep.join([folder, *filter(None, [os.environ.get("JUPYTER_PATH")])])
+        server = subprocess.Popen(command, env={**os.environ, "JUPYTER_PATH": paths})
+        try:
+            address = f"http://127.0.0.1:{chosen}/?token={token}"
+            _wait(server, address)
+            say(f"the explorer is at {address} (Ctrl-C stops it)")
+            if browser:
+                webbrowser.open(address)
+            server.wait()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return the notebook's explorers alone: up to the exercises, without pictures for those who have no kernel."""
+    cells, after_picture = [], False
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## Exercises"):
+            break
+        is_picture = cell.cell_type == "code" and any(
+            call in cell.source for call in ("report.figure(", "report.table(")
+        )
+        if not is_picture and not (after_picture and cell.source.startswith("*")):  # its caption
+            cells.append(cell)
+        after_picture = is_picture
+    return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+
+
+def _free(port: int | None) -> int:
+    with socket.socket() as asked:
+        try:
+            asked.bind(("127.0.0.1", port or 0))
+        except (OSError, OverflowError) as problem:
+            raise ValueError(f"port {port} cannot be had ({problem}): choose another, or leave --port out") from problem
+        return int(asked.getsockname()[1])
+
+
+def _wait(server: subprocess.Popen[bytes], address: str) -> None:
+    end = time.monotonic() + STARTED_WITHIN_S
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            urllib.request.urlopen(address.replace("/?", "/static/?"), timeout=5).close()
+            return
+        except urllib.error.HTTPError:  # it answers
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError("Voila did not start: what it said is above")

@@ -1,0 +1,38 @@
+"""Explorers for a notebook: what a step holds, four rules as they learn, what B does, one step as a film.
+
+Each is ipywidgets around functions that know no browser, and is the last line of a cell:
+
+- `memory_explorer()`: memory of a step at any depth, width and batch; `explore()` has its numbers;
+- `live_training()`: loss, accuracy and angle of four rules while they train; `Race` trains them without looking on;
+- `feedback_explorer()`: the spectrum of B, and the angle over a short training; `Matrix` has its numbers;
+- `step_player()`: which tensors exist at each moment of a step; `film()` has the moments.
+"""
+
+from memdfa_lab.architectures import ACTIVATIONS
+from memdfa_lab.widgets.feedback import FeedbackExplorer, Matrix, feedback_explorer
+from memdfa_lab.widgets.memory import MemoryExplorer, memory_explorer
+from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, PRECISIONS, Explored, Setting, bytes_of, explore
+from memdfa_lab.widgets.step import StepPlayer, film, step_player
+from memdfa_lab.widgets.training import LiveTraining, Race, live_training
+
+__all__ = [
+    "ACTIVATIONS",
+    "ALL_RULES",
+    "FAMILIES",
+    "PRECISIONS",
+    "Explored",
+    "FeedbackExplorer",
+    "LiveTraining",
+    "Matrix",
+    "MemoryExplorer",
+    "Race",
+    "Setting",
+    "StepPlayer",
+    "bytes_of",
+    "explore",
+    "feedback_explorer",
+    "film",
+    "live_training",
+    "memory_explorer",
+    "step_player",
+]

@@ -1,0 +1,142 @@
+"""The memory explorer: ipywidgets around `explore`."""
+
+import asyncio
+import html
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ipywidgets
+
+from memdfa_lab.architectures import ACTIVATIONS
+from memdfa_lab.experiments import OPTIMIZERS
+from memdfa_lab.feedback import KINDS
+from memdfa_lab.widgets import base
+from memdfa_lab.widgets.background import BUSY
+from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, LIMITS, PRECISIONS, Explored, Setting, chain_of, explore
+
+WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
+BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
+SHAPES = {
+    "MNIST: 784 pixels": (784, 10),
+    "CIFAR-10: 3,072 pixels": (3072, 10),
+    "CIFAR-100: 3,072 pixels": (3072, 100),
+    "ImageNet: 150,528 pixels": (150_528, 1000),
+}
+AHEAD_AFTER_S = 1.0  # of rest, before what may be chosen next is predicted
+
+
+def memory_explorer(setting: Setting | None = None, **changes: Any) -> "MemoryExplorer":
+    """Return the memory explorer, to be the last line of a cell; it starts where `explore` would.
+
+    Raises ValueError, one line, for a setting that cannot be.
+    """
+    return MemoryExplorer(replace(setting or Setting(), **changes))
+
+
+class MemoryExplorer(base.Explorer):
+    """Memory explorer: what one step holds under each rule, at any depth, width and batch."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(_controls(setting))
+        self.ticks = {rule: base.tick(rule in setting.rules, label) for rule, label in ALL_RULES.items()}
+        self.depths, self.profiles, self.numbers, self.code = (ipywidgets.HTML() for _ in range(4))
+        self._later: asyncio.TimerHandle | None = None
+        self.watch((*self.controls.values(), *self.ticks.values()))
+        row = base.beside(_groups(self), [self.message, self.depths, self.profiles])
+        self.children = [row, self.numbers, self.code]
+
+    @property
+    def setting(self) -> Setting:
+        """What the controls say. Raises ValueError for what cannot be."""
+        chosen = {name: control.value for name, control in self.controls.items()}
+        inputs, classes = chosen.pop("data")
+        rules = tuple(rule for rule, tick in self.ticks.items() if tick.value)
+        return Setting(**chosen, inputs=inputs, classes=classes, rules=rules)
+
+    @property
+    def explored(self) -> Explored:
+        """What is shown: the last setting that can be."""
+        if self._due is not None:
+            self.show()
+        return self._explored
+
+    def draw(self) -> None:
+        self._explored = explored = explore(self.setting)
+        alt = explored.summary()
+        depths, steps = explored.depth_figure(), explored.steps_figure()
+        legend = 0.8 + 0.07 * max(len(ALL_RULES[rule]) for rule in explored.setting.rules)
+        self.depths.value = base.image(depths, f"Bytes against depth. {alt}", (0.9, 0.5, legend, 0.25))
+        self.profiles.value = base.image(steps, f"One step of each rule. {alt}", (0.9, 0.85, 0.15, 0.3), (0.08, 0.35))
+        self.numbers.value, self.code.value = explored.html(), _code(explored.setting.code)
+        if self._loop is not None:
+            if self._later is not None:
+                self._later.cancel()
+            self._later = self._loop.call_later(AHEAD_AFTER_S, self._look_ahead, _next_to(explored.setting))
+
+    def _look_ahead(self, pairs: Iterator[tuple[str, Setting]]) -> None:
+        """Predict what is one choice away while nothing is to be done, one at a time, so that it then shows at once."""
+        for rule, setting in pairs:
+            with BUSY:
+                chain_of(rule, setting).step(9, setting.batch)
+            assert self._loop is not None
+            self._later = self._loop.call_later(0.05, self._look_ahead, pairs)
+            return
+
+
+def _next_to(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Yield (rule, setting) for each menu's other choices, and for the next larger and smaller width."""
+    at = sorted({*WIDTHS, setting.width})
+    place = at.index(setting.width)
+    choices: dict[str, Any] = {
+        "optimizer": OPTIMIZERS,
+        "width": at[max(0, place - 1) : place + 2],
+        "feedback": KINDS,
+        "activation": ACTIVATIONS,
+        "batch_norm": (False, True),
+    }
+    for name, values in choices.items():
+        for value in values:
+            changed = replace(setting, **{name: value}, batch=max(2, setting.batch))
+            yield from ((rule, changed) for rule in setting.rules)
+
+
+def _controls(setting: Setting) -> dict[str, Any]:
+    shape = (setting.inputs, setting.classes)
+    shapes = SHAPES if shape in SHAPES.values() else {f"{shape[0]:,} inputs, {shape[1]:,} classes": shape, **SHAPES}
+    return {
+        "family": base.menu({label: name for name, label in FAMILIES.items()}, setting.family, "family"),
+        "data": base.menu(shapes, shape, "data"),
+        "depth": base.whole(setting.depth, 1, LIMITS["depth"], "hidden layers"),
+        "width": base.steps(WIDTHS, setting.width, "units, or filters"),
+        "activation": base.menu(list(ACTIVATIONS), setting.activation, "activation"),
+        "batch_norm": base.tick(setting.batch_norm, "BatchNorm in each hidden layer"),
+        "batch": base.steps(BATCHES, setting.batch, "batch (examples)"),
+        "optimizer": base.menu(list(OPTIMIZERS), setting.optimizer, "optimizer"),
+        "feedback": base.menu(list(KINDS), setting.feedback, "matrices B"),
+        "precision": base.menu(list(PRECISIONS), setting.precision, "precision"),
+        "count_rest": base.tick(setting.count_rest, "draw what rests, too (weights, ...)"),
+        "budget": ipywidgets.Text(setting.budget, description="memory", continuous_update=False, **base.WIDE),
+    }
+
+
+def _groups(explorer: MemoryExplorer) -> list[Any]:
+    c = explorer.controls
+    columns = {"grid_template_columns": "repeat(auto-fill, minmax(12em, 1fr))"}
+    rules = ipywidgets.GridBox(list(explorer.ticks.values()), layout=columns)
+    network = [c[name] for name in ("family", "data", "depth", "width", "activation", "batch_norm")]
+    training = [c[name] for name in ("batch", "optimizer", "feedback", "precision")]
+    return [
+        base.group("Network", network, "1 1 270px"),
+        base.group("Training", training, "1 1 270px"),
+        base.group("Rules and baselines", [rules, c["count_rest"]], "2 1 340px"),
+        base.group("Budget", [c["budget"]], "1 1 250px"),
+    ]
+
+
+def _code(code: str) -> str:
+    return (
+        "<div style='line-height:1.4'><p><b>The peaks in Python</b> (click and copy), after "
+        "<code>import memdfa_lab as ml</code></p>"
+        f"<pre tabindex='0' style='user-select:all;white-space:pre-wrap'>{html.escape(code)}</pre></div>"
+    )

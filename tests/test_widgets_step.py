@@ -1,0 +1,105 @@
+"""The step player: its moments are the ledger's, its pictures show them, and its controls change them."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import memdfa_lab as ml
+from memdfa_lab.memory.trace import readable
+from memdfa_lab.widgets import step
+
+RULES = [*ml.RULES, *ml.BASELINES]
+
+
+def measured(rule, layers, optimizer):
+    kind = {**ml.RULES, **ml.BASELINES}[rule]
+    net = ml.models.mlp(784, [200] * layers, 10)
+    made = kind(net, ml.experiments.OPTIMIZERS[optimizer], feedback=ml.feedback.Stored())
+    return ml.memory.measure(made, torch.randn(64, 784), torch.zeros(64, dtype=torch.long), warm_up=1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_film_is_a_real_step(rule):
+    """Moment by moment, what is shown is what a step that is run holds, but for single numbers."""
+    for optimizer in ("sgd", "adam"):
+        found, trace = step.film(rule, 3, optimizer=optimizer), measured(rule, 3, optimizer)
+        events = [event for event in trace.events if event.storage.size_bytes > step.SCALAR_BYTES]
+        moments = [(event.operation, event.phase, event.change_bytes > 0) for event in events]
+        held = np.cumsum([event.change_bytes for event in events])
+        ends = [at for at, (one, after) in enumerate(pairwise([*moments, None])) if one != after]
+        totals = [0, *held[ends]]
+        assert [moment.total_bytes for moment in found] == totals
+        assert totals[-1] == 0
+        assert 0 <= trace.peak_bytes - max(totals) < 100  # the single numbers
+
+
+def test_a_tensor_stands_with_the_block_that_made_it():
+    most = {"dfa": 6, "memdfa": 2}
+    for rule, blocks in most.items():
+        alive = [{block for block, kind in moment.held if kind == "activations"} for moment in step.film(rule, 5)]
+        assert max(map(len, alive)) == blocks
+    backward = [moment for moment in step.film("bp", 5) if moment.phase == "backward"]
+    assert [moment.block for moment in backward] == sorted((moment.block for moment in backward), reverse=True)
+    assert {block for moment in backward for block, kind in moment.held if kind == "gradients"} == set(range(6))
+
+
+def bars(svg):
+    """Return {(rule, column): {category: bytes}} of a picture, by what is written in it."""
+    root = ElementTree.fromstring(svg[: svg.index("</svg>") + 6])
+    found = {}
+    for group in root.findall("g"):
+        rule = next(group.iter("tspan")).text
+        frames = [float(r.get("x")) for r in group.findall("rect") if r.get("fill") == "none"]
+        for bar in (r for r in group.findall("rect") if r.get("fill") != "none"):
+            column = sum(float(bar.get("x")) >= frame for frame in frames) - 1
+            category, size = re.fullmatch(r"(.+): ([\d,]+) bytes", bar.find("title").text).groups()
+            found.setdefault((rule, column), {})[category] = int(size.replace(",", ""))
+    return found
+
+
+@pytest.mark.parametrize("at", [0, 3, 17, 30, 10_000])
+def test_the_picture_shows_the_moment(at):
+    films = {rule: step.film(rule, 4) for rule in ml.RULES}
+    svg = step.picture(films, at, 5)
+    expected = {}
+    for rule, moments in films.items():
+        label = ml.figures.STYLES[rule][0]
+        moment = moments[min(at, len(moments) - 1)]
+        for (block, category), held in moment.held.items():
+            expected.setdefault((label, 5 if block is None else block), {})[category] = held
+        assert f"held {readable(moment.total_bytes)}" in svg
+        assert f"peak {readable(max(one.total_bytes for one in moments))}" in svg
+    assert bars(svg) == expected
+    assert "role='img' aria-label='BP: " in svg
+    colours = set(re.findall(r"(?:fill|stroke|background)[=:]'?(#\w+)", svg))
+    assert colours <= {color for color, _ in ml.figures.FILLS.values()}  # all else is the theme's own
+
+
+def test_each_control_changes_the_picture():
+    player = ml.widgets.step_player()
+    player.time.value = 20
+    changes = {"layers": 3, "width": 100, "batch": 16, "optimizer": "adam", "feedback": "regenerated"}
+    assert player.controls.keys() == changes.keys()
+    for name, value in changes.items():
+        before = player.picture.value
+        player.controls[name].value = value
+        assert player.picture.value != before, name
+        assert not player.message.value
+    films = {rule: step.film(rule, 3, 100, 16, "adam", "regenerated") for rule in ml.RULES}
+    assert player.films == films
+    assert player.picture.value == step.picture(films, 20, 4)
+    assert player.time.max == player.play.max == max(map(len, films.values())) - 1
+    player.time.value = player.time.max
+    assert player.picture.value.count("done") == 8  # in words, and in the text for who cannot see it
+    for tick in player.ticks.values():
+        tick.value = False
+    assert "no rule is chosen" in player.message.value
+    player.ticks["checkpoint"].value = True
+    assert "BP, checkpointing" in player.picture.value
+    assert not player.message.value
