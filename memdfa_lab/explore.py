@@ -8,8 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +25,8 @@ TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 <style>
   .fa::before { font-family: sans-serif; font-style: normal; }
   .fa-play::before { content: "\\25B6"; }
-  .fa-pause::before { content: "\\23F8"; }
-  .fa-stop::before { content: "\\23F9"; }
+  .fa-pause::before { content: "\\2016"; }
+  .fa-stop::before { content: "\\25A0"; }
   .fa-repeat::before, .fa-retweet::before { content: "\\21BB"; }
   #rendered_cells > div { padding: 2ex 3ex 4ex 3ex !important; }
 </style>
@@ -51,29 +49,38 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
         template = Path(folder, "voila", "templates", "memdfa", "index.html.j2")
         template.parent.mkdir(parents=True)
         template.write_text(TEMPLATE, encoding="utf-8")
+        template.with_name("conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
         command = [sys.executable, "-m", "voila", str(Path(folder, "explore.ipynb")), "--no-browser"]
         command += ["--Voila.ip=127.0.0.1", f"--port={chosen}", f"--token={token}", "--template=memdfa"]
         command += ["--Voila.log_level=ERROR", "--show_tracebacks=False"]
+        if os.name == "posix":
+            command.append("--KernelManager.transport=ipc")  # sockets of this user's, not open ports
         paths = os.pathsep.join([folder, *filter(None, [os.environ.get("JUPYTER_PATH")])])
         server = subprocess.Popen(command, env={**os.environ, "JUPYTER_PATH": paths})
         try:
             address = f"http://127.0.0.1:{chosen}/?token={token}"
-            _wait(server, address)
+            _wait(server, chosen)
             say(f"the explorer is at {address} (Ctrl-C stops it)")
             if browser:
                 webbrowser.open(address)
             server.wait()
+        except KeyboardInterrupt:  # that is how it ends
+            say("stopped")
         finally:
             server.terminate()
             server.wait()
 
 
 def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return the notebook's explorers alone: up to the exercises, without pictures for those who have no kernel."""
+    """Return the notebook's explorers alone: without parameters, pictures for who has no kernel, and what follows."""
     cells, after_picture = [], False
     for cell in notebook.cells:
-        if cell.cell_type == "markdown" and cell.source.startswith("## Exercises"):
+        if cell.source.startswith("## How it answers"):
             break
+        if cell.source.startswith("## Parameters"):
+            continue
+        if cell.source.startswith("# "):  # the title and what it promises; links to other notebooks lead nowhere
+            cell.source = "\n\n".join(cell.source.split("\n\n")[:2])
         is_picture = cell.cell_type == "code" and any(
             call in cell.source for call in ("report.figure(", "report.table(")
         )
@@ -92,13 +99,11 @@ def _free(port: int | None) -> int:
         return int(asked.getsockname()[1])
 
 
-def _wait(server: subprocess.Popen[bytes], address: str) -> None:
+def _wait(server: subprocess.Popen[bytes], port: int) -> None:
     end = time.monotonic() + STARTED_WITHIN_S
     while server.poll() is None and time.monotonic() < end:
         try:
-            urllib.request.urlopen(address.replace("/?", "/static/?"), timeout=5).close()
-            return
-        except urllib.error.HTTPError:  # it answers
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
             return
         except OSError:
             time.sleep(0.1)

@@ -1,4 +1,7 @@
-"""The explorer as its user has it: JupyterLab in a headless Chromium, moved by the keyboard."""
+"""The explorers as their user has them, in a headless Chromium: notebook 06 in JupyterLab, and `memdfa explore`.
+
+Screenshots go to the test's temporary folder, or to $MEMDFA_SCREENSHOTS if it is set.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import memdfa_lab as ml
 from memdfa_lab import widgets
+from memdfa_lab.widgets import step
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -26,8 +33,47 @@ READY = """async () => {
     await context.sessionContext.ready;
     jupyterapp.commands.execute('notebook:run-all-cells');
 }"""
+# Run code in the notebook's kernel, and return what it prints.
+RUN = """async (code) => {
+    const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+    let text = '';
+    const future = kernel.requestExecute({code, silent: false, store_history: false});
+    future.onIOPub = (message) => { text += message.content.text ?? message.content.ename ?? ''; };
+    await future.done;
+    return text;
+}"""
+RUN_CELL = """async (start) => {
+    const notebook = jupyterapp.shell.currentWidget.content;
+    notebook.activeCellIndex = notebook.widgets.findIndex(cell => cell.model.sharedModel.getSource().startsWith(start));
+    await jupyterapp.commands.execute('notebook:run-cell');
+}"""
+# How well text can be read: the ratio of the luminances of its colour and of the first background behind it.
+CONTRAST = """(element) => {
+    const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
+    const luminance = ([r, g, b]) => [r, g, b]
+        .map(c => c / 255).map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const style = getComputedStyle(element);
+    const text = numbers(element instanceof SVGElement ? style.fill : style.color);
+    let behind = element, ground = [255, 255, 255];
+    for (; behind; behind = behind.parentElement) {
+        const color = numbers(getComputedStyle(behind).backgroundColor);
+        if (color[3] !== 0) { ground = color; break; }
+    }
+    const [low, high] = [luminance(text), luminance(ground)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+}"""
+LONG = 60_000  # ms: on a machine that is busy with other tests
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Return the folder for screenshots."""
+    folder = Path(os.environ.get("MEMDFA_SCREENSHOTS", tmp_path / "screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture
@@ -52,12 +98,13 @@ def lab(tmp_path):
         "--LabApp.expose_app_in_browser=True",
         f"--LabApp.app_settings_dir={tmp_path / 'settings'}",
     ]
+    environment = {name: value for name, value in os.environ.items() if name != "MEMDFA_DATA"} | own
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
-        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
+        for _ in range(600):
             try:
                 urllib.request.urlopen(f"{address}/api?token=explore").close()
                 break
@@ -70,53 +117,253 @@ def lab(tmp_path):
         server.wait(timeout=30)
 
 
-def test_the_explorer_in_jupyterlab(lab, tmp_path):
+@pytest.fixture
+def served(tmp_path):
+    """Run `memdfa explore`; yield the address that it says."""
+    pytest.importorskip("voila", reason='no Voila: pip install "memdfa_lab[explore]"')
+    command = [sys.executable, "-c", "from memdfa_lab.cli import main; import sys; sys.exit(main())"]
+    environment = {name: value for name, value in os.environ.items() if name != "MEMDFA_DATA"}
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.Popen(
+            [*command, "explore", "--no-browser"], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    try:
+        said = done.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S{16,}", said)
+        assert found, said + (tmp_path / "log").read_text()
+        yield found[0]
+        done.send_signal(signal.SIGINT)
+        assert done.wait(timeout=60) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    finally:
+        done.kill()
+        done.communicate()
+
+
+@contextmanager
+def opened(address):
+    """Open a page and yield it; nothing may go wrong in it."""
     problems: list[str] = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1400})
-        page.set_default_timeout(60_000)
+        page = browser.new_page(viewport={"width": 1280, "height": 1800})
+        page.set_default_timeout(LONG)
+        playwright.expect.set_options(timeout=LONG)
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda problem: problems.append(str(problem)))
-        page.goto(lab)
-        page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context")
-        page.evaluate(READY)
-
-        def shows(**setting) -> None:
-            """Wait for the pictures and the numbers of a setting."""
-            expected = widgets.explore(**setting)
-            said = re.compile(re.escape(expected.summary()))
-            playwright.expect(page.locator(".widget-html img").first).to_have_attribute("alt", said, timeout=60_000)
-            playwright.expect(page.locator(".widget-html img").nth(1)).to_have_attribute("alt", said)
-            for peak in expected.table["peak_bytes"]:
-                playwright.expect(page.locator(f".widget-html span[title='{peak:,} bytes']").first).to_be_visible()
-
-        shows()
-        before = page.locator(".widget-html img").first.get_attribute("src")
-        depth = page.locator(".noUi-handle").first
-        depth.focus()
-        for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"):
-            page.keyboard.press(key)
-        shows(depth=34)
-        assert page.locator(".widget-html img").first.get_attribute("src") != before
-        page.get_by_label("optimizer").select_option("adam")
-        page.get_by_label("FA", exact=True).uncheck()
-        shows(depth=34, optimizer="adam", rules=("bp", "dfa", "memdfa"))
-        budget = page.get_by_label("memory")
-        budget.fill("much")
-        budget.press("Enter")
-        playwright.expect(page.get_by_role("alert")).to_contain_text("the budget must be a size")
-        budget.fill("24 GB")
-        budget.press("Enter")
-        playwright.expect(page.get_by_text("What fits into 24 GB")).to_be_visible()
-        playwright.expect(page.get_by_role("alert")).to_have_count(0)
-        for width in (1280, 800):  # nothing is wider than the page
-            page.set_viewport_size({"width": width, "height": 1400})
-            box = page.locator(".widget-vbox").first.bounding_box()
-            assert box["x"] + box["width"] <= width
-            for image in page.locator(".widget-html img").all():
-                picture = image.bounding_box()
-                assert box["x"] <= picture["x"]
-                assert picture["x"] + picture["width"] <= box["x"] + box["width"] + 1
+        page.on("requestfailed", lambda request: problems.append(f"{request.url}: {request.failure}"))
+        page.goto(address)
+        yield page
+        assert page.get_by_text("Traceback").count() == 0
         browser.close()
     assert problems == []
+
+
+def slider(explorer, name):
+    row = explorer.locator(".widget-inline-hbox").filter(has=explorer.page.get_by_text(name, exact=True))
+    return row.locator(".noUi-handle")
+
+
+def press(explorer, name, *keys):
+    slider(explorer, name).focus()
+    for key in keys:
+        explorer.page.keyboard.press(key)
+
+
+def play_with_memory(explorer):
+    expect, setting = playwright.expect, {}
+
+    def shows(**changes):
+        """Wait for the pictures and the numbers of a setting."""
+        setting.update(changes)
+        expected = widgets.explore(**setting)
+        said = re.compile(re.escape(expected.summary()))
+        for picture in (0, 1):
+            expect(explorer.locator("img").nth(picture)).to_have_attribute("alt", said)
+        for peak in expected.table["peak_bytes"]:
+            expect(explorer.locator(f"span[title='{peak:,} bytes']").first).to_be_visible()
+        for row in expected.table.itertuples():
+            expect(explorer.locator("td").get_by_text(f"{row.largest_batch:,}", exact=True).first).to_be_visible()
+
+    shows()
+    before = explorer.locator("img").first.get_attribute("src")
+    press(explorer, "hidden layers", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight")
+    shows(depth=34)
+    assert explorer.locator("img").first.get_attribute("src") != before
+    press(explorer, "units, or filters", *["ArrowLeft"] * 5)
+    shows(width=128)
+    press(explorer, "batch size", "ArrowLeft")
+    shows(batch=100)
+    explorer.get_by_label("data").select_option("CIFAR-10: 3,072 pixels")
+    shows(inputs=3072)
+    explorer.get_by_label("optimizer").select_option("adam")
+    explorer.get_by_label("FA", exact=True).uncheck()
+    shows(optimizer="adam", rules=("bp", "dfa", "memdfa"))
+    explorer.get_by_label("matrices B").select_option("stored")
+    explorer.get_by_label("activation").select_option("gelu")
+    shows(feedback="stored", activation="gelu")
+    explorer.get_by_label("BatchNorm").check()
+    explorer.get_by_label("draw what rests").check()
+    shows(batch_norm=True, count_rest=True)
+    explorer.get_by_label("precision").select_option("bfloat16")
+    explorer.get_by_label("family").select_option("3x3 convolutions")
+    shows(precision="bfloat16", family="convnet")
+    # The line of code says the same, and so does the prediction of the whole network that it makes.
+    traces = eval(explorer.locator("pre").inner_text(), {"ml": ml})
+    for trace in traces.values():
+        expect(explorer.locator(f"span[title='{trace.peak_bytes:,} bytes']").first).to_be_visible()
+    budget = explorer.get_by_label("memory")
+    budget.fill("much")
+    budget.press("Enter")
+    expect(explorer.get_by_role("alert")).to_contain_text("the budget must be a size")
+    budget.fill("24 GB")
+    budget.press("Enter")
+    expect(explorer.get_by_text("What fits into 24 GB")).to_be_visible()
+    expect(explorer.get_by_role("alert")).to_have_count(0)
+
+
+def play_with_step(explorer):
+    films = {rule: step.film(rule) for rule in ml.RULES}
+
+    def shows(at: int) -> None:
+        label = re.search("aria-label='(.*?)'", step.picture(films, at, 6))[1].replace("&#x27;", "'")
+        playwright.expect(explorer.locator("svg[role=img]")).to_have_attribute("aria-label", label)
+
+    shows(0)
+    press(explorer, "moment", *["ArrowRight"] * 12)
+    shows(12)
+    press(explorer, "moment", "End")
+    shows(max(map(len, films.values())))
+    press(explorer, "moment", "Home")
+    shows(0)
+    explorer.locator(".widget-play button").first.click()
+    later = re.compile("MEM-DFA: (recompute|gradient|update|free)")
+    playwright.expect(explorer.locator("svg[role=img]")).to_have_attribute("aria-label", later)
+    explorer.locator(".widget-play button").first.click()
+    explorer.page.wait_for_timeout(1000)  # what was on its way
+    now = explorer.locator("svg[role=img]").get_attribute("aria-label")
+    assert "done, 0 B; MEM-DFA: done" not in now
+    explorer.page.wait_for_timeout(700)
+    assert explorer.locator("svg[role=img]").get_attribute("aria-label") == now
+    explorer.get_by_label("optimizer").select_option("adam")
+    explorer.get_by_label("BP", exact=True).uncheck()
+    playwright.expect(explorer.locator("svg[role=img]")).to_have_attribute("aria-label", re.compile("^FA: "))
+
+
+def play_with_training(explorer):
+    status, expect = explorer.get_by_role("status"), playwright.expect
+    button = {
+        name: explorer.get_by_role("button", name=name, exact=True) for name in ("Start", "Pause", "Resume", "Reset")
+    }
+
+    def steps():
+        return int(re.search(r"step ([\d,]+) of", status.inner_text())[1].replace(",", ""))
+
+    expect(status).to_contain_text("not started, step 0 of 3,000, mnist5k")
+    button["Start"].dblclick()
+    expect(explorer.locator("img")).to_have_attribute("alt", re.compile(r"At step [1-9]\d*: BP loss"))
+    expect(status).to_contain_text("training")
+    button["Pause"].dblclick()
+    expect(status).to_contain_text("paused")
+    stopped = steps()
+    explorer.page.wait_for_timeout(700)
+    assert steps() == stopped
+    button["Resume"].click()
+    expect(explorer.locator("img")).not_to_have_attribute("alt", re.compile(rf"At step {stopped // 20 * 20}:"))
+    expect(status).to_contain_text("training")
+    assert steps() > stopped
+    explorer.get_by_label("speed").select_option("1 step a second")
+    press(explorer, "hidden layers", "ArrowLeft")  # a change starts anew
+    expect(status).to_contain_text("not started, step 0 of 3,000")
+    explorer.get_by_label("speed").select_option("as fast as it goes")
+    return status, button
+
+
+def play_with_feedback(explorer):
+    expect = playwright.expect
+    done = explorer.locator("td").get_by_text("200", exact=True)
+    expect(done).to_have_count(3)
+    own = widgets.Matrix().singular_values()
+    expect(explorer.locator("td").get_by_text(f"{own[0]:.4g}", exact=True).first).to_be_visible()
+    explorer.get_by_label("distribution").select_option("orthogonal")
+    expect(explorer.locator("tr").filter(has_text="in theory").locator("td")).to_have_text(["1", "1"])
+    explorer.get_by_label("storage").select_option("shared")
+    expect(explorer.get_by_role("alert")).to_contain_text("a slice of an orthogonal matrix is not orthogonal")
+    explorer.get_by_label("distribution").select_option("normal")
+    expect(explorer.get_by_role("alert")).to_have_count(0)
+    press(explorer, "C, size of e", "ArrowRight")
+    own = widgets.Matrix("normal", storage="shared", outputs=30).singular_values()
+    expect(explorer.locator("td").get_by_text(f"{own[0]:.4g}", exact=True).first).to_be_visible()
+    explorer.get_by_label("rule").select_option("FA")
+    expect(explorer.locator("tr").filter(has_text="at each step").locator("td").nth(1)).to_have_text("0.0°")
+
+
+def look_at(explorers, folder, name):
+    """Keep a picture of each, and see that nothing is cut off, unnamed, or hard to read."""
+    page, wrong = explorers.first.page, []
+    for width in (1280, 800):
+        page.set_viewport_size({"width": width, "height": 1800})
+        page.wait_for_timeout(500)
+        for place, kind in enumerate(("memory", "step", "training", "feedback")):
+            explorer, where = explorers.nth(place), f"{name}-{kind}-{width}"
+            explorer.screenshot(path=folder / f"{where}.png")
+            box = explorer.bounding_box()
+            if box["x"] + box["width"] > width:
+                wrong.append(f"{where}: wider than the page")
+            for picture in explorer.locator("img, svg[role=img]").all():
+                inner = picture.bounding_box()
+                left, right = inner["x"] - box["x"], box["x"] + box["width"] - inner["x"] - inner["width"]
+                if inner["width"] < 300 or left < 0 or right < -1:
+                    wrong.append(f"{where}: a picture at {inner} of {box}")
+            for label in explorer.locator(".widget-label:visible").all():
+                if label.evaluate("(element) => element.scrollWidth - element.clientWidth") > 1:
+                    wrong.append(f"{where}: cut off: {label.inner_text()}")
+            for handle in explorer.locator(".noUi-handle").all():
+                if handle.get_attribute("tabindex") != "0":
+                    wrong.append(f"{where}: a slider that the keyboard does not reach")
+            texts = ".widget-label:visible, th, td, p, svg[role=img] text, b, button:enabled, select, input[type=text]"
+            contrasts = explorer.locator(texts).evaluate_all(f"(all) => all.map(e => [({CONTRAST})(e), e.outerHTML])")
+            wrong += [f"{where}: contrast {ratio:.1f} of {text[:200]}" for ratio, text in contrasts if ratio < 4.5]
+    assert wrong == []
+
+
+def test_the_notebook_in_jupyterlab(lab, pictures):
+    with opened(lab) as page:
+        page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context")
+        page.evaluate(READY)
+        explorers = page.locator(".memdfa-explorer")
+        playwright.expect(explorers).to_have_count(4)
+        play_with_memory(explorers.nth(0))
+        play_with_step(explorers.nth(1))
+        status, button = play_with_training(explorers.nth(2))
+        play_with_feedback(explorers.nth(3))
+        button["Start"].click()
+        playwright.expect(status).to_contain_text(re.compile("training, step [1-9]"))
+        page.evaluate("jupyterapp.commands.execute('notebook:interrupt-kernel')")
+        playwright.expect(status).to_contain_text("paused")
+        button["Resume"].click()
+        playwright.expect(status).to_contain_text("training")
+        page.evaluate(RUN_CELL, "ml.widgets.live_training(")
+        playwright.expect(status).to_contain_text("not started")
+        threads = "import threading; print([t.name for t in threading.enumerate() if t.name.startswith('memdfa')])"
+        assert page.evaluate(RUN, threads).strip() == "[]"
+        button["Start"].click()
+        playwright.expect(explorers.nth(2).locator("img")).to_have_attribute("alt", re.compile("At step [1-9]"))
+        button["Pause"].click()
+        look_at(explorers, pictures, "light")
+        page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+        look_at(explorers, pictures, "dark")
+        assert page.evaluate(RUN, threads).strip() == "[]"
+
+
+def test_the_page_without_code(served, pictures):
+    with opened(served) as page:
+        explorers = page.locator(".memdfa-explorer")
+        playwright.expect(explorers).to_have_count(4)
+        assert page.get_by_text("Exercises").count() == page.get_by_text("check_parameters").count() == 0
+        play_with_memory(explorers.nth(0))
+        play_with_step(explorers.nth(1))
+        play_with_training(explorers.nth(2))
+        play_with_feedback(explorers.nth(3))
+        look_at(explorers, pictures, "page")

@@ -28,6 +28,7 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, controls: dict[str, Any]):
         super().__init__(layout={"width": "100%", "min_width": "0"})
+        self.add_class("memdfa-explorer")
         self.controls = controls
         self.message = ipywidgets.HTML()
         self._due: asyncio.TimerHandle | None = None
@@ -82,7 +83,9 @@ class Explorer(ipywidgets.VBox):
 
 
 def tick(value: bool, name: str) -> Any:
-    return ipywidgets.Checkbox(value, description=name, indent=False, layout={"width": "auto"})
+    return ipywidgets.Checkbox(
+        value, description=name, indent=False, layout={"width": "auto", "margin": "2px 1.2em 2px 0"}
+    )
 
 
 def menu(options: Any, value: Any, name: str) -> Any:
@@ -108,6 +111,11 @@ def button(name: str, tooltip: str, call: Any) -> Any:
 def group(name: str, controls: Sequence[Any], flex: str) -> Any:
     """Return controls below one another, under a name."""
     return ipywidgets.VBox([ipywidgets.HTML(f"<b>{name}</b>"), *controls], layout={"flex": flex, "min_width": "0"})
+
+
+def row(ticks: Iterable[Any]) -> Any:
+    """Return ticks beside one another, in as many lines as it takes."""
+    return ipywidgets.HBox(list(ticks), layout={"flex_flow": "row wrap"})
 
 
 def beside(controls: Sequence[Any], pictures: Sequence[Any]) -> Any:
@@ -141,4 +149,4 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         for row in rows
     )
     shown = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div style='overflow-x:auto'>{shown}</div>"
+    return f"<div style='overflow-x:auto;line-height:1.4'>{shown}</div>"

@@ -63,12 +63,12 @@ class MemoryExplorer(base.Explorer):
 
     def draw(self) -> None:
         self._explored = explored = explore(self.setting)
+        self.numbers.value, self.code.value = explored.html(), _code(explored.setting.code)  # pictures take longer
         alt = explored.summary()
         depths, steps = explored.depth_figure(), explored.steps_figure()
         legend = 0.8 + 0.07 * max(len(ALL_RULES[rule]) for rule in explored.setting.rules)
         self.depths.value = base.image(depths, f"Bytes against depth. {alt}", (0.9, 0.5, legend, 0.25))
         self.profiles.value = base.image(steps, f"One step of each rule. {alt}", (0.9, 0.85, 0.15, 0.3), (0.08, 0.35))
-        self.numbers.value, self.code.value = explored.html(), _code(explored.setting.code)
         if self._loop is not None:
             if self._later is not None:
                 self._later.cancel()
@@ -111,7 +111,7 @@ def _controls(setting: Setting) -> dict[str, Any]:
         "width": base.steps(WIDTHS, setting.width, "units, or filters"),
         "activation": base.menu(list(ACTIVATIONS), setting.activation, "activation"),
         "batch_norm": base.tick(setting.batch_norm, "BatchNorm in each hidden layer"),
-        "batch": base.steps(BATCHES, setting.batch, "batch (examples)"),
+        "batch": base.steps(BATCHES, setting.batch, "batch size"),
         "optimizer": base.menu(list(OPTIMIZERS), setting.optimizer, "optimizer"),
         "feedback": base.menu(list(KINDS), setting.feedback, "matrices B"),
         "precision": base.menu(list(PRECISIONS), setting.precision, "precision"),
@@ -122,8 +122,7 @@ def _controls(setting: Setting) -> dict[str, Any]:
 
 def _groups(explorer: MemoryExplorer) -> list[Any]:
     c = explorer.controls
-    columns = {"grid_template_columns": "repeat(auto-fill, minmax(12em, 1fr))"}
-    rules = ipywidgets.GridBox(list(explorer.ticks.values()), layout=columns)
+    rules = base.row(explorer.ticks.values())
     network = [c[name] for name in ("family", "data", "depth", "width", "activation", "batch_norm")]
     training = [c[name] for name in ("batch", "optimizer", "feedback", "precision")]
     return [

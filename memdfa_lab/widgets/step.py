@@ -89,7 +89,7 @@ class StepPlayer(base.Explorer):
             {
                 "layers": base.whole(layers, 1, 12, "hidden layers"),
                 "width": base.steps((50, 100, 200, 400, 800), width, "units a layer"),
-                "batch": base.steps((16, 32, 64, 128, 256, 512), batch, "batch (examples)"),
+                "batch": base.steps((16, 32, 64, 128, 256, 512), batch, "batch size"),
                 "optimizer": base.menu(list(OPTIMIZERS), optimizer, "optimizer"),
                 "feedback": base.menu(list(KINDS), feedback, "matrices B"),
             }
@@ -102,12 +102,11 @@ class StepPlayer(base.Explorer):
         ipywidgets.jslink((self.play, "value"), (self.time, "value"))
         self.watch((self.time, *self.controls.values(), *self.ticks.values()))
         self.time.layout.flex = "1 1 300px"
-        speed = ipywidgets.IntSlider(4, 1, 20, description="moments a second", **base.WIDE)
+        speed = ipywidgets.IntSlider(4, 1, 20, description="moments / s", **base.WIDE)
         speed.observe(lambda change: setattr(self.play, "interval", 1000 // change["new"]), "value")
-        columns = {"grid_template_columns": "repeat(auto-fill, minmax(12em, 1fr))"}
         left = [
             base.group("Network", list(self.controls.values()), "1 1 270px"),
-            base.group("Rules", [ipywidgets.GridBox(list(self.ticks.values()), layout=columns)], "2 1 270px"),
+            base.group("Rules", [base.row(self.ticks.values())], "2 1 270px"),
         ]
         bar = ipywidgets.HBox([self.play, self.time], layout={"flex_flow": "row wrap", "width": "100%"})
         self.children = [base.beside(left, [self.message, bar, speed, self.picture])]
@@ -165,7 +164,7 @@ def _bar(column: int, category: str, held: int, largest: int, blocks: int) -> st
     wide = COLUMN / (blocks + 1)
     width = wide * 0.9 / len(SHOWN)
     x = column * wide + list(SHOWN).index(category) * width + wide * 0.05
-    height = max(2.0, BARS * (held / largest) ** 0.5)
+    height = max(2.0, (BARS - 12) * (held / largest) ** 0.5)  # there is room for a letter above it
     top, color = 18 + BARS - height, figures.FILLS[category][0]
     title = f"<title>{category}: {held:,} bytes</title>"
     bar = f"<rect x='{x:.1f}' y='{top:.1f}' width='{width:.1f}' height='{height:.1f}' fill='{color}'>{title}</rect>"

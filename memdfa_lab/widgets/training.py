@@ -137,7 +137,7 @@ class LiveTraining(base.Explorer):
                 "layers": base.whole(layers, 1, 8, "hidden layers"),
                 "width": base.steps((20, 50, 100, 200, 400), width, "units a layer"),
                 "activation": base.menu(activations, activation, "activation"),
-                "batch": base.steps((10, 20, 50, 100, 200), batch, "batch (examples)"),
+                "batch": base.steps((10, 20, 50, 100, 200), batch, "batch size"),
                 "lr": base.steps(LRS, lr, "learning rate"),
                 "distribution": base.menu(list(DISTRIBUTIONS), distribution, "matrices B"),
                 "seed": base.whole(seed, 0, 20, "seed"),
@@ -152,7 +152,7 @@ class LiveTraining(base.Explorer):
             "live training", self._step, lambda problem: self.soon(partial(self._ended, problem))
         )
         self.race: Race | None = None
-        self._drawn_at = 0.0
+        self._drawn_at, self._drawn_rows = 0.0, 0
         self.show()
         for control in self.controls.values():
             control.observe(lambda change: self.reset(), "value")
@@ -189,7 +189,7 @@ class LiveTraining(base.Explorer):
             setting = {name: control.value for name, control in self.controls.items()}
             self.race = Race(digits(), **setting)
         self._tell()
-        table = self.race.table
+        table, self._drawn_rows = self.race.table, len(self.race.rows)
         last = self.race.rows[-len(self.race.rules) :]
         said = "; ".join(
             f"{figures.STYLES[row['rule']][0]} loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}, "
@@ -210,8 +210,8 @@ class LiveTraining(base.Explorer):
         return 1 / self.speed.value - (time.monotonic() - started) if race.step < MOST_STEPS else None
 
     def _show_if_running(self) -> None:
-        if self.background.running:
-            self.show()
+        if self.background.running and self.race is not None:
+            self._tell() if len(self.race.rows) == self._drawn_rows else self.show()
             self._drawn_at = time.monotonic()
 
     def _ended(self, problem: Exception | None) -> None:
