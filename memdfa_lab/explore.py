@@ -63,7 +63,8 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
             say(f"the explorer is at {address} (Ctrl-C stops it)")
             if browser:
                 webbrowser.open(address)
-            server.wait()
+            if server.wait():
+                raise RuntimeError("Voila has stopped: what it said is above")
         except KeyboardInterrupt:  # that is how it ends
             say("stopped")
         finally:

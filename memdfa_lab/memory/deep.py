@@ -123,7 +123,10 @@ class Chain:
 
     def deepest(self, budget_bytes: int, batch: int, most: int) -> int:
         """Return a number of blocks that fits while one more does not; 0 if not even 2 do, `most` if these do, too."""
-        fits = lambda blocks: self.held_bytes(blocks, batch) <= budget_bytes  # noqa: E731
+
+        def fits(blocks: int) -> bool:
+            return self.held_bytes(blocks, batch) <= budget_bytes
+
         return _last(fits, 3, most + 1) or _last(fits, 2, 3)  # 2 are unlike any others: one more to be predicted
 
     @cached_property

@@ -182,8 +182,9 @@ class FeedbackExplorer(base.Explorer):
         self.rows: list[dict[str, Any]] = []
         self._trained: Matrix | None = None
         self._learning: Iterator[dict[str, Any]] = iter(())
-        ended = lambda problem: self.soon(partial(self._ended, problem))  # noqa: E731
-        self.background = Background("feedback explorer", self._step, ended)
+        self.background = Background(
+            "feedback explorer", self._step, lambda problem: self.soon(partial(self._ended, problem))
+        )
         self.watch(self.controls.values())
         c = self.controls
         left = [

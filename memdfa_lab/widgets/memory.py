@@ -3,6 +3,7 @@
 import asyncio
 import html
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ SHAPES = {
     "CIFAR-100: 3,072 pixels": (3072, 100),
     "ImageNet: 150,528 pixels": (150_528, 1000),
 }
-AHEAD_AFTER_S = 1.0  # of rest, before what may be chosen next is predicted
+AHEAD_AFTER_S, AHEAD_EVERY_S = 1.0, 0.5  # of rest, before what may be chosen next is predicted, and between
 
 
 def memory_explorer(setting: Setting | None = None, **changes: Any) -> "MemoryExplorer":
@@ -77,10 +78,10 @@ class MemoryExplorer(base.Explorer):
     def _look_ahead(self, pairs: Iterator[tuple[str, Setting]]) -> None:
         """Predict what is one choice away while nothing is to be done, one at a time, so that it then shows at once."""
         for rule, setting in pairs:
-            with BUSY:
+            with BUSY, suppress(ValueError):  # what cannot be is said when it is chosen
                 chain_of(rule, setting).step(9, setting.batch)
             assert self._loop is not None
-            self._later = self._loop.call_later(0.05, self._look_ahead, pairs)
+            self._later = self._loop.call_later(AHEAD_EVERY_S, self._look_ahead, pairs)
             return
 
 

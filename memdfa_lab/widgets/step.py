@@ -64,8 +64,9 @@ def film(
     rule: str, layers: int = 5, width: int = 200, batch: int = 64, optimizer: str = "sgd", feedback: str = "stored"
 ) -> list[Moment]:
     """Return the moments of one step of a rule in an MLP for MNIST."""
-    network = lambda: models.mlp(INPUTS, [width] * layers, CLASSES)  # noqa: E731
-    return moments(memory.predict(rule, network, (batch, INPUTS), OPTIMIZERS[optimizer], KINDS[feedback]()))
+    hidden, shape = [width] * layers, (batch, INPUTS)
+    make, storage = OPTIMIZERS[optimizer], KINDS[feedback]()
+    return moments(memory.predict(rule, lambda: models.mlp(INPUTS, hidden, CLASSES), shape, make, storage))
 
 
 def step_player(**start: Any) -> "StepPlayer":

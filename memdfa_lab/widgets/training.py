@@ -211,7 +211,10 @@ class LiveTraining(base.Explorer):
 
     def _show_if_running(self) -> None:
         if self.background.running and self.race is not None:
-            self._tell() if len(self.race.rows) == self._drawn_rows else self.show()
+            if len(self.race.rows) == self._drawn_rows:  # nothing new but the number of steps
+                self._tell()
+            else:
+                self.show()
             self._drawn_at = time.monotonic()
 
     def _ended(self, problem: Exception | None) -> None:
