@@ -19,10 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from memdfa_lab import experiments
-from memdfa_lab.files import write_text, written_whole
+from memdfa_lab.files import locked, write_text, written_whole
 from memdfa_lab.reproduce import from_here
 from memdfa_lab.sweep_file import Sweep, read
 from memdfa_lab.sweep_run import LOCK, Processes, dismiss, is_done, is_held, work
@@ -55,13 +53,13 @@ def run(
     of its scheduler, where each thread of a worker takes a run at a time: they must see the same folder. The folder
     gets runs/HASH/ for each run and, of all that are done, results.csv (and .parquet, with pyarrow) and a figure.
 
-    Raises ValueError, before anything runs, for a file, folder or scheduler that will not do; RuntimeError if another
-    sweep is at work in the folder or the scheduler is lost; RunsFailed at the end, if a run failed to the last try.
+    Raises ValueError, before anything runs, for a file, folder or scheduler that will not do, and if another sweep is
+    at work in the folder; RuntimeError if the scheduler is lost; RunsFailed at the end, if a run failed to the last try.
     """
     sweep, out = read(file), Path(out or place(file)).resolve()
     if jobs is not None and (jobs < 1 or scheduler):
         raise ValueError("jobs must be 1 or more; a Dask cluster has as many as its workers have threads")
-    if out.exists() and not (out / STATE).exists() and any(path.name != LOCK for path in out.iterdir()):
+    if out.exists() and not (out / STATE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} holds other files and no sweep: choose another folder with --out")
     tasks = {name: _task(sweep, name, out) for name in sweep.runs}
     todo = [name for name, task in tasks.items() if not is_done(Path(task["folder"]), sweep.code)]
@@ -70,7 +68,7 @@ def run(
             experiments.load_for(given[0] or "fc_relu", given[1] or "mnist5k", given[2])
     with ExitStack() as stack:
         submit = stack.enter_context(_cluster(scheduler) if scheduler else _this_machine(jobs, sweep.threads))
-        stack.enter_context(_alone(out))
+        stack.enter_context(locked(out / STATE))
         (out / "runs").mkdir(exist_ok=True)
         write_text(out / STATE, json.dumps(asdict(sweep), indent=1))
         try:
@@ -118,16 +116,6 @@ def _cluster(scheduler: str) -> Iterator[Submit]:
         print(f"{len(threads)} workers, {sum(threads)} threads; dashboard: {client.dashboard_link}", flush=True)
         yield partial(client.get_executor(pure=False).submit, work)
         client.run(dismiss, on_error="ignore")
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise RuntimeError(f"another sweep is at work in {out}: wait for it, or choose another --out") from None
 
 
 def _follow(waiting: dict["Future[str | None]", str], sweep: Sweep, out: Path) -> list[str]:

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from filelock import FileLock
 
 from memdfa_lab import cli, experiments, figures, sweep, sweep_file
+from memdfa_lab.files import locked
 
 QUICK = {"network": "784-[16]x2-10", "epochs": 2, "batch_size": 100}
 TINY = """
@@ -240,7 +240,7 @@ def test_where_fork_is_not_safe_a_process_does_one_run(tmp_path, monkeypatch):
     assert len(pd.read_csv(tmp_path / "runs" / "a" / "results.csv")) == 2
     wrong = QUICK | {"lr": -1.0}
     said = sweep.work(task | {"code": "later", "parameters": wrong, "given": wrong})
-    assert said == "ValueError: Invalid learning rate: -1.0"
+    assert said == "ValueError: lr must be a finite number from 0 on, got -1.0"
     assert not (tmp_path / "runs" / "a" / "results.csv").exists()
 
 
@@ -249,8 +249,7 @@ def test_where_fork_is_not_safe_a_process_does_one_run(tmp_path, monkeypatch):
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):
     file = write(tmp_path / "s.yaml", run="train", grid={"seed": [0]})
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(RuntimeError, match="another sweep is at work in"):
+    with locked(tmp_path / "out" / "sweep.json"), pytest.raises(ValueError, match="another run is writing"):
         sweep.run(file, tmp_path / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
