@@ -54,7 +54,7 @@ def run(
     gets runs/HASH/ for each run and, of all that are done, results.csv (and .parquet, with pyarrow) and a figure.
 
     Raises ValueError, before anything runs, for a file, folder or scheduler that will not do, and if another sweep is
-    at work in the folder; RuntimeError if the scheduler is lost; RunsFailed at the end, if a run failed to the last try.
+    at work in the folder; RuntimeError if the scheduler is lost; RunsFailed at the end, if a run failed each time.
     """
     sweep, out = read(file), Path(out or place(file)).resolve()
     if jobs is not None and (jobs < 1 or scheduler):
