@@ -47,10 +47,10 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-w
 test-notebooks: $(READY) ## run the notebooks, outputs compared with those committed
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) notebooks $(ARGS)
 
-# 500 random networks a property, others each time; failures are made small, which takes its time.
-test-deep: $(READY) ## the properties on many random networks: an hour or more
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  tests/test_properties.py $(ARGS)
+# 500 random networks a property, others each time; 20 processes killed in training and in reproduce.
+test-deep: $(READY) ## what takes an hour or more: many random networks, many faults
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep MEMDFA_FAULTS=20 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+	  tests/test_properties.py tests/test_faults.py $(ARGS)
 
 check: $(READY) ## what a change must pass: format, lint, types, tests
 	$(PY) -m ruff format --check .

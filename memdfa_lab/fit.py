@@ -67,7 +67,8 @@ def fit(
 ) -> History:
     """Train for `epochs` epochs and return the history.
 
-    The order of the examples depends on (seed, epoch) alone; the last batch of an epoch may be shorter. `scheduler`
+    The order of the examples depends on (seed, epoch) alone (dropout draws from torch's global generator, which is
+    seeded at random in a fresh process: `torch.manual_seed` before building the rule makes it the same); the last batch of an epoch may be shorter. `scheduler`
     makes a learning-rate scheduler for an optimizer; it steps once an epoch. `checkpoint`: a file that is written
     after each epoch, every `save_every_s` seconds within one, and on Ctrl-C, after the running step. If it is there
     already, training goes on where it stopped, with the result of a run that was never cut; `overwrite=True` starts
