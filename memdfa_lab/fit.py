@@ -67,13 +67,13 @@ def fit(
 ) -> History:
     """Train for `epochs` epochs and return the history.
 
-    The order of the examples depends on (seed, epoch) alone (dropout draws from torch's global generator, which is
-    seeded at random in a fresh process: `torch.manual_seed` before building the rule makes it the same); the last batch of an epoch may be shorter. `scheduler`
-    makes a learning-rate scheduler for an optimizer; it steps once an epoch. `checkpoint`: a file that is written
-    after each epoch, every `save_every_s` seconds within one, and on Ctrl-C, after the running step. If it is there
-    already, training goes on where it stopped, with the result of a run that was never cut; `overwrite=True` starts
-    anew. The network trains in training mode, on the device and in the dtype of its weights. `on_epoch(rule, epoch)` is
-    called after each epoch, from 1 on; the numbers that it returns by name become columns of the history.
+    The order of the examples depends on (seed, epoch) alone; dropout draws from torch's global generator, so call
+    `torch.manual_seed` before building the rule. The last batch of an epoch may be shorter. `scheduler` makes a
+    learning-rate scheduler for an optimizer; it steps once an epoch. `checkpoint`: a file that is written after each
+    epoch, every `save_every_s` seconds within one, and on Ctrl-C, after the running step. If it is there already,
+    training goes on where it stopped, with the result of a run that was never cut; `overwrite=True` starts anew. The
+    network trains in training mode, on the device and in the dtype of its weights. `on_epoch(rule, epoch)` is called
+    after each epoch, from 1 on; the numbers that it returns by name become columns of the history.
 
     If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments and takes its part of
     every batch; `batch_size`, loss and accuracies are of the whole. The first rank writes the checkpoint and all read
