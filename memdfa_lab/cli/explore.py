@@ -1,0 +1,19 @@
+"""memdfa explore: the explorers as a page."""
+
+from functools import partial
+from typing import Any
+
+from memdfa_lab.cli.command import add_command
+from memdfa_lab.explore import explore
+
+
+def add_to(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "explore",
+        lambda options: explore(options.port, options.browser, partial(print, flush=True)),
+        "open the explorers as a page of their own in your browser, served on this machine alone",
+        "  memdfa explore\n  memdfa explore --port 8866 --no-browser\n",
+    )
+    command.add_argument("--port", type=int, help="default: one that is free")
+    command.add_argument("--no-browser", dest="browser", action="store_false", help="only say where the page is")

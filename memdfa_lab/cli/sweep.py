@@ -1,0 +1,29 @@
+"""memdfa sweep: many runs."""
+
+from pathlib import Path
+from typing import Any
+
+from memdfa_lab import sweep
+from memdfa_lab.cli.command import add_command
+
+
+def add_to(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "sweep",
+        sweep.command,
+        "run a notebook or train once for each combination of parameters; finished runs are not run again",
+        "  memdfa sweep sweep.yaml --jobs 4\n"
+        "  memdfa sweep sweep.yaml --scheduler tcp://127.0.0.1:8786    # on the workers of a Dask cluster\n"
+        "  memdfa sweep status sweep.yaml\n"
+        "sweep.yaml, here 12 runs; run may be a notebook, too, then with table: NAME, the table that is its result:\n"
+        "  run: train\n"
+        "  parameters: {network: '784-[100]x3-10', epochs: 5}\n"
+        "  grid: {rule: [bp, memdfa], lr: [0.003, 0.01, 0.03], seed: [0, 1]}\n",
+    )
+    add = command.add_argument
+    add("status", nargs="?", choices=["status"], help="only say how far it is")
+    add("file", help="a sweep file; after status, it may be the folder of all runs")
+    add("--out", type=Path, help="folder of all runs; default: reports/runs/NAME for NAME.yaml")
+    add("--jobs", type=int, help="runs at a time on this machine; default: as many as it has cores for")
+    add("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the folder, such as tcp://HOST:8786")
