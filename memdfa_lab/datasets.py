@@ -214,7 +214,10 @@ def _test_exact(path: Path) -> Tensor | None:
     with np.load(path, allow_pickle=False) as packed:
         if "test_exact" not in packed:
             return None
-        exact, tests = packed["test_exact"], packed["y_test"].size
+        try:
+            exact, tests = packed["test_exact"], packed["y_test"].size
+        except ValueError as error:
+            raise ValueError(f"{path}: test_exact cannot be read ({error}), expected bool (N,)") from error
     good = exact.dtype == bool and exact.shape == (tests,)
     _require(good, f"{path}: test_exact is {exact.dtype} {exact.shape}, expected bool ({tests},)")
     return torch.from_numpy(exact)
