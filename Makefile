@@ -49,8 +49,8 @@ test-notebooks: $(READY) ## run the notebooks, outputs compared with those commi
 
 # 500 random networks a property, others each time; 20 processes killed in training and in reproduce.
 test-deep: $(READY) ## what takes an hour or more: many random networks, many faults
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep MEMDFA_FAULTS=20 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  tests/test_properties.py tests/test_faults.py $(ARGS)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep MEMDFA_FAULTS=20 MEMDFA_STEPS=20000 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+	  tests/test_properties.py tests/test_faults.py tests/test_security.py $(ARGS)
 
 check: $(READY) ## what a change must pass: format, lint, types, tests
 	$(PY) -m ruff format --check .

@@ -1,0 +1,131 @@
+"""Files from elsewhere run no code; the same seeds give the same bytes; long use leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import BY_NAME, RULE_NAMES, make_rule
+from reference import assert_identical, refuses
+
+import memdfa_lab as ml
+
+PACKAGE = Path(ml.__file__).parent
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, made: Path):
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+def test_a_checkpoint_is_loaded_without_running_code(tmp_path):
+    data = ml.datasets.load("mnist5k").subset(20, 20)
+    rule = ml.BP(ml.models.build("fc_relu"), partial(torch.optim.SGD, lr=0.1))
+    torch.save({"format": 1, "settings": {}, "rule": Evil(tmp_path / "made")}, tmp_path / "run.pt")
+    with refuses(ValueError, "damaged or not a checkpoint"):
+        ml.fit(rule, data, 1, checkpoint=tmp_path / "run.pt")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("key", [*ml.datasets.KEYS, "test_exact"])
+def test_an_npz_is_loaded_without_running_code(key, tmp_path):
+    x, y = np.arange(2 * 16, dtype=np.uint8).reshape(2, 4, 4), np.array([0, 1])
+    arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y, "test_exact": y == y}
+    np.savez(tmp_path / "d.npz", **arrays)
+    ml.datasets.load(tmp_path / "d.npz")
+    evil = np.empty(2, dtype=object)
+    evil[:] = [Evil(tmp_path / "made")] * 2
+    np.savez(tmp_path / "d.npz", allow_pickle=True, **{**arrays, key: evil})
+    with refuses(ValueError, "d.npz"):
+        ml.datasets.load(tmp_path / "d.npz")
+    assert not (tmp_path / "made").exists()
+
+
+# Unpickling, shells and unpacking that the package would have to do itself; torchvision unpacks what it downloads.
+DANGEROUS = (
+    r"shell=True|os\.system|allow_pickle=True|weights_only=False|pickle\.loads?\(|extractall|yaml\.load\(|\beval\("
+)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_the_package_runs_no_shell_and_no_pickle(file):
+    found = re.findall(DANGEROUS, file.read_text(encoding="utf-8"))
+    assert [match for match in found if match != "eval("] == []
+
+
+# -------------------------------------------------------------------------------------------------------- same bytes
+
+SAME = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from problems import BY_NAME, RULE_NAMES, make_rule, train
+torch.set_num_threads(int(sys.argv[1]))
+made = {{}}
+for name in ("conv_pool", "everything"):
+    for rule in RULE_NAMES:
+        learner = make_rule(rule, BY_NAME[name], "momentum")
+        train(learner, BY_NAME[name])
+        made[name + rule] = learner.state_dict()
+torch.save(made, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("threads", [1])
+def test_the_same_seeds_give_the_same_bytes_in_two_processes(threads, tmp_path):
+    script = SAME.format(tests=str(Path(__file__).parent))
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    for name in ("one.pt", "two.pt"):
+        given = [sys.executable, "-c", script, str(threads), str(tmp_path / name)]
+        subprocess.run(given, check=True, env=env, timeout=300)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert_identical(one, two)
+
+
+# ---------------------------------------------------------------------------------------------------------- long use
+
+
+def in_use() -> tuple[int, int, int]:
+    """Return resident bytes, living tensors and open files."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return pages * os.sysconf("SC_PAGE_SIZE"), tensors, len(os.listdir("/proc/self/fd"))
+
+
+def assert_flat(use, times: int, warm_up: int) -> None:
+    for _ in range(warm_up):
+        use()
+    resident, tensors, files = in_use()
+    for _ in range(times):
+        use()
+    resident_after, tensors_after, files_after = in_use()
+    print(f"{times} times: {resident / 2**20:.1f} -> {resident_after / 2**20:.1f} MiB, {tensors_after} tensors")
+    assert resident_after - resident < 8 * 2**20
+    assert tensors_after == tensors
+    assert files_after == files
+
+
+STEPS = int(os.environ.get("MEMDFA_STEPS", "500"))  # 20000 in make test-deep
+LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+
+
+@LINUX
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_many_steps_leave_nothing_behind(rule):
+    problem = BY_NAME["mlp_relu"]
+    learner = make_rule(rule, problem, partial(torch.optim.SGD, lr=1e-4, momentum=0.9), "regenerated")
+    x, y = problem.x, problem.y
+    assert_flat(lambda: learner.step(x, y), STEPS, 100)
