@@ -438,3 +438,19 @@ def test_figures_draw_what_the_tables_have(measured):
     peaks = figures.peaks_by_network(measured["peaks"]).axes[0]
     bp = next(line for line in peaks.lines if line.get_label() == "BP")
     assert list(bp.get_xdata() * 2**20) == list(measured["peaks"].query("rule == 'bp'")["peak_bytes"])
+
+
+def test_the_report_says_what_the_tables_say():
+    text = (ml_reports().parent / "index.md").read_text()
+    said = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    tables, label = paper.tables.load(ml_reports()), {rule: style[0] for rule, style in figures.STYLES.items()}
+    errors = paper.tables.beside_published(tables["histories"])
+    expected = [
+        paper.tables.claims(tables).drop(columns="figure"),
+        errors[errors["source"].str.startswith("here")],
+        paper.tables.goals(tables["histories"]).replace({"rule": label}),
+        paper.tables.missing(tables["histories"]),
+    ]
+    rows = [list(map(str, row)) for table in expected for row in table.to_numpy().tolist()]
+    assert [row for row in said if row in rows] == rows
+    assert len(said) == len(rows) + 2 * len(expected)  # and a head and a rule each
