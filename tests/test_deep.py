@@ -72,6 +72,20 @@ def test_convolutions_are_the_whole_networks(rule, precision):
         assert_the_same(rule, widgets.Setting("convnet", depth, width, batch, **how))
 
 
+@pytest.mark.parametrize("rule", ["bp", "dfa", "memdfa"])
+def test_one_more_image_does_not_fit(rule):
+    """Where examples go through in parts, too, and what is held is no line."""
+    setting = widgets.Setting("convnet", 5, 3)
+
+    def held(batch: int) -> int:
+        trace = predicted(rule, replace(setting, batch=batch))
+        return trace.peak_bytes + trace.resting_bytes
+
+    for budget in (held(1), held(77), held(301) + 5):
+        batch = chain_of(rule, setting).largest_batch(budget, 6)
+        assert held(batch) <= budget < held(batch + 1)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rule", ["bp", "memdfa", "checkpoint"])

@@ -116,7 +116,7 @@ class Chain:
         """Return a batch that fits while one example more does not; 0 if not even the smallest fits."""
         start = self.linear_from
         if self.held_bytes(blocks, start) > budget_bytes:
-            return _last(lambda batch: self.held_bytes(blocks, batch) <= budget_bytes, self.least_batch, start)
+            return _last_by_slope(lambda batch: self.held_bytes(blocks, batch), budget_bytes, self.least_batch, start)
         one, two = self.step(blocks, start), self.step(blocks, start + 1)  # lines, whose slopes are whole numbers
         slopes = two.resting_bytes - one.resting_bytes + two.totals - one.totals
         return start + int(((budget_bytes - one.resting_bytes - one.totals) // slopes).min())
@@ -191,6 +191,24 @@ def _visits(trace: Trace) -> list[Visit]:
         else:
             visits.append(Visit(event.block, place, place + 1))
     return visits
+
+
+def _last_by_slope(held: Callable[[int], int], budget_bytes: int, low: int, high: int) -> int:
+    """Return `_last` of what fits the budget, in few questions where it grows about linearly; `high` must not fit."""
+    if low >= high or held(low) > budget_bytes:
+        return 0
+    least, most, step = held(low), held(high), 1
+    guess = low + int((high - low) * (budget_bytes - least) / (most - least))
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        if held(guess) <= budget_bytes:
+            low, guess = guess, guess + step
+        else:
+            high, guess = guess, guess - step
+        if not low < guess < high:  # between two guesses
+            guess, step = (low + high) // 2, 0
+        step *= 2
+    return low
 
 
 def _last(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -35,6 +35,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": t
 OF_A_CHAIN = (
     "family", "inputs", "width", "classes", "activation", "batch_norm", "optimizer", "feedback", "precision"
 )  # fmt: skip
+NEVER = 10**8  # a batch that nobody has: each is predicted by itself
 MOST_LAYERS = 10_000  # that are tried against the budget
 MOMENTS = 500  # drawn of a step; of more, the fullest of each stretch
 LIMITS = {"depth": 1000, "width": 16_384, "batch": 1_000_000, "inputs": 1_000_000, "classes": 100_000}
@@ -234,6 +235,8 @@ def _chain(rule: str, setting: Setting) -> Chain:
     outputs = s.width * (math.prod(image[1:]) if s.family == "convnet" else 1)
     quarters_from = math.ceil(4 * SMALL_BYTES / (outputs * PRECISIONS[s.precision].itemsize))
     linear_from = quarters_from if rule in ("dfa", "memdfa") else 1
+    if rule in ("dfa", "memdfa") and s.family == "convnet" and not s.batch_norm:
+        linear_from = NEVER  # examples go through in eighths, of which the last may be smaller
     return Chain(predicted, linear_from, segmented=rule.startswith("checkpoint"), least_batch=2 if s.batch_norm else 1)
 
 
