@@ -79,11 +79,16 @@ def pictures(tmp_path):
 @pytest.fixture
 def lab(tmp_path):
     """Start JupyterLab on a copy of the notebook, with no settings but its own; yield the notebook's address."""
-    shutil.copy(NOTEBOOK, tmp_path)
+    root = tmp_path / "notebooks"  # with nothing in it that comes and goes: JupyterLab would ask where it is
+    root.mkdir()
+    shutil.copy(NOTEBOOK, root)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
+    settings = {
+        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"},
+        "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
+    }
     (tmp_path / "settings").mkdir()
     (tmp_path / "settings" / "overrides.json").write_text(json.dumps(settings))
     own = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "RUNTIME", "DATA")}
@@ -94,7 +99,7 @@ def lab(tmp_path):
         "--allow-root",
         "--ServerApp.port_retries=0",
         "--IdentityProvider.token=explore",
-        f"--ServerApp.root_dir={tmp_path}",
+        f"--ServerApp.root_dir={root}",
         "--LabApp.expose_app_in_browser=True",
         f"--LabApp.app_settings_dir={tmp_path / 'settings'}",
     ]
