@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -126,11 +126,18 @@ def lab(tmp_path):
 def served(tmp_path):
     """Run `memdfa explore`; yield the address that it says."""
     pytest.importorskip("voila", reason='no Voila: pip install "memdfa_lab[explore]"')
-    command = [sys.executable, "-c", "from memdfa_lab.cli import main; import sys; sys.exit(main())"]
+    # Where tests run in the background, Ctrl-C is ignored, and processes inherit that.
+    command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command += "; from memdfa_lab.cli import main; sys.exit(main(['explore', '--no-browser']))"
     environment = {name: value for name, value in os.environ.items() if name != "MEMDFA_DATA"}
     with (tmp_path / "log").open("w") as log:
         done = subprocess.Popen(
-            [*command, "explore", "--no-browser"], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, "-c", command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # with Voila, to be ended as one
         )
     try:
         said = done.stdout.readline()
@@ -141,7 +148,8 @@ def served(tmp_path):
         assert done.wait(timeout=60) == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
     finally:
-        done.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(done.pid, signal.SIGKILL)
         done.communicate()
 
 
