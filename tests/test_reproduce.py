@@ -207,7 +207,7 @@ def test_a_real_notebook_leaves_figures_and_tables(tmp_path):
     assert table["loss"][0] == table["loss"][1]
     assert "widget-view" not in (out / "02_mnist_mlp.ipynb").read_text(encoding="utf-8")  # a progress bar
     page = (out / "index.html").read_text(encoding="utf-8")
-    for name in names - {"index.html", "run.json", "02_mnist_mlp"}:
+    for name in names - {"index.html", "run.json", ".run.json.lock", "02_mnist_mlp"}:
         assert f'="{name}"' in page, f"{name} is not on the page"
     assert "epochs = 1" in page
 
