@@ -48,6 +48,7 @@ def locked(path: str | Path) -> Iterator[None]:
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     with _folder_of(path):
+        Path(lock.lock_file).touch()  # where that fails, the lock would only be waited for
         try:
             lock.acquire(timeout=0)
         except Timeout:

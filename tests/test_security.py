@@ -55,7 +55,10 @@ def test_an_npz_is_loaded_without_running_code(key, tmp_path):
 
 
 # Unpickling, shells and unpacking that the package would have to do itself; torchvision unpacks what it downloads.
-DANGEROUS = r"shell=True|os\.system|allow_pickle=True|weights_only=False|pickle\.loads?\(|extractall|yaml\.\w*load\w*\(|\beval\("
+DANGEROUS = (
+    r"shell=True|os\.system|allow_pickle=True|weights_only=False|pickle\.loads?\(|extractall|yaml\.\w*load\w*\("
+    r"|\beval\("
+)
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)

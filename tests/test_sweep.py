@@ -50,7 +50,9 @@ def tiny(tmp_path):
 
 
 def command(*arguments, **options):
-    return subprocess.Popen([sys.executable, "-m", "memdfa_lab", "sweep", *map(str, arguments)], text=True, **options)
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # background jobs ignore it
+    code += "; from memdfa_lab.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, "sweep", *map(str, arguments)], text=True, **options)
 
 
 def until(true, process=None, seconds=120):
