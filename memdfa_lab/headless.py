@@ -37,8 +37,7 @@ class HeadlessEngine(NBClientEngine):
                 config=Config({"KernelManager": socket} if os.name == "posix" else {}),
             )
             client.comm_open_handlers = {}
-            # OpenMP's idle threads spin if not told otherwise, at the cost of the other kernels of a sweep.
-            return client.execute(env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TQDM_DISABLE": "1"})
+            return client.execute(env={**os.environ, "TQDM_DISABLE": "1"})
 
 
 papermill_engines.register(ENGINE, HeadlessEngine)
