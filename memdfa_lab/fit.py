@@ -1,13 +1,11 @@
 """Epochs over a dataset: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
 import os
-import signal
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.distributed import digest
 from memdfa_lab.files import locked, write_text, written_whole
+from memdfa_lab.interrupt import interrupt_after_step
 from memdfa_lab.names import whole
 from memdfa_lab.rules import Rule
 
@@ -111,7 +110,7 @@ def fit(
     saved_at = time.monotonic()
     lock = nullcontext() if written is None else locked(written)
     shown = progress and group.rank == 0
-    with lock, _interrupt_after_step() as interrupt, _bar(epochs * batches, shown) as bar:
+    with lock, interrupt_after_step() as interrupt, _bar(epochs * batches, shown) as bar:
         bar.update(run.epoch * batches + run.batch)
         while run.epoch < epochs:
             order = _order(len(data.x_train), seed, run.epoch)
@@ -266,31 +265,6 @@ def _settings(rule: Rule, data: "Data", batch_size: int, seed: int) -> dict[str,
 def _order(n: int, seed: int, epoch: int) -> Tensor:
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
-
-
-@dataclass
-class _Interrupt:
-    asked: bool = False
-
-
-@contextmanager
-def _interrupt_after_step() -> Iterator[_Interrupt]:
-    """Note the first Ctrl-C, so that the running step ends and is saved; a second one acts at once."""
-    interrupt = _Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield interrupt
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        interrupt.asked = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _bar(total: int, progress: bool) -> Any:
