@@ -16,7 +16,7 @@ BIN := $(filter-out ./,$(dir $(PY)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env reproduce paper test test-notebooks test-deep check notebooks lab book clean
+.PHONY: help env reproduce paper test test-notebooks test-deep check notebooks lab book audit clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,9 @@ book: $(if $(READY),$(VENV)/.book) ## make README, the notebooks and a reference
 	$(PY) -m sphinx -E -W --keep-going -q -d build/doctrees -c notebooks/book . build/book
 	@echo 'open file://$(CURDIR)/build/book/index.html'
 
+audit: $(if $(READY),$(VENV)/.audit) ## ask PyPI whether what is installed has known weaknesses
+	$(PY) -m pip_audit --skip-editable --progress-spinner off
+
 clean: ## remove caches and builds; .venv, data and reports stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find memdfa_lab notebooks tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
@@ -87,4 +90,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.book: $(READY)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[book]"
+	@touch $@
+
+$(VENV)/.audit: $(READY)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check pip-audit
 	@touch $@

@@ -70,16 +70,18 @@ def check_parameters(namespace: dict[str, Any], **expected: Any) -> None:
 
     What is expected: a set of allowed values, a range of whole numbers, a type, a (low, high) tuple for a number, a
     list of one of these for a non-empty list, or a tuple with None in it for something that may be left out.
-    Raises ValueError, one line, for the first parameter that does not fit, and for a name that is no parameter.
+    Raises ValueError, one line, for the first parameter that does not fit, and for a name that is no parameter; but
+    only in a fresh kernel: if the cells are run again, names that later ones made are there, too.
     """
     shell = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-    for name, value in namespace.items():
+    for name, value in namespace.items() if "_parameters_checked" not in namespace else ():
         is_parameter = isinstance(value, (str, int, float, bool, list, dict, type(None))) and name not in shell
         if is_parameter and not name.startswith("_"):
             known("parameter", name, expected)
     for name, what in expected.items():
         if not _fits(namespace[name], what):
             raise ValueError(f"parameter {name} must be {_describe(what)}, got {namespace[name]!r}")
+    namespace["_parameters_checked"] = True
 
 
 def _fits(value: Any, what: Any) -> bool:

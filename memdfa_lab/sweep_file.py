@@ -90,7 +90,7 @@ def _read(file: Path) -> Sweep:
     }
     said |= {"table": None, **_yaml(file)}
     forms: dict[str, Any] = {"grid": (None, dict), "list": (None, [dict]), "table": (None, str), "timeout_s": (1, 1e7)}
-    check_parameters(said, run=str, parameters=dict, retries=range(101), threads=range(1, 1025), **forms)
+    check_parameters(dict(said), run=str, parameters=dict, retries=range(101), threads=range(1, 1025), **forms)
     notebook = None if said["run"] == "train" else _notebook(file.parent, said["run"])
     expected = _expected(notebook, said["table"])
     runs: dict[str, dict[str, Any]] = {}
@@ -120,7 +120,7 @@ def _yaml(file: Path) -> dict[str, Any]:
     number = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        said = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        said = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506, it is a SafeLoader
     except yaml.YAMLError as problem:
         raise ValueError(f"not YAML, {problem}") from problem
     if not isinstance(said, dict):

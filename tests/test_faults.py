@@ -6,6 +6,7 @@ MEMDFA_FAULTS is how many kills each test gets, 2 if not set.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -131,6 +132,39 @@ def test_reproduce_killed_at_random_moments_ends_as_if_never_killed(tmp_path):
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
     states = [torch.load(tmp_path / out / "01_train" / "checkpoint.pt", weights_only=True) for out in ("cut", "whole")]
     assert_identical(states[0]["rule"], states[1]["rule"])
+
+
+def test_a_sweep_killed_at_random_moments_ends_as_if_never_killed(tmp_path):
+    """The client is killed, and what it started with it or left behind; each run is there once, and no half of one."""
+    said = {
+        "run": "train",
+        "parameters": {"network": NETWORK, "epochs": 2, "batch_size": 200},
+        "grid": {"rule": ["bp", "memdfa"], "seed": list(range(2 + FAULTS))},
+    }
+    (tmp_path / "s.yaml").write_text(json.dumps(said))
+
+    def run(out: str) -> subprocess.Popen[str]:
+        return start("sweep", tmp_path / "s.yaml", "--out", tmp_path / out, "--jobs", 1)
+
+    moments, killed = random.Random(2), 0
+    for _ in range(FAULTS):
+        finished = len(list((tmp_path / "cut" / "runs").glob("*/done.json")))
+        process = run("cut")
+        until_more = time.monotonic() + 120
+        while process.poll() is None and len(list((tmp_path / "cut" / "runs").glob("*/done.json"))) == finished:
+            assert time.monotonic() < until_more, "no run was finished"
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.7))
+        killed += kill(process)
+    assert killed >= FAULTS / 2, "it ended before it was killed: give it more runs"
+    tables = []
+    for out in ("cut", "whole"):
+        process = run(out)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        tables.append(pd.read_csv(tmp_path / out / "results.csv").drop(columns="seconds"))
+    assert len(tables[0]) == 2 * 2 * (2 + FAULTS)
+    pd.testing.assert_frame_equal(*tables)
 
 
 @pytest.fixture

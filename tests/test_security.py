@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 import subprocess
@@ -10,11 +11,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
+from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from problems import BY_NAME, RULE_NAMES, make_rule
 from reference import assert_identical, refuses
+from test_notebooks import PATHS, QUICK
 
 import memdfa_lab as ml
 
@@ -85,7 +92,7 @@ torch.save(made, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("threads", [1])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seeds_give_the_same_bytes_in_two_processes(threads, tmp_path):
     script = SAME.format(tests=str(Path(__file__).parent))
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -121,6 +128,7 @@ def assert_flat(use, times: int, warm_up: int) -> None:
 
 
 STEPS = int(os.environ.get("MEMDFA_STEPS", "500"))  # 20000 in make test-deep
+CALLS = STEPS // 100  # of measure and predict: 200 there
 LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 
 
@@ -131,3 +139,57 @@ def test_many_steps_leave_nothing_behind(rule):
     learner = make_rule(rule, problem, partial(torch.optim.SGD, lr=1e-4, momentum=0.9), "regenerated")
     x, y = problem.x, problem.y
     assert_flat(lambda: learner.step(x, y), STEPS, 100)
+
+
+@LINUX
+def test_many_predictions_and_measurements_leave_nothing_behind():
+    """Of many shapes: what predictions remember of each other is bounded."""
+    problem, sizes = BY_NAME["conv_pool"], itertools.count(2)
+    learner = make_rule("memdfa", problem, "momentum")
+
+    def use() -> None:
+        ml.memory.measure(learner, problem.x, problem.y)
+        ml.memory.predict("memdfa", lambda: ml.models.mlp(20, [next(sizes)] * 3, 4), (8, 20))
+
+    assert_flat(use, CALLS, 20)
+
+
+def test_what_predictions_remember_is_bounded(monkeypatch):
+    module = sys.modules["memdfa_lab.memory.predict"]
+    monkeypatch.setattr(module, "MOST_SEEN", 50)
+    expected = [ml.memory.predict("bp", "fc_relu", (batch, 1, 28, 28)).peak_bytes for batch in (3, 4)]
+    for batch, peak in zip((3, 4) * 2, expected * 2, strict=True):
+        assert ml.memory.predict("bp", "fc_relu", (batch, 1, 28, 28)).peak_bytes == peak
+        assert len(module._ShapesAlone.seen) <= 50
+
+
+IN_USE = """
+import gc, os, sys, torch
+gc.collect()
+pages = int(open('/proc/self/statm').read().split()[1])
+tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+print(pages * os.sysconf('SC_PAGE_SIZE'), tensors, len(os.listdir('/proc/self/fd')))
+"""
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [PATHS[1]] if CALLS < 200 else PATHS, ids=lambda path: path.stem)
+def test_a_notebook_run_again_and_again_in_one_kernel_leaves_nothing_behind(path, tmp_path):
+    has = papermill.inspect_notebook(str(path))
+    given = {name: value for name, value in QUICK.items() if name in has} | {"out": str(tmp_path)}
+    notebook = parameterize_notebook(load_notebook_node(str(path)), given)
+    asks = nbformat.v4.new_code_cell(IN_USE)
+    found = []
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
+    with client.setup_kernel():
+        for _ in range(3 + max(2, CALLS // 20)):
+            for place, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, place)
+            notebook.cells.append(asks)
+            client.execute_cell(asks, len(notebook.cells) - 1)
+            notebook.cells.pop()
+            found.append([int(number) for number in asks.outputs[0].text.split()])
+    print(path.stem, found)
+    assert found[-1][0] - found[2][0] < 16 * 2**20
+    assert found[-1][1:] == found[2][1:]

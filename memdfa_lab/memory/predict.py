@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -23,6 +23,7 @@ from memdfa_lab.memory.trace import Trace
 from memdfa_lab.names import known, whole
 
 META = torch.device("meta")
+MOST_SEEN = 10_000  # operations of which is remembered what comes out
 aten = torch.ops.aten
 native: Any = torch._C  # its stubs lack some of it
 # What torch has for some devices alone, the CPU among them: clipping many tensors at once, Adam(fused=True).
@@ -104,12 +105,11 @@ def kept_bytes(run: Callable[[nn.Module, Tensor], Any], blocks: nn.Sequential, x
 class _ShapesAlone(TorchDispatchMode):
     """Run operations for the shapes alone, on the meta device, and answer each question about a value with 1.
 
-    What comes out follows from the shapes that go in, and blocks are often alike: nothing is worked out twice.
+    What comes out follows from the shapes that go in, and blocks are often alike, as predictions are that follow one
+    another: nothing is worked out twice.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[Any, Again] = {}
+    seen: ClassVar[dict[Any, Again]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -120,14 +120,16 @@ class _ShapesAlone(TorchDispatchMode):
             return 1
         if func.is_view:
             return _on_meta(func, args, kwargs)
-        key = (func, _shapes(args), _shapes(kwargs))
-        again = self._seen.get(key)
+        key = (func, _shapes(args), _shapes(kwargs), torch.get_default_dtype())
+        again = self.seen.get(key)
         if again is not None:
             return again(args, kwargs)
         out = _on_meta(func, args, kwargs)
         again = None if torch.Tag.inplace_view in func.tags else _again(out, args, kwargs)
-        if again is not None and key == (func, _shapes(args), _shapes(kwargs)):  # out=... may be resized
-            self._seen[key] = again
+        if again is not None and key[1:3] == (_shapes(args), _shapes(kwargs)):  # out=... may be resized
+            if len(self.seen) >= MOST_SEEN:
+                self.seen.clear()
+            self.seen[key] = again
         return out
 
 

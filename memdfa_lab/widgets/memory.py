@@ -66,10 +66,11 @@ class MemoryExplorer(base.Explorer):
         self._explored = explored = explore(self.setting)
         self.numbers.value, self.code.value = explored.html(), _code(explored.setting.code)  # pictures take longer
         alt = explored.summary()
-        depths, steps = explored.depth_figure(), explored.steps_figure()
         legend = 0.8 + 0.07 * max(len(ALL_RULES[rule]) for rule in explored.setting.rules)
-        self.depths.value = base.image(depths, f"Bytes against depth. {alt}", (0.9, 0.5, legend, 0.25))
-        self.profiles.value = base.image(steps, f"One step of each rule. {alt}", (0.9, 0.85, 0.15, 0.3), (0.08, 0.35))
+        depths = base.image(explored.depth_figure(), f"Bytes against depth. {alt}", (0.9, 0.5, legend, 0.25))
+        self.depths.value = depths  # on the screen while the next is drawn
+        margins, between = (0.9, 0.85, 0.15, 0.3), (0.08, 0.35)
+        self.profiles.value = base.image(explored.steps_figure(), f"One step of each rule. {alt}", margins, between)
         if self._loop is not None:
             if self._later is not None:
                 self._later.cancel()
