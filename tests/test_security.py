@@ -183,7 +183,7 @@ def test_a_notebook_run_again_and_again_in_one_kernel_leaves_nothing_behind(path
     found = []
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
     with client.setup_kernel():
-        for _ in range(3 + max(2, CALLS // 20)):
+        for _ in range(3 + max(2, CALLS // 50)):
             for place, cell in enumerate(notebook.cells):
                 client.execute_cell(cell, place)
             notebook.cells.append(asks)

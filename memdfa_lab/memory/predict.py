@@ -23,7 +23,7 @@ from memdfa_lab.memory.trace import Trace
 from memdfa_lab.names import known, whole
 
 META = torch.device("meta")
-MOST_SEEN = 10_000  # operations of which is remembered what comes out
+MOST_SEEN = 2_000  # operations of which is remembered what comes out
 aten = torch.ops.aten
 native: Any = torch._C  # its stubs lack some of it
 # What torch has for some devices alone, the CPU among them: clipping many tensors at once, Adam(fused=True).
