@@ -9,7 +9,7 @@ the weights above come to agree with B (Lillicrap et al. 2016; Nøkland 2016).
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.checks import check_batch, check_data
 from memdfa_lab.fit import _order
-from memdfa_lab.names import known
+from memdfa_lab.names import known, of_kind, whole
 from memdfa_lab.recompute import buffers_put_back, forward_without_trace, generators_put_back
 from memdfa_lab.rules import BP, Rule
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from memdfa_lab.datasets import Data
 
 T = TypeVar("T")
+RULE = "a rule, such as ml.MemDFA(model, optimizer)"
 Step = Callable[..., Tensor]  # a rule's step as a function of rule, x and y
 Directions = list[list[Tensor]]  # for each block tensors that are one vector together; none: it is not taught
 
@@ -42,8 +44,9 @@ def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float
     (training or not) that it is in, and the rule is left as it is: weights, buffers, gradients, optimizer state,
     feedback and torch's generators.
 
-    Raises ValueError for another `of`, and what `rule.step` raises.
+    Raises ValueError for another `of`, TypeError for what is no rule, and what `rule.step` raises.
     """
+    _check(rule, x)
     directions = known("angle of", of, {"gradient": _gradients, "signal": _signals})
     ours, exact = (directions(step, rule, x, y) for step in (type(rule).step, BP.step))
     return [_angle(one, other) for one, other in zip(ours, exact, strict=True)]
@@ -52,7 +55,7 @@ def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float
 def follow(
     rule: Rule,
     data: "Data",
-    at: Sequence[int],
+    at: Iterable[int],
     batch_size: int = 100,
     *,
     probe: int = 500,
@@ -63,10 +66,21 @@ def follow(
 
     They are taken on the first `probe` training images, always the same. `before_step(rule, step)` may change
     something, such as B, before each step, from 0 on. Columns: step, block (from 1 on), gradient_deg, signal_deg.
-    Raises what `rule.step` raises.
+    Raises TypeError or ValueError for what is no rule, data or function, for numbers below 1 (`at`, `seed`: below 0)
+    and an empty `at`, all before the first step; and what `rule.step` raises.
     """
     import pandas as pd
 
+    of_kind("rule", rule, Rule, RULE)
+    check_data("follow", data)
+    of_kind("at", at, Iterable, "a list of numbers of steps, such as [0, 100]")
+    at = {whole("a number of steps in at", step, 0) for step in at}
+    if not at:
+        raise ValueError("at is empty: name the numbers of steps after which to take angles, such as [0, 100]")
+    for name, value, least in (("batch_size", batch_size, 1), ("probe", probe, 1), ("seed", seed, 0)):
+        whole(name, value, least)
+    if before_step is not None:
+        of_kind("before_step", before_step, Callable, "a function of the rule and the step")
     rule.blocks.train()
     like = next(rule.blocks.parameters())
     x, y = data.x_train[:probe].to(like), data.y_train[:probe].to(like.device)
@@ -81,6 +95,11 @@ def follow(
                 before_step(rule, step)
             rule.step(data.x_train[chosen].to(like), data.y_train[chosen].to(like.device))
     return pd.DataFrame(rows, columns=["step", "block", "gradient_deg", "signal_deg"])
+
+
+def _check(rule: object, x: object) -> None:
+    of_kind("rule", rule, Rule, RULE)
+    check_batch(x)
 
 
 def _gradients(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
@@ -149,8 +168,9 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
     The block is told -s, its signal under DFA and MEM-DFA (e for the last). A small step of plain SGD moves its output,
     for all examples of the batch x (N, ...) together, by -lr J J^T s, with J the slopes of the output by the weights.
     Few weights behind many outputs cannot do what is asked of each. NaN for a block that trains nothing. The rule is
-    left as it is.
+    left as it is. Raises TypeError for what is no rule, and what `rule.step` raises for a batch.
     """
+    _check(rule, x)
     found, h = [], x
     with torch.enable_grad(), generators_put_back(x.device), buffers_put_back(rule.blocks):
         _, e = rule.error(forward_without_trace(rule.chain, x), y)

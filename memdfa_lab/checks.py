@@ -17,6 +17,12 @@ def check_batch(x: Any) -> None:
     check_finite("x holds NaN or inf", x)
 
 
+def check_data(who: str, data: object) -> None:
+    """Raise TypeError if this is no data set; `who` takes it."""
+    if not hasattr(data, "x_train"):
+        raise TypeError(f"{who} takes data as ml.datasets.load returns it, not a {type(data).__name__}")
+
+
 def scalar_loss(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any) -> Tensor:
     """Return the loss, 0-d. Raises ValueError, one line, if there is none for these logits and y."""
     try:

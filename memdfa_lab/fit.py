@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.checks import check_data
 from memdfa_lab.distributed import digest
 from memdfa_lab.files import locked, write_text, written_whole
 from memdfa_lab.interrupt import interrupt_after_step
@@ -86,8 +87,7 @@ def fit(
         whole(name, value, least)
     if not isinstance(rule, Rule):
         raise TypeError(f"fit takes a rule, such as ml.MemDFA(model, optimizer), not a {type(rule).__name__}")
-    if not hasattr(data, "x_train"):
-        raise TypeError(f"fit takes data as ml.datasets.load returns it, not a {type(data).__name__}")
+    check_data("fit", data)
     for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")

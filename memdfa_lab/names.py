@@ -1,10 +1,10 @@
-"""Check what is given, a name or a number, and say in one line what was expected."""
+"""Check what is given, a name, a number or an object, and say in one line what was expected."""
 
 import difflib
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -18,10 +18,11 @@ def known(what: str, name: object, table: Mapping[str, T]) -> T:
     raise ValueError(f"unknown {what} {name!r}{hint} (there are: {', '.join(table)})")
 
 
-def whole(what: str, value: object, least: int = 1) -> int:
-    """Return the value as an int. Raises ValueError, one line, if it is not a whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{what} must be a whole number from {least} on, got {value!r}")
+def whole(what: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """Return the value as an int. Raises ValueError, one line, if it is no whole number from `least` on, to `most`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most and int(value) > most):
+        upper = f"to {most:,}" if most else "on"
+        raise ValueError(f"{what} must be a whole number from {least} {upper}, got {value!r}")
     return int(value)
 
 
@@ -31,3 +32,9 @@ def number(what: str, value: object, least: float = 0, or_more: bool = True) -> 
     if not math.isfinite(given) or given < least or (given == least and not or_more):
         kind = f"from {least} on" if or_more else f"above {least}"
         raise ValueError(f"{what} must be a finite number {kind}, got {value!r}")
+
+
+def of_kind(what: str, value: object, kind: Any, wanted: str) -> None:
+    """Raise TypeError, one line that says what is wanted, if the value is not an instance of the kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be {wanted}, not a {type(value).__name__}")
