@@ -8,7 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.style import BELOW, HATCHED, MIB, SETTINGS, STYLES
+from memdfa_lab.names import known, number
 
 # task -> colour, hatch
 TASKS = {
@@ -26,6 +28,7 @@ LINES: list[Any] = [
 ]
 
 
+@needs("network", "ranks", "gradient_bytes", "sent_bytes")
 def sent(table: pd.DataFrame) -> Figure:
     """Draw the bytes that a rank sends in a step against the number of ranks, a line a network: the ring's formula.
 
@@ -33,7 +36,7 @@ def sent(table: pd.DataFrame) -> Figure:
     """
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
-        longest = range(1, 2 * table["ranks"].max() + 1)
+        longest = range(1, 2 * int(table["ranks"].max()) + 1)
         for (network, rows), look in zip(table.groupby("network", sort=False), 10 * LINES, strict=False):
             gradient = rows["gradient_bytes"].iloc[0] / MIB
             ring = [2 * (R - 1) / R * gradient for R in longest]
@@ -47,11 +50,19 @@ def sent(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("machine", "task", "batch", "start", "end", each=True)
 def pipelines(simulations: Mapping[str, pd.DataFrame], batch: int = 1) -> Figure:
     """Draw who computes what when, a panel a rule and a row a machine; `batch` is in strong colours.
 
-    A simulation is a table of `pipeline.simulate`. Time begins with the batch and ends when the next one is done.
+    A simulation is a table of `pipeline.simulate`: machine, task, batch, start, end. Time begins with the batch and
+    ends when the next one is done. Raises ValueError where one of the two is missing.
     """
+    for rule, table in simulations.items():
+        known("rule", rule, STYLES)
+        for task in table["task"].unique():
+            known("task", task, TASKS)
+        if not {batch, batch + 1} <= set(table["batch"]):
+            raise ValueError(f"batch {batch!r} or the one after it is not in simulations[{rule!r}]: choose another")
     with plt.rc_context(HATCHED):
         size = (8, 1.55 * len(simulations) + 0.9)
         figure, panels = plt.subplots(
@@ -70,7 +81,7 @@ def pipelines(simulations: Mapping[str, pd.DataFrame], batch: int = 1) -> Figure
                     ]
                     look: Any = {"facecolor": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
                     axes.broken_barh(bars, (float(str(machine)) - 0.42, 0.84), alpha=1 if strong else 0.35, **look)
-            machines = range(table["machine"].max() + 1)
+            machines = range(int(table["machine"].max()) + 1)
             axes.set(yticks=machines, yticklabels=[str(machine + 1) for machine in machines], ylabel="machine")
             axes.set_ylim(machines[-1] + 0.6, -0.6)
             axes.set_title(STYLES[rule][0], fontsize=10, loc="left")
@@ -84,11 +95,13 @@ def pipelines(simulations: Mapping[str, pd.DataFrame], batch: int = 1) -> Figure
     return figure
 
 
+@needs("rule", "x", "busy", "rate", each=True)
 def utilisation(tables: Mapping[str, pd.DataFrame], ideal: float = 1 / 3) -> Figure:
     """Draw how busy machines are and how fast they learn: a column a table, named by what is on its x axis.
 
     A table has the columns rule, x, busy and rate; `ideal` is the rate of BP that never waits.
     """
+    number("ideal", ideal, or_more=False)
     with plt.rc_context(SETTINGS):
         size = (8, 5.2)
         figure, panels = plt.subplots(2, len(tables), figsize=size, layout="constrained", squeeze=False, sharey="row")

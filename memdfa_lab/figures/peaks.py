@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from memdfa_lab.figures.needs import check_table, needs
 from memdfa_lab.figures.style import (
     BELOW,
     FILLS,
@@ -19,6 +20,7 @@ from memdfa_lab.figures.style import (
     two_a_row,
     visible,
 )
+from memdfa_lab.names import number
 
 # What rests between steps, and beside it what a rule's step adds: column -> label, look
 RESTING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,11 +31,14 @@ RESTING: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@needs("rule", "{x}", "peak_bytes")
 def peak_against(table: pd.DataFrame, x: str, xlabel: str, measured: pd.DataFrame | None = None) -> Figure:
     """Draw peaks above rest against depth, batch or width, a line a rule, both axes logarithmic.
 
-    `table` has the columns rule, peak_bytes and the one named by `x`; so has `measured`, drawn as rings on top.
+    `table` has the columns rule, peak_bytes and the one named by `x`; `measured`, drawn as rings on top, needs no rule.
     """
+    if measured is not None:
+        check_table("measured", measured, [x, "peak_bytes"])
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
         for rule, rows in table.groupby("rule", sort=False):
@@ -49,6 +54,7 @@ def peak_against(table: pd.DataFrame, x: str, xlabel: str, measured: pd.DataFram
     return figure
 
 
+@needs("{x}", one_of=RESTING)
 def rest_against(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
     """Draw what rests between steps, a line a part, beside what comes and goes; both axes logarithmic.
 
@@ -65,6 +71,7 @@ def rest_against(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
     return figure
 
 
+@needs("rule", one_of=FILLS)
 def peak_fillings(table: pd.DataFrame) -> Figure:
     """Draw what fills each rule's peak, a stacked bar a rule.
 
@@ -90,6 +97,7 @@ def peak_fillings(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("network", "batch_size", "rule", "feedback", "ratio", "ratio_low", "ratio_high", "peak_bytes")
 def frontier(table: pd.DataFrame) -> Figure:
     """Draw time against memory, a panel a network and a point a contender of `bench`: down and left is better.
 
@@ -119,10 +127,11 @@ def frontier(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("rule", "peak_bytes", "run_again")
 def keep_frontier(table: pd.DataFrame) -> Figure:
     """Draw how much is run twice against the peak: MEM-DFA as it keeps more, beside checkpointing with more segments.
 
-    `table` has the columns rule, setting, peak_bytes and run_again, the part of the blocks that run forward twice.
+    `table` has the columns rule, peak_bytes and run_again, the part of the blocks that run forward twice.
     """
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
@@ -135,11 +144,15 @@ def keep_frontier(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("rule", "depth", "bytes")
 def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: int | None = None) -> Figure:
     """Draw bytes against depth, a line a rule, both axes logarithmic; one depth, and the budget if given, are marked.
 
     `table` has the columns rule, depth and bytes, and a row a rule at `depth`.
     """
+    number("depth", depth, or_more=False)
+    if budget_bytes is not None:
+        number("budget_bytes", budget_bytes, or_more=False)
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
         for rule, rows in table.groupby("rule", sort=False):
@@ -157,6 +170,7 @@ def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: in
     return figure
 
 
+@needs("network", "batch_size", "rule", "depth", "peak_bytes", "measured_bytes", "formula_bytes")
 def theory_and_measurement(table: pd.DataFrame) -> Figure:
     """Draw peaks against depth, a panel a network: predicted (lines), measured (rings), closed forms (crosses).
 
@@ -187,16 +201,18 @@ def theory_and_measurement(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("network", "batch_size", "rule", "peak_bytes")
 def peaks_by_network(table: pd.DataFrame) -> Figure:
     """Draw a line a network, with a mark for each rule's peak above rest.
 
     `table` has the columns network, batch_size, rule and peak_bytes.
     """
     with plt.rc_context(SETTINGS):
-        names = list(dict.fromkeys(table["network"] + ", " + table["batch_size"].astype(str)))
+        cases = table["network"].astype(str) + ", " + table["batch_size"].astype(str)
+        names = list(dict.fromkeys(cases))
         figure, axes = plt.subplots(figsize=(8, 0.27 * len(names) + 1.4), layout="constrained")
         place = {name: at for at, name in enumerate(names)}
-        at = (table["network"] + ", " + table["batch_size"].astype(str)).map(place)
+        at = cases.map(place)
         ends = table.groupby(at)["peak_bytes"].agg(["min", "max"]) / MIB
         axes.hlines(ends.index, ends["min"], ends["max"], color="#bbbbbb", lw=1, zorder=1)
         for rule, rows in table.groupby("rule", sort=False):

@@ -8,14 +8,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.style import FILLS, FILLS_AT_REST, HATCHED, MIB, legend_below, two_a_row, visible
 from memdfa_lab.memory.trace import readable
+from memdfa_lab.names import known
 
 
+@needs("phase", "category", "bytes", "total_bytes", each=True)
 def memory_profiles(timelines: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw one step of each rule: bytes above rest, stacked by category, against operations, the peak marked.
 
-    `timelines`: label -> `Trace.timeline`. Phases are shaded and named; the vertical axis is shared.
+    `timelines`: label -> `Trace.timeline`, of which phase, category, bytes and total_bytes are drawn. Phases are
+    shaded and named; the vertical axis is shared.
     """
     with plt.rc_context(HATCHED):
         figure, panels = two_a_row(len(timelines), 2.6, sharey=True)
@@ -35,11 +39,14 @@ def memory_profiles(timelines: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+@needs("phase", each=True, one_of={**FILLS_AT_REST, **FILLS})
 def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
     """Draw one step of each rule, bytes stacked by category, the peak marked; the vertical axis is shared.
 
     `steps`: label -> a row a moment, with the column phase and a column of bytes a category, the lowest first.
     """
+    for name in {name: None for table in steps.values() for name in table.columns.drop("phase")}:
+        known("category", name, {**FILLS_AT_REST, **FILLS})
     top = max(table.drop(columns="phase").sum(axis=1).max() for table in steps.values()) / MIB
     with plt.rc_context(HATCHED):
         columns = min(len(steps), 2)
@@ -58,18 +65,24 @@ def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
     return figure
 
 
+@needs("storage", "phase", "block", "category", "bytes", each=True)
 def lifetimes(timelines: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw how long what a step makes is held, a row a block: a bar from birth to end for each of its tensors.
 
-    `timelines`: label -> `Trace.timeline`. Wide bars are activations, narrow ones above and below their middle signals
-    and gradients; the row above the last block has what the loss makes, e with it. Single numbers are left out.
+    `timelines`: label -> `Trace.timeline`, of which storage, phase, block, category and bytes are drawn. Wide bars are
+    activations, narrow ones above and below their middle signals and gradients; the row above the last block has what
+    the loss makes, e with it. Single numbers are left out.
     """
     looks = {"activations": (0.0, 0.8), "error": (0.2, 0.3), "gradients": (-0.2, 0.3)}  # middle, height
+    shown = {}
+    for label, table in timelines.items():
+        large = table.groupby("storage")["bytes"].transform("first") > 8
+        shown[label] = table[large & table["category"].isin(looks)].reset_index(drop=True)
+        if shown[label]["block"].isna().all():
+            raise ValueError(f"timelines[{label!r}] has no tensor of a block: it needs a `Trace.timeline` of a step")
     with plt.rc_context(HATCHED):
         figure, panels = two_a_row(len(timelines), 2.6, sharey=True)
-        for axes, (label, table) in zip(panels, timelines.items(), strict=True):
-            large = table.groupby("storage")["bytes"].transform("first") > 8
-            drawn = table[large & table["category"].isin(looks)].reset_index(drop=True)
+        for axes, (label, drawn) in zip(panels, shown.items(), strict=True):
             last = int(drawn["block"].max()) + 1
             for _, events in drawn.groupby("storage"):
                 birth, category = events.iloc[0], str(events["category"].iloc[0])

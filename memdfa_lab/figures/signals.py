@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
+from memdfa_lab.figures.needs import check_numbers, check_table, labelled, needs
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
+from memdfa_lab.names import number, of_kind, whole
 
 LOOKS: list[dict[str, Any]] = [  # for what is no rule, in the order in which it comes
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},
@@ -26,6 +28,8 @@ def signal_images(rows: Mapping[str, np.ndarray]) -> Figure:
 
     `rows`: label -> array (channels, H, W). Each row has its own scale, from -1 to 1 times its largest number.
     """
+    for label, maps in labelled("rows", rows).items():
+        check_numbers(f"rows[{label!r}]", maps, "channels", "H", "W")
     with plt.rc_context({**SETTINGS, "axes.grid": False}):
         channels = max(map(len, rows.values()))
         size = (8, 8 / (channels + 1.5) * len(rows) + 0.3)
@@ -44,6 +48,7 @@ def signal_images(rows: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+@needs("network", "rule", "block", "layer", "before_deg", "after_deg")
 def block_angles(table: pd.DataFrame) -> Figure:
     """Draw an angle for each block, a panel a network and a mark a rule, hollow before training and filled after it.
 
@@ -65,7 +70,7 @@ def block_angles(table: pd.DataFrame) -> Figure:
                 axes.plot(x, blocks["after_deg"], label=f"{label}, after", **look)
             axes.axhline(90, color="black", lw=1, ls=":")
             ticks = rows.drop_duplicates("block")
-            axes.set_xticks(ticks["block"], labels=ticks["block"].astype(str) + "\n" + ticks["layer"])
+            axes.set_xticks(ticks["block"], labels=ticks["block"].astype(str) + "\n" + ticks["layer"].astype(str))
             axes.set(title=network, xlabel="block", xlim=(0.5, ticks["block"].max() + 0.5), ylim=(-4, 100))
         panels[0][0].set_ylabel("angle to BP's signal (degrees)")
         panels[0][0].legend(frameon=False, fontsize=9, loc="lower left")
@@ -73,10 +78,11 @@ def block_angles(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("rule", "step", "block", "{angle}", rules={})
 def alignment(table: pd.DataFrame, angle: str = "gradient_deg", xlabel: str = "steps") -> Figure:
     """Draw angles to BP against steps, a panel a block: the mean over seeds in a band from the least to the largest.
 
-    `table` has the columns rule (or any other name of a run), seed, step, block, and the one named by `angle`.
+    `table` has the columns rule (or any other name of a run), step, block, and the one named by `angle`.
     """
     with plt.rc_context(SETTINGS):
         blocks = list(table.groupby("block"))
@@ -112,6 +118,7 @@ def _draw_band(axes: Any, values: "pd.Series[float]", label: str, style: dict[st
     axes.fill_between(at.min().index, at.min(), at.max(), color=style["color"], alpha=0.15, lw=0)
 
 
+@needs("start", "step", "product", "norm", "angle_deg", "loss")
 def balance(table: pd.DataFrame) -> Figure:
     """Draw the linear network by hand: what is balanced, the angle of the signals and the loss, against steps.
 
@@ -145,12 +152,17 @@ def balance(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("distribution", "width", "draw", "value")
 def spectrum(table: pd.DataFrame, classes: int, width: int) -> Figure:
     """Draw singular values of B, C x n, over sqrt(n) and the entries' standard deviation; grey: Marchenko and Pastur.
 
     Left, how they are spread at n = `width`; right, the least and the largest (means over the draws) against n.
-    `table` has the columns distribution, width, draw and value.
+    `table` has the columns distribution, width, draw and value. Raises ValueError if a distribution lacks that width.
     """
+    whole("classes", classes), whole("width", width)
+    for name, drawn in table.groupby("distribution"):
+        if width not in set(drawn["width"]):
+            raise ValueError(f"table has no row of {name} with width {width}: choose a width that all are drawn at")
     with plt.rc_context(SETTINGS):
         figure, (spread, edges) = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
         # of values v = sqrt(l), l an eigenvalue of B B^T / (n variance): density 2 v p(l), l in (1 +- sqrt(C / n))^2
@@ -202,6 +214,11 @@ def feedback(
     root of n; `theory`: their density on `grid`, None if all are to be alike. `angles` has the columns run, step and
     angle_deg, or is empty; its axis goes to `steps`.
     """
+    for what, numbers in (("values", values), ("own", own), ("grid", grid)):
+        check_numbers(what, numbers, "N")
+    of_kind("angles", angles, pd.DataFrame, "a pandas table")
+    if len(angles):
+        check_table("angles", angles, ["run", "step", "angle_deg"])
     with plt.rc_context(SETTINGS):
         figure, (spread, angle) = plt.subplots(1, 2, figsize=(8.5, 3.4), layout="constrained")
         if theory is not None:
@@ -228,12 +245,16 @@ def feedback(
     return figure
 
 
+@needs("scale", "seed", "block", "gradient_deg", "accuracy")
 def against_scale(table: pd.DataFrame, references: Mapping[str, float]) -> Figure:
     """Draw accuracy (left) and each block's angle to BP (right) against the scale of B.
 
     Means over seeds, in a band from the least to the largest. `table` has the columns scale, seed, block, gradient_deg
     and accuracy, the same in all rows of a run; `references`: label -> accuracy, drawn as level lines.
     """
+    of_kind("references", references, Mapping, "a dict, label -> accuracy")
+    for label, accuracy in references.items():
+        number(f"references[{label!r}]", accuracy)
     with plt.rc_context(SETTINGS):
         figure, (right, angle) = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
         runs = table.drop_duplicates(["scale", "seed"])

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 
 from memdfa_lab.files import written_whole
+from memdfa_lab.names import of_kind
 
 # rule -> name in a legend, colour, line style, marker. DFA is wide and pale, so that MEM-DFA is seen on top of it.
 STYLES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,6 +74,7 @@ MIB = 2**20
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
     """Write the figure beside each other as svg and png, whole or not at all; `path` has no suffix."""
+    of_kind("figure", figure, Figure, "a matplotlib Figure")
     written = [Path(path).with_suffix(f".{kind}") for kind in ("svg", "png")]
     with plt.rc_context(SETTINGS):
         for file in written:
@@ -87,6 +89,7 @@ def picture(figure: Figure, alt: str) -> Any:
     """Return the figure as a picture for a notebook, sharp on any screen, with a text in place of it."""
     from IPython.display import Image
 
+    of_kind("figure", figure, Figure, "a matplotlib Figure")
     drawn, data = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     pixels = PIL.Image.open(drawn).convert("RGB")

@@ -8,21 +8,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from pandas.api.types import is_numeric_dtype
 
+from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.signals import LOOKS, _draw_band
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
+from memdfa_lab.names import known, of_kind
 
 MOST_LINES = 8  # of one look each
 MOST_TICKS = 10
 
 
+@needs("run")
 def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
-    """Draw what runs ended with against the parameters that were varied; None if there is nothing to draw.
+    """Draw what runs ended with against the parameters that were varied; None if no result has numbers.
 
     `table` has the columns run, parameters, results (`ml.sweep.collect`); where there are epochs, the last ones count.
     Drawn is test_accuracy, or the last result with numbers; against the number that took the most values (not the
     seed), a line for each rule, or for each value of another parameter. Means over the rest, in a band from the least
     to the largest.
     """
+    of_kind("varied", varied, (list, tuple), "a list of parameters' names, such as ['lr', 'rule']")
     named = (f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied)
     varied = [name for name in named if name in table]  # else no run that was given it was finished
     numbers = [str(name) for name in table if is_numeric_dtype(table[name]) and name not in varied]
@@ -41,6 +45,8 @@ def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
     lines = [name for name in dict.fromkeys(["rule", *told]) if name in table and name != along]
     by = next((name for name in lines if 1 < table[name].nunique() <= MOST_LINES), None)
     table = table.assign(value=table[value] * 100 if value.endswith("accuracy") else table[value])
+    for rule in table["rule"].unique() if by == "rule" else ():
+        known("rule", rule, STYLES)
     ylabel = value.replace("_", " ") + " (%)" * value.endswith("accuracy")
 
     with plt.rc_context(SETTINGS):

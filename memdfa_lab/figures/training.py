@@ -10,12 +10,22 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from memdfa_lab.checks import check_data
+from memdfa_lab.figures.needs import check_numbers, labelled, needs
 from memdfa_lab.figures.signals import _draw_band
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
+from memdfa_lab.names import known
 
 
 def images(data: Any) -> Figure:
-    """Draw the first training image of each class, as it was before normalisation (`data`: `ml.datasets.Data`)."""
+    """Draw the first training image of each class, as it was before normalisation (`data`: `ml.datasets.Data`).
+
+    Raises ValueError if a class has none.
+    """
+    check_data("images", data)
+    for label in range(data.classes):
+        if not (data.y_train == label).any():
+            raise ValueError(f"there is no training image of class {label}: take a larger part of the data")
     with plt.rc_context({**SETTINGS, "axes.grid": False}):
         figure, panels = plt.subplots(1, data.classes, figsize=(8, 1.1), layout="constrained")
         for label, axes in enumerate(panels):
@@ -28,10 +38,11 @@ def images(data: Any) -> Figure:
     return figure
 
 
+@needs("rule", "epoch", "loss", "test_accuracy")
 def learning_curves(table: pd.DataFrame) -> Figure:
     """Draw training loss and test error against epochs, the mean over seeds in a band from the least to the largest.
 
-    `table` has the columns rule, seed, epoch, loss, test_accuracy (`ml.experiments.compare`).
+    `table` has the columns rule, epoch, loss, test_accuracy, and a row a seed (`ml.experiments.compare`).
     """
     with plt.rc_context(SETTINGS):
         figure, (loss, error) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
@@ -54,6 +65,7 @@ def learning_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("rule", "step", "loss", "accuracy", "angle_deg")
 def live_curves(table: pd.DataFrame) -> Figure:
     """Draw loss, accuracy and angle to BP against steps, a line a rule.
 
@@ -78,6 +90,7 @@ def live_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@needs("experiment", "rule", "seed", "epoch", "loss", "test_accuracy", "seconds")
 def training_curves(table: pd.DataFrame) -> Figure:
     """Draw a row an experiment: loss and test error against epochs, test error against seconds of training.
 
@@ -115,7 +128,15 @@ def training_curves(table: pd.DataFrame) -> Figure:
 
 
 def confusion(matrices: Mapping[str, np.ndarray]) -> Figure:
-    """Draw one confusion matrix a rule, counts with true classes down; the diagonal is left out of the colours."""
+    """Draw one confusion matrix a rule, counts with true classes down; the diagonal is left out of the colours.
+
+    `matrices`: rule -> whole numbers (classes, classes).
+    """
+    for rule, matrix in labelled("matrices", matrices).items():
+        known("rule", rule, STYLES)
+        counts = check_numbers(f"matrices[{rule!r}]", matrix, "classes", "classes")
+        if counts.dtype.kind not in "iu" or len(set(counts.shape)) > 1:
+            raise ValueError(f"matrices[{rule!r}] must be square and of counts, got {counts.dtype} of {counts.shape}")
     with plt.rc_context({**SETTINGS, "axes.grid": False}):
         rows = math.ceil(len(matrices) / 2)
         figure, panels = plt.subplots(rows, 2, figsize=(8, 4 * rows), layout="constrained", squeeze=False)
