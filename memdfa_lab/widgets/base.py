@@ -9,14 +9,17 @@ import base64
 import html
 import io
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import ipywidgets
 from matplotlib.figure import Figure
 
+from memdfa_lab import names
 from memdfa_lab.widgets.background import BUSY
 
+T = TypeVar("T")
 WIDE: Any = {"style": {"description_width": "8.5em"}, "layout": {"width": "auto"}}
 # Left, bottom, right, top in inches, between panels in parts of one: the same for each picture, so that nothing jumps,
 # and matplotlib's constrained layout would draw everything twice.
@@ -82,6 +85,25 @@ class Explorer(ipywidgets.VBox):
         return f"The {self.__doc__.partition(':')[0].lower()}: run this cell to use it."  # type: ignore[union-attr]
 
 
+def changed(what: str, start: T | None, kind: Any, changes: Mapping[str, Any]) -> T:
+    """Return start, or the kind's own, with what is changed. Raises TypeError or ValueError for what is none."""
+    start = kind() if start is None else start
+    names.of_kind(what, start, kind, f"an ml.widgets.{kind.__name__}")
+    for name in changes:
+        names.known(what, name, vars(start))
+    return replace(start, **changes)  # type: ignore[type-var]
+
+
+def chosen(rules: Any, table: Mapping[str, T]) -> dict[str, T]:
+    """Return the table's part of these rules, in their order. Raises TypeError or ValueError for what is no list."""
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise TypeError(f"rules must be a list of names, such as ['bp', 'memdfa'], got {rules!r}")
+    found = {rule: names.known("rule", rule, table) for rule in rules}
+    if not found:
+        raise ValueError("no rule is chosen: tick one or more")
+    return found
+
+
 def tick(value: bool, name: str) -> Any:
     return ipywidgets.Checkbox(
         value, description=name, indent=False, layout={"width": "auto", "margin": "2px 1.2em 2px 0"}
@@ -92,7 +114,12 @@ def menu(options: Any, value: Any, name: str) -> Any:
     return ipywidgets.Dropdown(options=options, value=value, description=name, **WIDE)
 
 
+def seed(value: int) -> Any:
+    return whole(value, 0, max(20, names.whole("seed", value, 0)), "seed")
+
+
 def whole(value: int, least: int, most: int, name: str, **options: Any) -> Any:
+    names.whole(name, value, least, most)
     return ipywidgets.IntSlider(value, least, most, description=name, **options, **WIDE)
 
 

@@ -18,10 +18,11 @@ from memdfa_lab import alignment, figures, models
 from memdfa_lab.feedback import DISTRIBUTIONS, KINDS, Feedback, Stored
 from memdfa_lab.fit import _order, accuracy
 from memdfa_lab.memory.trace import readable
-from memdfa_lab.names import known
+from memdfa_lab.names import known, whole
 from memdfa_lab.rules import RULES, Rule
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background
+from memdfa_lab.widgets.setting import LIMITS
 from memdfa_lab.widgets.training import digits
 
 VALUES = 500  # singular values that are drawn, from as many matrices as that takes
@@ -54,8 +55,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         known("rule", self.rule, TAUGHT)
-        if min(self.outputs, self.width) < 1:
-            raise ValueError(f"C and n must be 1 or more, got {self.outputs} and {self.width}")
+        whole("outputs (C)", self.outputs, 1, LIMITS["classes"]), whole("width (n)", self.width, 1, LIMITS["width"])
         self.feedback()
 
     @property
@@ -157,9 +157,9 @@ def _of_the_weights(rule: Rule) -> dict[tuple[str, int], Tensor]:
 def feedback_explorer(matrix: Matrix | None = None, **changes: Any) -> "FeedbackExplorer":
     """Return the feedback explorer, to be the last line of a cell: `feedback_explorer(distribution="orthogonal")`.
 
-    Raises ValueError for what cannot be.
+    Raises TypeError or ValueError for what cannot be.
     """
-    return FeedbackExplorer(replace(matrix or Matrix(), **changes))
+    return FeedbackExplorer(base.changed("matrix", matrix, Matrix, changes))
 
 
 class FeedbackExplorer(base.Explorer):
@@ -172,7 +172,7 @@ class FeedbackExplorer(base.Explorer):
                 "distribution": base.menu(list(DISTRIBUTIONS), matrix.distribution, "distribution"),
                 "scale": base.steps(SCALES, matrix.scale, "scale"),
                 "storage": base.menu(list(KINDS), matrix.storage, "storage"),
-                "seed": base.whole(matrix.seed, 0, 20, "seed"),
+                "seed": base.seed(matrix.seed),
                 "outputs": base.steps((10, 30, 100, 300), matrix.outputs, "C, size of e"),
                 "width": base.steps((20, 50, 100, 200, 400, 1000), matrix.width, "n, units a layer"),
                 "rule": base.menu(labels, matrix.rule, "rule"),

@@ -30,9 +30,9 @@ AHEAD_AFTER_S, AHEAD_EVERY_S = 1.0, 0.5  # of rest, before what may be chosen ne
 def memory_explorer(setting: Setting | None = None, **changes: Any) -> "MemoryExplorer":
     """Return the memory explorer, to be the last line of a cell; it starts where `explore` would.
 
-    Raises ValueError, one line, for a setting that cannot be.
+    Raises TypeError or ValueError, one line, for a setting that cannot be.
     """
-    return MemoryExplorer(replace(setting or Setting(), **changes))
+    return MemoryExplorer(base.changed("setting", setting, Setting, changes))
 
 
 class MemoryExplorer(base.Explorer):

@@ -6,7 +6,7 @@ Nothing is trained and nothing is fitted: the numbers are those of `memory.predi
 import html
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -23,8 +23,9 @@ from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS, SMALL_BYTES
 from memdfa_lab.memory.deep import Chain, Step
 from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
-from memdfa_lab.names import known
+from memdfa_lab.names import known, of_kind, whole
 from memdfa_lab.rules import RULES
+from memdfa_lab.widgets.base import changed, chosen
 from memdfa_lab.widgets.base import table as html_table
 
 ALL_RULES = {rule: figures.STYLES[rule][0] for rule in (*RULES, *BASELINES)}
@@ -46,7 +47,7 @@ class Setting:
     """What is chosen: a network of `depth` equal hidden layers, a batch, a budget, and the rules to compare.
 
     `width`: units of an MLP's layer, filters of a convnet's. `precision` is that of weights, batch and all the rest.
-    Raises ValueError, one line, for what cannot be.
+    Raises TypeError or ValueError, one line, for what cannot be.
     """
 
     family: str = "mlp"
@@ -66,9 +67,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name, largest in LIMITS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-                raise ValueError(f"{name} must be a whole number from 1 to {largest:,}, got {value!r}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, largest))
         known("activation", self.activation, ACTIVATIONS)
         known("optimizer", self.optimizer, OPTIMIZERS)
         known("feedback", self.feedback, KINDS)
@@ -77,11 +76,10 @@ class Setting:
         if self.family == "convnet" and self.inputs not in IMAGES:
             sizes = ", ".join(f"{inputs:,} ({'x'.join(map(str, shape))})" for inputs, shape in IMAGES.items())
             raise ValueError(f"a convnet takes images, of {sizes} inputs, got {self.inputs:,}: choose an mlp")
-        object.__setattr__(self, "rules", tuple(dict.fromkeys(self.rules)))
-        for rule in self.rules:
-            known("rule", rule, ALL_RULES)
-        if not self.rules:
-            raise ValueError("no rule is chosen: tick one or more")
+        object.__setattr__(self, "rules", tuple(chosen(self.rules, ALL_RULES)))
+        for name in ("batch_norm", "count_rest"):
+            of_kind(name, getattr(self, name), bool, "True or False")
+        of_kind("budget", self.budget, str, "a size with its unit, such as '8 GiB'")
         if self.batch_norm and self.batch == 1:
             raise ValueError("BatchNorm needs two examples or more to train: choose a larger batch, or leave it out")
         bytes_of(self.budget)
@@ -167,9 +165,9 @@ class Explored:
 def explore(setting: Setting | None = None, **changes: Any) -> Explored:
     """Return what a setting holds in memory: `explore(depth=100, optimizer="adam")`, or that of an explorer.
 
-    Raises ValueError, one line, for a setting that cannot be.
+    Raises TypeError or ValueError, one line, for a setting that cannot be.
     """
-    setting = replace(setting or Setting(), **changes)
+    setting = changed("setting", setting, Setting, changes)
     budget, rows, curve, steps = bytes_of(setting.budget), [], [], {}
     for rule in setting.rules:
         chain = chain_of(rule, setting)
@@ -202,7 +200,7 @@ def bytes_of(text: str) -> int:
     """Return how many bytes "8 GiB" or "500 MB" are; ValueError if it is not a size."""
     found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
-    if size < 1:
+    if not 1 <= size < math.inf:
         raise ValueError(f"the budget must be a size such as 8 GiB, 500 MB or 640 KiB, got {text!r}")
     return int(size)
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import ipywidgets
 
 from memdfa_lab import figures, memory, models
-from memdfa_lab.baselines import BASELINES
 from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS
 from memdfa_lab.memory.trace import Trace, readable
+from memdfa_lab.names import known, whole
 from memdfa_lab.rules import RULES
 from memdfa_lab.widgets import base
+from memdfa_lab.widgets.setting import ALL_RULES, LIMITS
 
 SHOWN = {"activations": "h", "error": "s", "gradients": "g", "feedback": "B", "workspace": "w"}  # and its letter
 SCALAR_BYTES = 8  # single numbers, such as the loss, are too small to be seen
@@ -59,18 +60,30 @@ def moments(trace: Trace) -> list[Moment]:
     return found
 
 
-@lru_cache(maxsize=64)
 def film(
     rule: str, layers: int = 5, width: int = 200, batch: int = 64, optimizer: str = "sgd", feedback: str = "stored"
 ) -> list[Moment]:
-    """Return the moments of one step of a rule in an MLP for MNIST."""
+    """Return the moments of one step of a rule in an MLP for MNIST. Raises ValueError for what cannot be."""
+    known("optimizer", optimizer, OPTIMIZERS), known("feedback", feedback, KINDS)
+    whole("layers", layers, 1, LIMITS["depth"])
+    for name, value in (("width", width), ("batch", batch)):
+        whole(name, value, 1, LIMITS[name])
+    known("rule", rule, ALL_RULES)
+    return _film(rule, layers, width, batch, optimizer, feedback)
+
+
+@lru_cache(maxsize=64)
+def _film(rule: str, layers: int, width: int, batch: int, optimizer: str, feedback: str) -> list[Moment]:
     hidden, shape = [width] * layers, (batch, INPUTS)
     make, storage = OPTIMIZERS[optimizer], KINDS[feedback]()
     return moments(memory.predict(rule, lambda: models.mlp(INPUTS, hidden, CLASSES), shape, make, storage))
 
 
 def step_player(**start: Any) -> "StepPlayer":
-    """Return the step player, to be the last line of a cell; `start`: a control's value, such as layers=8."""
+    """Return the step player, to be the last line of a cell; `start`: a control's value, such as layers=8.
+
+    Raises TypeError or ValueError, one line, for what cannot be.
+    """
     return StepPlayer(**start)
 
 
@@ -86,17 +99,20 @@ class StepPlayer(base.Explorer):
         feedback: str = "stored",
         rules: tuple[str, ...] = tuple(RULES),
     ):
+        slider = base.whole(layers, 1, 12, "hidden layers")
+        shown = base.chosen(rules, ALL_RULES)
+        for rule in shown:
+            film(rule, layers, width, batch, optimizer, feedback)
         super().__init__(
             {
-                "layers": base.whole(layers, 1, 12, "hidden layers"),
+                "layers": slider,
                 "width": base.steps((50, 100, 200, 400, 800), width, "units a layer"),
                 "batch": base.steps((16, 32, 64, 128, 256, 512), batch, "batch size"),
                 "optimizer": base.menu(list(OPTIMIZERS), optimizer, "optimizer"),
                 "feedback": base.menu(list(KINDS), feedback, "matrices B"),
             }
         )
-        labels = {rule: figures.STYLES[rule][0] for rule in (*RULES, *BASELINES)}
-        self.ticks = {rule: base.tick(rule in rules, label) for rule, label in labels.items()}
+        self.ticks = {rule: base.tick(rule in shown, label) for rule, label in ALL_RULES.items()}
         self.time = base.whole(0, 0, 1, "moment", continuous_update=True)
         self.play = ipywidgets.Play(interval=250, min=0, max=1, show_repeat=True)
         self.picture = ipywidgets.HTML()

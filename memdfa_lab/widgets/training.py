@@ -16,12 +16,14 @@ from torch.nn.functional import cross_entropy
 
 from memdfa_lab import alignment, datasets, figures, models
 from memdfa_lab.architectures import ACTIVATIONS
+from memdfa_lab.checks import check_data
 from memdfa_lab.feedback import DISTRIBUTIONS, KINDS
 from memdfa_lab.fit import _order, accuracy, predict
-from memdfa_lab.names import known
+from memdfa_lab.names import known, number, whole
 from memdfa_lab.rules import RULES, Rule
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background
+from memdfa_lab.widgets.setting import LIMITS
 
 MOST_STEPS = 3000  # after which it ends by itself
 PROBE, TESTED = 250, 1000  # images that tell loss and angle, and accuracy
@@ -34,7 +36,7 @@ class Race:
     """Rules that take each step together; `table` has what came of it, every `every` steps from 0 on.
 
     Its columns: rule, step, loss (mean over PROBE training images), accuracy (of TESTED test images) and angle_deg (to
-    BP's gradient, mean over the hidden blocks). Raises ValueError for what cannot be.
+    BP's gradient, mean over the hidden blocks). Raises TypeError or ValueError for what cannot be.
     """
 
     def __init__(
@@ -52,15 +54,20 @@ class Race:
         rules: tuple[str, ...] = tuple(RULES),
         every: int = 20,
     ):
+        check_data("Race", data)
+        whole("layers", layers, 1, LIMITS["depth"]), whole("every", every)
+        for what, value in (("width", width), ("batch", batch)):
+            whole(what, value, 1, LIMITS[what])
+        number("lr", lr)
         inputs = data.x_train[0].numel()
         feedback = partial(known("feedback", storage, KINDS), seed, distribution, scale)
         self.rules: dict[str, Rule] = {
-            rule: known("rule", rule, RULES)(
+            rule: make(
                 models.mlp(inputs, [width] * layers, data.classes, activation, seed=seed),
                 partial(torch.optim.SGD, lr=lr),
                 feedback=feedback(),
             )
-            for rule in rules
+            for rule, make in base.chosen(rules, RULES).items()
         }
         self.data, self.every, self.step, self.rows = data, every, 0, list[dict[str, Any]]()
         self._batches = _batches(data, batch, seed)
@@ -114,7 +121,10 @@ def digits() -> datasets.Data:
 
 
 def live_training(**start: Any) -> "LiveTraining":
-    """Return the training to look on, to be the last line of a cell; `start`: a control's value, such as lr=0.1."""
+    """Return the training to look on, to be the last line of a cell; `start`: a control's value, such as lr=0.1.
+
+    Raises TypeError or ValueError, one line, for what cannot be.
+    """
     return LiveTraining(**start)
 
 
@@ -132,15 +142,18 @@ class LiveTraining(base.Explorer):
         seed: int = 0,
     ):
         activations = [name for name in ACTIVATIONS if name != "none"]
+        known("activation", activation, dict.fromkeys(activations))
+        slider = base.whole(layers, 1, 8, "hidden layers")
+        race = Race(digits(), layers, width, lr, batch, activation, distribution, seed=seed)
         super().__init__(
             {
-                "layers": base.whole(layers, 1, 8, "hidden layers"),
+                "layers": slider,
                 "width": base.steps((20, 50, 100, 200, 400), width, "units a layer"),
                 "activation": base.menu(activations, activation, "activation"),
                 "batch": base.steps((10, 20, 50, 100, 200), batch, "batch size"),
                 "lr": base.steps(LRS, lr, "learning rate"),
                 "distribution": base.menu(list(DISTRIBUTIONS), distribution, "matrices B"),
-                "seed": base.whole(seed, 0, 20, "seed"),
+                "seed": base.seed(seed),
             }
         )
         self.speed = base.menu(SPEEDS, float("inf"), "speed")
@@ -151,7 +164,7 @@ class LiveTraining(base.Explorer):
         self.background = Background(
             "live training", self._step, lambda problem: self.soon(partial(self._ended, problem))
         )
-        self.race: Race | None = None
+        self.race: Race | None = race
         self._drawn_at, self._drawn_rows = 0.0, 0
         self.show()
         for control in self.controls.values():
