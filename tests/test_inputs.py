@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import inspect
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from problems import BY_NAME, RULE_NAMES, make_rule, train
@@ -22,7 +24,7 @@ from reference import assert_identical, assert_same_training, refuses
 from torch import Tensor, nn
 
 import memdfa_lab as ml
-from memdfa_lab import bench, cli, datasets, experiments, feedback, memory, models
+from memdfa_lab import alignment, bench, cli, datasets, experiments, feedback, figures, memory, models, widgets
 from memdfa_lab.memory.deep import Chain
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -179,6 +181,7 @@ def rule() -> ml.Rule:
 chain = Chain(
     lambda blocks, batch, segments: memory.predict("bp", partial(models.mlp, 4, [4] * (blocks - 1), 2), (batch, 4))
 )
+SPECTRUM, FLAT = partial(figures.feedback, title="", steps=1), np.ones(3)  # of B
 REFUSED = {
     # rules
     "no loss": (lambda d: ml.BP(net(), SGD, None), "loss_fn must be a function"),
@@ -263,6 +266,86 @@ REFUSED = {
     "bench batch": (lambda d: bench.bench("fc_relu", 0), "batch size must be a whole number from 1 on"),
     "bench kind": (lambda d: bench.contenders(["dfa"], ["store"]), "did you mean 'stored'?"),
     "points": (lambda d: bench.frontier("fc_relu", 3, points=1), "points must be a whole number from 2 on"),
+    # alignment
+    "angles of a model": (lambda d: alignment.angles(net(), X, Y), "rule must be a rule, such as ml.MemDFA(model, opt"),
+    "angle of what": (lambda d: alignment.angles(rule(), X, Y, "gradients"), "did you mean 'gradient'?"),
+    "angles of lists": (lambda d: alignment.angles(rule(), X.tolist(), Y), "got a list: use torch.as_tensor"),
+    "angles, no labels": (lambda d: alignment.angles(ml.MemDFA(net(), SGD), X, None), "y NoneType"),
+    "responses of none": (lambda d: alignment.responses(None, X, Y), "not a NoneType"),
+    "responses to nothing": (lambda d: alignment.responses(rule(), None, Y), "got a NoneType"),
+    "follow a model": (lambda d: alignment.follow(net(), d, [1]), "rule must be a rule"),
+    "follow no data": (lambda d: alignment.follow(rule(), X, [1]), "follow takes data as ml.datasets.load returns it"),
+    "at a number": (lambda d: alignment.follow(rule(), d, 3), "such as [0, 100], not a int"),
+    "at nothing": (lambda d: alignment.follow(rule(), d, []), "at is empty"),
+    "at text": (lambda d: alignment.follow(rule(), d, "10"), "in at must be a whole number from 0 on, got '1'"),
+    "at before": (lambda d: alignment.follow(rule(), d, [3, -1]), "from 0 on, got -1"),
+    "follow batch": (lambda d: alignment.follow(rule(), d, [1], 0), "batch_size must be a whole number from 1 on"),
+    "probe": (lambda d: alignment.follow(rule(), d, [1], probe=0), "probe must be a whole number from 1 on"),
+    "follow seed": (lambda d: alignment.follow(rule(), d, [1], seed=-1), "seed must be a whole number from 0 on"),
+    "before step": (lambda d: alignment.follow(rule(), d, [1], before_step=3), "a function of the rule and the step"),
+    # figures: those of tables are below
+    "save": (lambda d: figures.save(None, "a"), "figure must be a matplotlib Figure, not a NoneType"),
+    "picture": (lambda d: figures.picture("a", "b"), "figure must be a matplotlib Figure"),
+    "images": (lambda d: figures.images(X), "images takes data as ml.datasets.load returns it, not a Tensor"),
+    "no image": (lambda d: figures.images(d.subset(3)), "there is no training image of class"),
+    "confusion": (lambda d: figures.confusion([]), "matrices must be a dict, label -> what is drawn, not a list"),
+    "no confusion": (lambda d: figures.confusion({}), "matrices is empty"),
+    "confusion of whom": (lambda d: figures.confusion({"memdf": np.eye(3, dtype=int)}), "did you mean 'memdfa'?"),
+    "wide confusion": (lambda d: figures.confusion({"bp": np.ones((2, 3), int)}), "must be square and of counts"),
+    "signals": (lambda d: figures.signal_images({"B": FLAT}), "rows['B'] must be an array (channels, H, W)"),
+    "no signals": (lambda d: figures.signal_images({}), "rows is empty"),
+    "no spectrum": (lambda d: SPECTRUM([], FLAT, FLAT, None, pd.DataFrame()), "of one number or more, got a list"),
+    "spectrum of none": (lambda d: SPECTRUM(FLAT, None, FLAT, None, pd.DataFrame()), "own must be an array (N)"),
+    "spectrum, no angles": (lambda d: SPECTRUM(FLAT, FLAT, FLAT, None, None), "angles must be a pandas table"),
+    "spectrum, angles": (lambda d: SPECTRUM(FLAT, FLAT, FLAT, None, pd.DataFrame({"run": [1]})), "lacks step, angle"),
+    "spectrum's width": (lambda d: figures.spectrum(made("spectrum"), 1, 7), "no row of bp with width 7"),
+    "references": (lambda d: figures.against_scale(made("against_scale"), None), "references must be a dict"),
+    "rings": (lambda d: figures.peak_against(made("peak_against"), "x", "", [1]), "measured must be a pandas table"),
+    "depth": (lambda d: figures.peak_at_depth(made("peak_at_depth"), "a", ""), "depth must be a finite number above 0"),
+    "whose pipeline": (lambda d: figures.pipelines({"memdf": made("pipelines")}), "did you mean 'memdfa'?"),
+    "pipeline's batch": (lambda d: figures.pipelines({"bp": made("pipelines")}, 2), "batch 2 or the one after it"),
+    "no block": (lambda d: figures.lifetimes({"bp": made("lifetimes").assign(block=NAN)}), "has no tensor of a block"),
+    "filled by what": (lambda d: figures.step_profiles({"bp": made("step_profiles").assign(eror=1)}, ""), "'error'?"),
+    "varied": (lambda d: figures.sweep_summary(made("sweep_summary"), "lr"), "varied must be a list of parameters"),
+    # explorers
+    "setting": (lambda d: widgets.explore(3), "setting must be an ml.widgets.Setting, not a int"),
+    "no setting": (lambda d: widgets.memory_explorer(""), "setting must be an ml.widgets.Setting, not a str"),
+    "what to set": (lambda d: widgets.explore(dept=3), "did you mean 'depth'?"),
+    "setting's depth": (lambda d: widgets.memory_explorer(depth="a"), "depth must be a whole number from 1 to 1,000"),
+    "one rule": (lambda d: widgets.Setting(rules="bp"), "rules must be a list of names, such as ['bp', 'memdfa']"),
+    "rules, a number": (lambda d: widgets.explore(rules=3), "rules must be a list of names"),
+    "norm": (lambda d: widgets.memory_explorer(batch_norm="no"), "batch_norm must be True or False, not a str"),
+    "budget": (lambda d: widgets.memory_explorer(budget=8), "budget must be a size with its unit, such as '8 GiB'"),
+    "size": (lambda d: widgets.bytes_of(f"{'9' * 400} GiB"), "the budget must be a size"),
+    "matrix": (lambda d: widgets.feedback_explorer(3), "matrix must be an ml.widgets.Matrix, not a int"),
+    "matrix, what": (lambda d: widgets.feedback_explorer(widht=3), "did you mean 'width'?"),
+    "matrix, width": (lambda d: widgets.feedback_explorer(width="a"), "width (n) must be a whole number from 1"),
+    "matrix, half": (lambda d: widgets.Matrix(outputs=1.5), "outputs (C) must be a whole number from 1"),
+    "matrix, scale": (lambda d: widgets.Matrix(scale=None), "scale must be a finite number above 0"),
+    "race without data": (lambda d: widgets.Race(None), "Race takes data as ml.datasets.load returns it"),
+    "race, rules": (lambda d: widgets.Race(d, rules="bp"), "rules must be a list of names"),
+    "race, no rule": (lambda d: widgets.Race(d, rules=()), "no rule is chosen"),
+    "race, whose": (lambda d: widgets.Race(d, rules=["memdf"]), "did you mean 'memdfa'?"),
+    "race, layers": (lambda d: widgets.Race(d, layers=0), "layers must be a whole number from 1 to 1,000, got 0"),
+    "race, batch": (lambda d: widgets.Race(d, batch=0), "batch must be a whole number from 1 to 1,000,000"),
+    "race, every": (lambda d: widgets.Race(d, every=0), "every must be a whole number from 1 on"),
+    "race, lr": (lambda d: widgets.Race(d, lr=NAN), "lr must be a finite number from 0 on"),
+    "race, storage": (lambda d: widgets.Race(d, storage="store"), "did you mean 'stored'?"),
+    "live, layers": (
+        lambda d: widgets.live_training(layers=100),
+        "layers must be a whole number from 1 to 8, got 100",
+    ),
+    "live, width": (lambda d: widgets.live_training(width="a"), "width must be a whole number from 1 to 16,384"),
+    "live, seed": (lambda d: widgets.live_training(seed=-1), "seed must be a whole number from 0 on"),
+    "live, activation": (lambda d: widgets.live_training(activation="none"), "unknown activation 'none'"),
+    "live, B": (lambda d: widgets.live_training(distribution="he_norml"), "did you mean 'he_normal'?"),
+    "film": (lambda d: widgets.film("memdf"), "did you mean 'memdfa'?"),
+    "film, layers": (lambda d: widgets.film("bp", [3]), "layers must be a whole number from 1 to 1,000, got [3]"),
+    "player, layers": (lambda d: widgets.step_player(layers="a"), "hidden layers must be a whole number from 1 to 12"),
+    "player, batch": (lambda d: widgets.step_player(batch=0), "batch must be a whole number from 1 to 1,000,000"),
+    "player, optimizer": (lambda d: widgets.step_player(optimizer="sdg"), "did you mean 'sgd'?"),
+    "player, B": (lambda d: widgets.step_player(feedback=None), "unknown feedback None"),
+    "player, rules": (lambda d: widgets.step_player(rules="bp"), "rules must be a list of names"),
 }
 
 
@@ -273,6 +356,80 @@ def test_a_call_that_makes_no_sense_gets_one_line(call, data, tmp_path, monkeypa
     with refuses((TypeError, ValueError, RuntimeError), message):
         make(data)
     assert list(tmp_path.rglob("*")) == []
+
+
+# ---------------------------------------------------------------------------------------------- figures of tables
+
+DRAWN: dict[str, tuple] = {  # what a figure takes after its table
+    **dict.fromkeys(["sent", "peak_fillings", "frontier", "keep_frontier", "theory_and_measurement", "balance"], ()),
+    **dict.fromkeys(["peaks_by_network", "block_angles", "learning_curves", "live_curves", "training_curves"], ()),
+    "peak_against": ("x", "x"),
+    "rest_against": ("x", "x"),
+    "peak_at_depth": (1, "bytes"),
+    "alignment": (),
+    "spectrum": (1, 1),
+    "against_scale": ({"BP": 0.5},),
+    "sweep_summary": ([],),
+    "memory_profiles": (),
+    "lifetimes": (),
+    "step_profiles": ("bytes",),
+    "pipelines": (),
+    "utilisation": (),
+}
+TEXTS = {"rule": "bp", "category": "activations", "task": "forward", "phase": "forward", "network": "n"}
+TEXTS |= {"distribution": "bp", "layer": "dense"}
+OF_MANY = ["memory_profiles", "lifetimes", "step_profiles", "pipelines", "utilisation"]
+
+
+def draw(name: str, table: object) -> object:
+    return getattr(figures, name)({"bp": table} if name in OF_MANY else table, *DRAWN[name])
+
+
+def needed(name: str) -> list[str]:
+    """Return the columns that a figure says it needs; of those of which it needs one or more, the first."""
+    with pytest.raises(TypeError, match="must be a pandas table with the columns") as caught:
+        draw(name, [])
+    said = str(caught.value).partition("with the columns ")[2].rpartition(", not a")[0]
+    columns, _, some = said.partition(" and one or more of ")
+    return columns.split(", ") + [some.split(", ")[0]] * bool(some)
+
+
+def made(name: str) -> pd.DataFrame:
+    """Return a table with the columns that a figure says it needs, and no others."""
+    numbers = {"bytes": (100, 200)}  # what is smaller is no tensor
+    return pd.DataFrame({one: [TEXTS.get(one, n) for n in numbers.get(one, (1, 2))] for one in needed(name)})
+
+
+def test_every_figure_is_among_those_whose_input_is_looked_at():
+    others = {"save", "picture", "images", "confusion", "signal_images", "feedback"}
+    assert {name for name in figures.__all__ if callable(getattr(figures, name))} == {*DRAWN, *others}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_figure_takes_the_columns_that_it_names_and_a_table_without_one_makes_no_sense(name):
+    table, figure = made(name), getattr(figures, name)
+    text = f"{inspect.signature(figure)} {figure.__doc__}"
+    draw(name, table)
+    for column in table:
+        assert column in text or column in ("parameters", "optimizer state")  # one or more of those
+        with refuses(ValueError, " lacks "):
+            draw(name, table.drop(columns=column))
+        if column not in figures.needs.NAMES:
+            with refuses(ValueError, f"column {column} of ", "must be of numbers, and has 'a'"):
+                draw(name, table.assign(**{column: ["a", 1]}))
+    with refuses(ValueError, "has no row, so there is nothing to draw"):
+        draw(name, table[:0])
+    if "rule" in table and name != "alignment":
+        with refuses(ValueError, "unknown rule 'memdf'; did you mean 'memdfa'?"):
+            draw(name, table.assign(rule="memdf"))
+
+
+@pytest.mark.parametrize("name", OF_MANY)
+def test_no_table_at_all_makes_no_sense_to_a_figure(name):
+    with refuses(ValueError, "is empty, so there is nothing to draw"):
+        getattr(figures, name)({}, *DRAWN[name])
+    with refuses(TypeError, "must be a dict, label -> what is drawn, not a DataFrame"):
+        getattr(figures, name)(made(name), *DRAWN[name])
 
 
 # --------------------------------------------------------------------------------------------------------- folders
