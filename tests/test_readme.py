@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import memdfa_lab as ml
+import memdfa_lab.paper.tables
 from memdfa_lab.figures import STYLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,19 @@ def test_the_mnist_table_is_that_of_the_run():
         for epoch, cell in zip((5, 20), cells, strict=True):
             runs = 100 * table[(table["rule"] == NAMES[label]) & (table["epoch"] == epoch)]["test_accuracy"]
             assert cell == f"{runs.mean():.2f} ± {runs.std():.2f}"
+
+
+def test_the_errors_of_convolutional_networks_are_those_of_the_runs():
+    found = ml.paper.tables.errors(ml.paper.tables.load(ROOT / "reports" / "paper")["histories"])
+    (told,) = re.findall(r"\*\*Convolutional networks\*\*(.*?)\n\n", TEXT, re.DOTALL)
+    for experiment in ("mnist_conv", "cifar10_liao_bn"):
+        for rule in ("bp", "memdfa"):
+            ((_, run),) = found.query("experiment == @experiment and rule == @rule").iterrows()
+            spread = "" if run["seeds"] == 1 else f" ± {run['spread']:.2f}"
+            assert f"{STYLES[rule][0]} {run['error']:.2f}{spread}" in " ".join(told.split())
+            assert run["epochs"] == 8
+    without = found.query("experiment == 'cifar10_liao' and rule == 'memdfa'")["error"]
+    assert f"MEM-DFA stays at {without.item():.2f}" in " ".join(told.split())
 
 
 def test_the_times_are_those_of_the_bench():
