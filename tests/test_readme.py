@@ -77,7 +77,7 @@ def test_the_errors_of_convolutional_networks_are_those_of_the_runs():
     (told,) = re.findall(r"\*\*Convolutional networks\*\*(.*?)\n\n", TEXT, re.DOTALL)
     for experiment in ("mnist_conv", "cifar10_liao_bn"):
         for rule in ("bp", "memdfa"):
-            ((_, run),) = found.query("experiment == @experiment and rule == @rule").iterrows()
+            ((_, run),) = found[(found["experiment"] == experiment) & (found["rule"] == rule)].iterrows()
             spread = "" if run["seeds"] == 1 else f" ± {run['spread']:.2f}"
             assert f"{STYLES[rule][0]} {run['error']:.2f}{spread}" in " ".join(told.split())
             assert run["epochs"] == 8
