@@ -58,6 +58,7 @@ def _gelu(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
 
 
 def _batch_norm(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
+    m._check_input_dim(h)
     counted = m.training and m.track_running_stats
     if counted:
         m.num_batches_tracked.add_(1)

@@ -92,7 +92,7 @@ def prepare(block: nn.Module, h: Tensor, during: Context | None = None) -> Local
         return _ByAutograd(block, h, during)
     for view in views:
         h = view(h)
-    if isinstance(weight, nn.Linear) and h.dim() != 2:
+    if h.dim() != weight.weight.dim():
         return _ByAutograd(nn.Sequential(weight, *layers), h, during)
     return _ByHand(weight, layers, h, during)
 
@@ -153,7 +153,7 @@ def _in_one(signal: Signal, out: Tensor) -> Iterator[tuple[slice, Tensor]]:
     yield slice(None), signal.whole(out)
 
 
-def _by_hand(block: nn.Module) -> tuple[list[nn.Module], nn.Module | None, list[nn.Module]]:
+def _by_hand(block: nn.Module) -> tuple[list[nn.Module], Any, list[nn.Module]]:
     """Return what reshapes the input, the weight layer, and the layers behind it; None for it if autograd has to do."""
     parts = parts_of(block)
     at = next((i for i, part in enumerate(parts) if type(part) not in VIEWS), 0)

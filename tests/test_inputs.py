@@ -95,6 +95,15 @@ def test_labels_that_another_loss_does_not_take(loss, y):
 
 
 @pytest.mark.parametrize("rule", RULE_NAMES)
+def test_images_without_a_channel_and_a_batch_norm_for_other_shapes_are_told_as_by_torch(rule):
+    convolution = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)]
+    with refuses(RuntimeError, "6, 8, 8]"):
+        ml.RULES[rule](convolution, SGD).step(torch.rand(6, 8, 8), Y)
+    with refuses(ValueError, "expected 2D or 3D input (got 4D input)"):
+        ml.RULES[rule]([convolution[0], nn.BatchNorm1d(4), *convolution[1:]], SGD).step(torch.rand(6, 1, 8, 8), Y)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
 def test_one_example_is_too_few_for_batch_norm_only(rule):
     learner = make_rule(rule, NORM)
     weights = [p.detach().clone() for p in learner.blocks.parameters()]
