@@ -96,9 +96,13 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: a module that is opened is never called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    """Whether there is more to the module than its forward: one that is opened is never called, nor autograd asked."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    for parameter in module._parameters.values():
+        if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+            return True
+    return False
 
 
 def _has_weight_layer(module: nn.Module) -> bool:

@@ -130,6 +130,15 @@ def test_hooks_on_a_layer_are_not_passed_over():
     assert calls == [1]
 
 
+@pytest.mark.parametrize("rule", ["bp", "dfa", "memdfa"])
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_a_weight_are_not_passed_over(register, rule):
+    net, calls = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), []
+    getattr(net[0].weight, register)(lambda gradient: calls.append(1))
+    ml.RULES[rule](net, SGD).step(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    assert calls == [1]
+
+
 @pytest.mark.parametrize(
     ("settings", "plain"),
     [
