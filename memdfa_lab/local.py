@@ -230,6 +230,8 @@ def _plain_lr(optimizer: Optimizer, parameter: Tensor) -> float | None:
         return None
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return None
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     more = ("momentum", "weight_decay", "maximize", "differentiable")
-    return None if any(group[name] for name in more) else float(group["lr"])
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            return None if any(group[name] for name in more) else float(group["lr"])
+    return None  # it was frozen when the optimizer was made

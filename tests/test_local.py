@@ -139,6 +139,16 @@ def test_hooks_on_a_weight_are_not_passed_over(register, rule):
     assert calls == [1]
 
 
+@pytest.mark.parametrize("rule", ["bp", "dfa", "memdfa"])
+def test_a_weight_that_was_frozen_when_the_rule_was_made_stays(rule):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    net[0].weight.requires_grad_(False)
+    learner, before = ml.RULES[rule](net, SGD), net[0].weight.clone()
+    net[0].weight.requires_grad_()
+    learner.step(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    assert torch.equal(net[0].weight, before)
+
+
 @pytest.mark.parametrize(
     ("settings", "plain"),
     [
