@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from memdfa_lab.checks import check_data
 from memdfa_lab.distributed import digest
@@ -213,6 +215,8 @@ class _Run:
             "generators": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "progress": {name: getattr(self, name) for name in ("epoch", "batch", "loss_sum", "seconds", "rows")},
         }
+        # numpy's numbers, such as a learning rate out of a logspace, would be refused when they are read back.
+        state = tree_map_only(np.generic, np.generic.item, state, lambda part: isinstance(part, OrderedDict))
         with written_whole(path) as file:
             torch.save(state, file)
 

@@ -170,6 +170,23 @@ def test_a_checkpoint_of_another_setting_is_refused_and_nothing_changes(data, tm
     assert path.read_bytes() == before
 
 
+def test_numbers_of_numpy_resume_as_pythons_do(data, tmp_path):
+    def run(epochs, name, lr, limit, size, seed):
+        rule = with_dropout_and_batch_norm(optimizer=partial(SGD, lr=lr))
+        rule.clip_norm = limit
+        schedule = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=lr)
+        return rule, ml.fit(rule, data, epochs, size, seed=seed, scheduler=schedule, checkpoint=tmp_path / name)
+
+    torch.manual_seed(3)
+    of_numpy = (np.logspace(-2, -1, 3)[1], np.float64(0.5), np.int64(60), np.int64(1))
+    run(1, "numpy.pt", *of_numpy)
+    resumed, cut = run(2, "numpy.pt", *of_numpy)
+    torch.manual_seed(3)
+    never_cut, whole = run(2, "python.pt", *(number.item() for number in of_numpy))
+    assert without_seconds(cut).equals(without_seconds(whole))
+    assert_same_rule(resumed, never_cut)
+
+
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 broken"])
 def test_a_damaged_checkpoint_is_named(data, tmp_path, content):
     path = tmp_path / "run.pt"
