@@ -239,6 +239,9 @@ class _Run:
                     f"{path} belongs to a run with {name} {state['settings'].get(name)}, this one has {ours}: choose "
                     "another file, or start anew with overwrite=True"
                 )
+        if len(state["schedulers"]) != len(self.schedulers):
+            with_or = "with" if state["schedulers"] else "without"
+            raise ValueError(f"{path} belongs to a run {with_or} a scheduler: give fit the same `scheduler`")
         self.rule.load_state_dict(state["rule"])
         for scheduler, value in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(value)

@@ -162,6 +162,9 @@ def test_a_checkpoint_of_another_setting_is_refused_and_nothing_changes(data, tm
         ),
         "seed 0, this one has 1": lambda: ml.fit(with_dropout_and_batch_norm(), data, 1, seed=1, checkpoint=path),
         "300 examples": lambda: ml.fit(with_dropout_and_batch_norm(), data.subset(200), 1, checkpoint=path),
+        "a run without a scheduler": lambda: ml.fit(
+            with_dropout_and_batch_norm(), data, 1, scheduler=torch.optim.lr_scheduler.ConstantLR, checkpoint=path
+        ),
     }
     for message, call in cases.items():
         with pytest.raises(ValueError, match=message) as problem:
