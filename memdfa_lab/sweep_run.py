@@ -75,8 +75,8 @@ class Processes:
         with suppress(OSError, ValueError):  # it died, or is closed already
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
-        if self._interrupted:
-            process.stdin.close()
+            if self._interrupted:
+                process.stdin.close()
         status = process.stdout.readline()
         self._busy.remove(process)
         if status and not self._interrupted:
@@ -95,7 +95,8 @@ class Processes:
         self._interrupted = True
         for process in list(self._busy):
             assert process.stdin is not None
-            process.stdin.close()
+            with suppress(OSError):  # it died
+                process.stdin.close()
 
 
 OURS = Processes()  # of a Dask worker
@@ -144,7 +145,7 @@ def _start() -> "subprocess.Popen[str]":
 
 
 def _end(process: "subprocess.Popen[str]") -> int:
-    with process:  # closes the pipes, by which it ends, and waits
+    with suppress(OSError), process:  # closes the pipes, by which it ends, and waits; if it died, a task is left in one
         pass
     return process.returncode
 

@@ -16,6 +16,7 @@ import pytest
 
 from memdfa_lab import cli, experiments, figures, sweep, sweep_file
 from memdfa_lab.files import locked
+from memdfa_lab.sweep_run import Processes, work
 
 QUICK = {"network": "784-[16]x2-10", "epochs": 2, "batch_size": 100}
 TINY = """
@@ -228,6 +229,21 @@ def test_only_what_has_its_mark_is_read_and_a_killed_training_goes_on(tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_csv(out / "results.csv").drop(columns="seconds"), whole.drop(columns="seconds")
     )
+
+
+def test_a_process_that_dies_while_it_waits_costs_a_try_and_no_run(tmp_path):
+    processes = Processes()
+    (tmp_path / "runs").mkdir()
+    task = {"run": "train", "code": "now", "retries": 1, "threads": 1, "parameters": QUICK, "given": QUICK}
+    try:
+        assert work(task | {"folder": str(tmp_path / "runs" / "a")}, processes) is None
+        (waits,) = processes._idle
+        waits.kill()
+        waits.wait()
+        assert work(task | {"folder": str(tmp_path / "runs" / "b")}, processes) is None
+    finally:
+        processes.dismiss()
+    assert (tmp_path / "runs" / "b" / "done.json").exists()
 
 
 def test_where_fork_is_not_safe_a_process_does_one_run(tmp_path, monkeypatch):
