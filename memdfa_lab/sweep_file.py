@@ -90,13 +90,14 @@ def _read(file: Path) -> Sweep:
     }
     said |= {"table": None, **_yaml(file)}
     forms: dict[str, Any] = {"grid": (None, dict), "list": (None, [dict]), "table": (None, str), "timeout_s": (1, 1e7)}
-    check_parameters(dict(said), run=str, parameters=dict, retries=range(101), threads=range(1, 1025), **forms)
+    forms |= {"run": str, "parameters": dict, "retries": range(101), "threads": range(1, 1025)}
+    _check(said, forms)
     notebook = None if said["run"] == "train" else _notebook(file.parent, said["run"])
     expected = _expected(notebook, said["table"])
     runs: dict[str, dict[str, Any]] = {}
     for one in (said["parameters"] | varied for varied in _combinations(said["grid"], said["list"])):
         given = {name: what if name in one else object for name, what in expected.items()}
-        check_parameters(dict.fromkeys(expected) | one, **given)
+        _check(dict.fromkeys(expected) | one, given)
         if isinstance(one.get("network"), str):
             models.get(one["network"])
         try:
@@ -109,6 +110,12 @@ def _read(file: Path) -> Sweep:
     code = f"memdfa_lab {__version__}" + (f", notebook {source_of(notebook)[:12]}" if notebook else "")
     rest = {name: said[name] for name in ("retries", "threads", "timeout_s", "table")}
     return Sweep(str(notebook or "train"), runs, code, **rest)
+
+
+def _check(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in given:  # a notebook's own names may be anything; here each is a parameter
+        known("parameter", name, expected)
+    check_parameters(dict(given), **expected)
 
 
 def _yaml(file: Path) -> dict[str, Any]:
