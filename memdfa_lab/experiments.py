@@ -202,8 +202,10 @@ def confusion(y: Tensor, predicted: Tensor, classes: int) -> "np.ndarray":
     Raises ValueError if y and predicted are not as many whole numbers from 0 to classes - 1.
     """
     whole("classes", classes)
-    if y.shape != predicted.shape or any(z.numel() and not 0 <= z.min() <= z.max() < classes for z in (y, predicted)):
-        shapes = f"shapes {tuple(y.shape)} and {tuple(predicted.shape)}"
-        raise ValueError(f"y and predicted must be as many labels from 0 to {classes - 1}; got {shapes}")
-    pairs = y.cpu() * classes + predicted.cpu()
+    both = [z.cpu().long() for z in (y, predicted) if not z.is_floating_point()]  # a byte would not hold their pairs
+    good = len(both) == 2 and y.shape == predicted.shape
+    if not good or any(z.numel() and not 0 <= z.min() <= z.max() < classes for z in both):
+        given = f"shapes {tuple(y.shape)} and {tuple(predicted.shape)}, {y.dtype} and {predicted.dtype}"
+        raise ValueError(f"y and predicted must be as many labels from 0 to {classes - 1}; got {given}")
+    pairs = both[0] * classes + both[1]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

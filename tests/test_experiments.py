@@ -46,6 +46,10 @@ def test_the_summary_is_mean_and_spread_over_seeds_of_the_last_epoch():
 def test_confusion_counts_true_classes_in_rows():
     counts = confusion(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3)
     assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    bytes_ = torch.arange(30, dtype=torch.uint8)
+    assert np.array_equal(confusion(bytes_, bytes_, 30), np.eye(30))
+    with pytest.raises(ValueError, match=r"labels from 0 to 2; got .*float32"):
+        confusion(torch.tensor([1.5]), torch.tensor([1]), 3)
 
 
 @pytest.mark.parametrize("what", ["rule", "network", "optimizer", "loss", "feedback_kind"])
