@@ -1,7 +1,7 @@
 """Files that are whole or not there: each is written under a temporary name and then renamed."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +17,17 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     Raises ValueError if nothing can be written in its folder.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # tempfile's are readable by their owner alone
     with _folder_of(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        opened = temporary.open("xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it readable by its owner alone
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException as problem:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(problem, OSError) and problem.filename is None:
             problem.filename = str(path)  # a full disk does not say which file it was for
         raise
@@ -68,9 +68,3 @@ def _folder_of(path: Path) -> Iterator[None]:
     except OSError as problem:
         reason = problem.strerror or problem
         raise ValueError(f"cannot write into {path.parent} ({reason}): choose another folder") from problem
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -150,6 +150,13 @@ def test_no_temporary_file_is_left_when_writing_fails(tmp_path):
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def test_a_file_is_as_readable_as_any_other_and_no_other_thread_has_its_umask_changed(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "umask")
+    ml.files.write_text(tmp_path / "ours", "text")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_a_checkpoint_of_another_setting_is_refused_and_nothing_changes(data, tmp_path):
     path = tmp_path / "run.pt"
     ml.fit(with_dropout_and_batch_norm(), data, 1, checkpoint=path)
