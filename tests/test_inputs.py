@@ -540,6 +540,8 @@ COMMANDS = {
     "reproduce only": (["reproduce", "--only", ""], "no notebook ''"),
     "budget": (["reproduce", "--paper", "--budget", "soon"], "soon"),
     "bench": (["bench", "--network", "fc_rely"], "did you mean 'fc_relu'?"),
+    "bench networks": (["bench", "--network", "fc_relu", "fc_rely", "--rounds", "-1"], "did you mean 'fc_relu'?"),
+    "bench batch": (["bench", "--network", "fc_relu", "--batch", "0"], "batch size must be a whole number from 1 on"),
     "bench rounds": (["bench", "--network", "fc_relu", "--rounds", "-1"], "rounds must be a whole number from 1 on"),
     "profile": (["profile", "--network", "784-[0]x3-10"], "must be a whole number from 1 on"),
     "csv": (

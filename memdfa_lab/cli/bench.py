@@ -36,9 +36,11 @@ def _bench(options: argparse.Namespace) -> None:
     import pandas as pd
 
     rules = list(ALL) if "all" in options.rules else options.rules
-    tables = []
-    for network in options.network or NETWORKS:
-        batch = options.batch or NETWORKS.get(network, 128)
+    networks, tables = options.network or list(NETWORKS), []
+    for network in networks:
+        ml.models.get(network)  # before the first of them takes its minutes
+    for network in networks:
+        batch = NETWORKS.get(network, 128) if options.batch is None else options.batch
         if options.frontier:
             against = frontier(network, batch, options.feedback[0])
         else:
