@@ -15,7 +15,7 @@ class Listener(Protocol):
     def label(self, category: str, tensor: Tensor) -> None: ...
 
 
-listeners: list[Listener] = []
+listeners: list[Listener] = []  # another thread may come or go while they are told: a copy is gone through
 
 
 class phase:
@@ -25,18 +25,18 @@ class phase:
         self.name, self.block = name, block
 
     def __enter__(self) -> None:
-        for listener in listeners:
+        for listener in tuple(listeners):
             listener.enter(self.name, self.block)
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for listener in listeners:
+        for listener in tuple(listeners):
             listener.leave()
 
 
 def label(category: str, tensor: Tensor) -> Tensor:
     """Say what a tensor is for (feedback, error, gradients, ...), and return it."""
-    for listener in listeners:
+    for listener in tuple(listeners):
         listener.label(category, tensor)
     return tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import resource
+import threading
 import time
 from functools import lru_cache, partial
 
@@ -706,6 +707,27 @@ class CountsViews(Ledger):
 class CallsItByThePhaseAlone(Ledger):
     def _call_it(self, category, tensor):
         pass
+
+
+def test_a_ledger_does_not_hear_what_another_thread_is_doing():
+    def other():
+        with phases.phase("forward", 3):
+            phases.label("feedback", ours)
+            inside.set()
+            done.wait()
+
+    inside, done = threading.Event(), threading.Event()
+    with Ledger() as ledger:
+        ours = torch.ones(5)
+        thread = threading.Thread(target=other)
+        thread.start()
+        inside.wait()
+        torch.ones(7)
+        done.set()
+        thread.join()
+    assert [(event.phase, event.block, event.storage.category) for event in ledger.events] == [
+        ("", None, "workspace")
+    ] * 3  # two births, and the second is freed
 
 
 @pytest.mark.parametrize("mutant", [MissesFrees, MissesLargeFrees, CountsViews])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from memdfa_lab import phases
 from memdfa_lab.memory.trace import Event, Storage, Trace
@@ -112,18 +112,24 @@ class Ledger(TorchDispatchMode):
         """Return the account so far."""
         return Trace(self.events, self.resting)
 
-    # What the rule says (`memdfa_lab.phases`).
+    # What the rule says (`memdfa_lab.phases`); not in other threads: of these, autograd's alone have our mode.
+
+    def _is_ours(self) -> bool:
+        return self in _get_current_dispatch_mode_stack()
 
     def enter(self, name: str, block: int | None) -> None:
-        self._phases.append((name, block))
-        self._note_node(block)
+        if self._is_ours():
+            self._phases.append((name, block))
+            self._note_node(block)
 
     def leave(self) -> None:
-        self._phases.pop()
-        self._note_node(self._phases[-1][1])
+        if self._is_ours():
+            self._phases.pop()
+            self._note_node(self._phases[-1][1])
 
     def label(self, category: str, tensor: Tensor) -> None:
-        self._call_it(category, tensor)
+        if self._is_ours():
+            self._call_it(category, tensor)
 
     def _note_node(self, block: int | None) -> None:
         self._numbers.append(torch._C._autograd._get_sequence_nr())
