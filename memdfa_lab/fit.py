@@ -139,6 +139,8 @@ def fit(
             if written is not None:
                 run.save(written, settings)
                 saved_at = time.monotonic()
+            if interrupt.asked and group.size == 1:  # while the epoch was evaluated; ranks stop together, after a step
+                raise KeyboardInterrupt
     return History(run.rows)
 
 

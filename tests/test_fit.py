@@ -139,6 +139,17 @@ def test_a_killed_process_leaves_a_checkpoint_that_resumes_to_the_same_weights(d
     assert_same_rule(whole, resumed)
 
 
+def test_ctrl_c_while_the_last_epoch_is_evaluated_is_not_lost(data, tmp_path):
+    def press(rule, epoch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        ml.fit(with_dropout_and_batch_norm(), data, 1, checkpoint=path, on_epoch=press)
+    assert len(ml.fit(with_dropout_and_batch_norm(), data, 1, checkpoint=path).rows) == 1
+
+
 def test_no_temporary_file_is_left_when_writing_fails(tmp_path):
     def fails_halfway():
         with ml.files.written_whole(tmp_path / "a" / "file") as file:
