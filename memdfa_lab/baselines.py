@@ -18,12 +18,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.blocks import run_block
+from memdfa_lab.names import whole
 from memdfa_lab.phases import phase
 from memdfa_lab.recompute import buffers_put_back
 from memdfa_lab.rules import Rule
@@ -39,10 +39,8 @@ class _InSegments(Rule):
 
     def __init__(self, *args: Any, segments: int | None = None, **options: Any):
         super().__init__(*args, **options)
-        wanted = round(math.sqrt(len(self.chain))) if segments is None else segments
-        if isinstance(wanted, bool) or not isinstance(wanted, (int, np.integer)) or wanted < 1:
-            raise ValueError(f"segments must be a whole number from 1 on, got {segments!r}")
-        self.segments = min(int(wanted), len(self.chain))
+        wanted = round(math.sqrt(len(self.chain))) if segments is None else whole("segments", segments)
+        self.segments = min(wanted, len(self.chain))
 
     def forward_in_segments(self, h: Tensor) -> Tensor:
         """Return the logits, with a graph that holds one tensor a segment, and all of the last."""

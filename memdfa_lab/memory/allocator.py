@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from memdfa_lab.memory.ledger import as_callable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,11 +98,6 @@ def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> AllocatorTra
 def allocator_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
     """Return the most bytes that torch's CPU allocator had given out at once in a step, above what rested before it."""
     return allocator_trace(step, *batch, warm_up=warm_up).peak_bytes
-
-
-def as_callable(step: Any) -> Callable[..., Any]:
-    """Return a rule's step, or what can be called as it is."""
-    return step.step if hasattr(step, "step") else step
 
 
 def _read(roots: Sequence[Any]) -> AllocatorTrace:

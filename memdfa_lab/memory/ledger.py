@@ -10,6 +10,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
@@ -55,9 +56,7 @@ def measure(
     whole("warm_up", warm_up, 0)
     if not all(isinstance(tensor, Tensor) for tensor in batch):
         raise TypeError(f"a batch is tensors, such as x and y; got {', '.join(type(item).__name__ for item in batch)}")
-    if not hasattr(step, "step") and not callable(step):
-        raise TypeError(f"measure takes a rule or a function of the batch, not a {type(step).__name__}")
-    take = step.step if hasattr(step, "step") else step
+    take = as_callable(step)
     known: Known = getattr(step, "tensors", dict) if tensors is None else tensors
     for _ in range(warm_up):
         take(*batch)
@@ -65,6 +64,14 @@ def measure(
         for _ in range(steps):
             take(*batch)
     return ledger.trace()
+
+
+def as_callable(step: Any) -> Callable[..., Any]:
+    """Return a rule's step, or what can be called as it is. Raises TypeError for anything else."""
+    take = getattr(step, "step", step)
+    if not callable(take):
+        raise TypeError(f"measure takes a rule or a function of the batch, not a {type(step).__name__}")
+    return take
 
 
 class Ledger(TorchDispatchMode):
@@ -88,7 +95,7 @@ class Ledger(TorchDispatchMode):
         self._blocks: list[int | None] = []
 
     def __enter__(self) -> "Ledger":
-        self._started = time.perf_counter()
+        self._started, self._thread = time.perf_counter(), get_ident()
         for category, tensors in self.known().items():
             for tensor in tensors:
                 if address(tensor) not in self._storages:
@@ -115,7 +122,7 @@ class Ledger(TorchDispatchMode):
     # What the rule says (`memdfa_lab.phases`); not in other threads: of these, autograd's alone have our mode.
 
     def _is_ours(self) -> bool:
-        return self in _get_current_dispatch_mode_stack()
+        return get_ident() == self._thread or self in _get_current_dispatch_mode_stack()
 
     def enter(self, name: str, block: int | None) -> None:
         if self._is_ours():

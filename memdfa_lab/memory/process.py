@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from memdfa_lab.files import written_whole
-from memdfa_lab.memory.allocator import allocator_trace, as_callable
-from memdfa_lab.memory.ledger import measure
+from memdfa_lab.memory.allocator import allocator_trace
+from memdfa_lab.memory.ledger import as_callable, measure
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -78,11 +78,8 @@ def _from_names(rule: str, network: str | list[int], batch_size: int, optimizer:
     from memdfa_lab.rules import RULES
 
     if isinstance(network, str):
-        model, loss, x = (
-            models.build(network),
-            models.get(network).loss,
-            torch.rand(1, *models.get(network).input_shape),
-        )
+        setting = models.get(network)
+        model, loss, x = models.build(network), setting.loss, torch.rand(1, *setting.input_shape)
     else:
         model, loss, x = models.mlp(network[0], network[1:-1], network[-1]), "cross_entropy", torch.rand(1, network[0])
     make = functools.partial(known("optimizer", optimizer, OPTIMIZERS), lr=1e-3)
