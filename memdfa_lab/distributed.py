@@ -121,7 +121,7 @@ class Group:
         """Return the mean over all examples of a mean over this rank's n."""
         if self.size == 1:
             return value
-        total, N = self.total([value * n if n else 0.0, n], "a mean").tolist()
+        total, N = self.total([value * n, n], "a mean").tolist()
         return total / N
 
     def draw_apart(self, *numbers: int) -> None:

@@ -206,7 +206,7 @@ class _Run:
         """Return the accuracy on all examples, of which each rank looks at a part."""
         group = self.rule.group
         x, y = (tensor.tensor_split(group.size)[group.rank] for tensor in (x, y))
-        return group.mean(accuracy(self.rule, x, y), len(x))
+        return group.mean(accuracy(self.rule, x, y) if len(x) else 0.0, len(x))
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         state = {

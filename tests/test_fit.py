@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import memdfa_lab as ml
-from memdfa_lab.fit import _order
+from memdfa_lab.fit import _order, _Run
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -137,6 +137,13 @@ def test_a_killed_process_leaves_a_checkpoint_that_resumes_to_the_same_weights(d
     resumed = with_dropout_and_batch_norm()
     ml.fit(resumed, data, epochs, 32, checkpoint=path)
     assert_same_rule(whole, resumed)
+
+
+def test_a_rank_without_a_test_image_has_no_say_in_the_accuracy(data):
+    rule = with_dropout_and_batch_norm()
+    rule.group = ml.distributed.Group(rank=1, size=2)
+    rule.group.total = lambda values, what: torch.tensor(values) + torch.tensor([1.0, 1.0])  # rank 0's image is right
+    assert _Run(rule, [])._accuracy(data.x_test[:1], data.y_test[:1]) == 1.0
 
 
 def test_ctrl_c_while_the_last_epoch_is_evaluated_is_not_lost(data, tmp_path):
