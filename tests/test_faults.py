@@ -135,7 +135,7 @@ def test_reproduce_killed_at_random_moments_ends_as_if_never_killed(tmp_path):
 
 
 def test_a_sweep_killed_at_random_moments_ends_as_if_never_killed(tmp_path):
-    """The client is killed, and what it started with it or left behind; each run is there once, and no half of one."""
+    """The client alone is killed, what it had started ends by itself; each run is there once, and no half of one."""
     said = {
         "run": "train",
         "parameters": {"network": NETWORK, "epochs": 2, "batch_size": 200},

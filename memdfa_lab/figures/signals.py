@@ -159,7 +159,8 @@ def spectrum(table: pd.DataFrame, classes: int, width: int) -> Figure:
     Left, how they are spread at n = `width`; right, the least and the largest (means over the draws) against n.
     `table` has the columns distribution, width, draw and value. Raises ValueError if a distribution lacks that width.
     """
-    whole("classes", classes), whole("width", width)
+    whole("classes", classes)
+    whole("width", width)
     for name, drawn in table.groupby("distribution"):
         if width not in set(drawn["width"]):
             raise ValueError(f"table has no row of {name} with width {width}: choose a width that all are drawn at")

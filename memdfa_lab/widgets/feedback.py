@@ -55,7 +55,8 @@ class Matrix:
 
     def __post_init__(self) -> None:
         known("rule", self.rule, TAUGHT)
-        whole("outputs (C)", self.outputs, 1, LIMITS["classes"]), whole("width (n)", self.width, 1, LIMITS["width"])
+        whole("outputs (C)", self.outputs, 1, LIMITS["classes"])
+        whole("width (n)", self.width, 1, LIMITS["width"])
         self.feedback()
 
     @property

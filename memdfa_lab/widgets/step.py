@@ -64,11 +64,12 @@ def film(
     rule: str, layers: int = 5, width: int = 200, batch: int = 64, optimizer: str = "sgd", feedback: str = "stored"
 ) -> list[Moment]:
     """Return the moments of one step of a rule in an MLP for MNIST. Raises ValueError for what cannot be."""
-    known("optimizer", optimizer, OPTIMIZERS), known("feedback", feedback, KINDS)
+    known("rule", rule, ALL_RULES)
+    known("optimizer", optimizer, OPTIMIZERS)
+    known("feedback", feedback, KINDS)
     whole("layers", layers, 1, LIMITS["depth"])
     for name, value in (("width", width), ("batch", batch)):
         whole(name, value, 1, LIMITS[name])
-    known("rule", rule, ALL_RULES)
     return _film(rule, layers, width, batch, optimizer, feedback)
 
 

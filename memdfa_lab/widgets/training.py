@@ -55,7 +55,8 @@ class Race:
         every: int = 20,
     ):
         check_data("Race", data)
-        whole("layers", layers, 1, LIMITS["depth"]), whole("every", every)
+        whole("every", every)
+        whole("layers", layers, 1, LIMITS["depth"])
         for what, value in (("width", width), ("batch", batch)):
             whole(what, value, 1, LIMITS[what])
         number("lr", lr)
