@@ -376,6 +376,25 @@ def test_goals_are_met_or_not_or_not_run(monkeypatch):
     assert list(paper.tables.goals(table)["met"]) == ["yes", "no", "not run yet"]
 
 
+def test_trials_are_told_best_first_with_what_was_varied():
+    tried = [("bp", 0.1, None, 0.5), ("bp", 0.3, None, 0.75), ("fa", 0.1, "uniform", 0.9), ("fa", 0.3, "uniform", 0.6)]
+    choices = pd.DataFrame(
+        {
+            "experiment": "a",
+            "rule": rule,
+            "settings": json.dumps({"lr": lr, **({"distribution": B} if B else {}), "batch_size": 8}),
+            "epochs": 2,
+            "held_out_accuracy": accuracy,
+        }
+        for rule, lr, B, accuracy in tried
+    )
+    assert paper.tables.trials(choices).to_numpy().tolist() == [
+        ["a", "bp", 2, "0.3: 75.00", "0.1: 50.00"],
+        ["a", "fa", 2, "0.1 uniform: 90.00", "0.3 uniform: 60.00"],
+    ]
+    assert len(paper.tables.trials(choices[:0])) == 0
+
+
 def test_same_updates_counts_runs_that_agree():
     alike = table_of(("a", "dfa", 0, 2, 0.9), ("a", "memdfa", 0, 2, 0.9), ("a", "memdfa", 1, 2, 0.9))
     other = table_of(("b", "dfa", 0, 2, 0.9), ("b", "memdfa", 0, 2, 0.8))
@@ -454,3 +473,6 @@ def test_the_report_says_what_the_tables_say():
     rows = [list(map(str, row)) for table in expected for row in table.to_numpy().tolist()]
     assert [row for row in said if row in rows] == rows
     assert len(said) == len(rows) + 2 * len(expected)  # and a head and a rule each
+    assert "agree\nin every digit" in text
+    alike, both = paper.tables.same_updates(tables["histories"])
+    assert alike == both > 0

@@ -1,5 +1,6 @@
 """What the comparison says: made from its tables alone, in seconds."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,27 @@ def missing(histories: "pd.DataFrame") -> "pd.DataFrame":
         for one in plan.unfinished(plan.experiments(), histories)
     ]
     return pd.DataFrame(rows)
+
+
+def trials(choices: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a row an experiment and rule: the settings that did best on held-out training images, and the others.
+
+    As text, with the accuracy (%) after a colon; of the settings those that were varied in the experiment.
+    """
+    import pandas as pd
+
+    rows = []
+    for experiment, tried in choices.groupby("experiment", sort=False):
+        every = pd.DataFrame([json.loads(text) for text in tried["settings"]], tried.index, dtype=object)
+        varied = every.loc[:, every.nunique(dropna=False) > 1]
+        tried = tried.assign(said=[" ".join(map(str, row.dropna())) for _, row in varied.iterrows()])
+        tried = tried.sort_values("held_out_accuracy", ascending=False, kind="stable")
+        for (rule, epochs), group in tried.groupby(["rule", "epochs"]):
+            pairs = zip(group["said"], 100 * group["held_out_accuracy"], strict=True)
+            said = [f"{settings}: {accuracy:.2f}" for settings, accuracy in pairs]
+            columns = {"experiment": experiment, "rule": rule, "epochs": epochs}
+            rows.append({**columns, "chosen": said[0], "others": ", ".join(said[1:])})
+    return pd.DataFrame(rows, columns=["experiment", "rule", "epochs", "chosen", "others"])
 
 
 def same_updates(histories: "pd.DataFrame") -> tuple[int, int]:
