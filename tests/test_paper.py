@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 import memdfa_lab as ml
 from memdfa_lab import cli, experiments, figures, paper
@@ -225,6 +226,23 @@ def test_a_run_trains_as_set_and_what_is_finished_is_skipped(small, data, monkey
     assert (tmp_path / "histories.csv").read_bytes() == written
     paper.runs.collect(tmp_path)
     assert (tmp_path / "histories.csv").read_bytes() == written
+
+
+def test_images_cut_the_training_images_and_are_said_in_the_settings_and_the_table(data, monkeypatch, tmp_path):
+    few = replace(ONE, search={}, search_epochs=0, seeds={"memdfa": [0]}, images=200)
+    monkeypatch.setattr(paper.plan, "experiments", lambda: (few,))
+    monkeypatch.setattr(experiments, "load_for", lambda *_: data)
+    seen = []
+    monkeypatch.setattr(paper.runs, "fit", lambda made, cut, *a, **o: seen.append(cut) or FIT(made, cut, *a, **o))
+    paper.runs.run(tmp_path, say=lambda _: None)
+    assert torch.equal(seen[0].x_train, data.x_train[:200])
+    assert torch.equal(seen[0].x_test, data.x_test)
+    table = paper.runs.read(tmp_path, "histories")
+    assert json.loads(table["settings"][0])["images"] == 200
+    assert "images" not in json.loads(ONE.described("memdfa", {}))
+    assert paper.tables.beside_published(table).query("network == @few.network")["source"].item() == (
+        "here, small, 200 training images"
+    )
 
 
 def test_a_killed_run_goes_on_and_comes_to_the_same(data, monkeypatch, tmp_path):

@@ -29,8 +29,9 @@ class Experiment:
 
     `seeds`: for each rule, in order of value. `settings` go to `ml.experiments.make_rule`, those of `by_rule` for one
     rule alone; the rest is the network's own. `search`: for each name of a setting the values tried on held-out
-    training images, for `search_epochs`. `epoch_s`: how long an epoch takes, roughly, for a budget to reckon with.
-    `angles`: the angle to BP of each block is taken after each epoch. `goal`: the test error aimed at, in percent.
+    training images, for `search_epochs`. `images`: how many of the training images are used, the first ones; all if
+    none is named. `epoch_s`: how long an epoch takes, roughly, for a budget to reckon with. `angles`: the angle to BP
+    of each block is taken after each epoch. `goal`: the test error aimed at, in percent.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Experiment:
     epoch_s: float
     why: str
     batch_size: int | None = None
+    images: int | None = None
     schedule: str = "constant"
     settings: dict[str, Any] = field(default_factory=dict)
     by_rule: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -77,7 +79,9 @@ class Experiment:
 
     def described(self, rule: str, chosen: dict[str, Any]) -> str:
         """Return all that a run is set to, as text for a table."""
-        rest = {"batch_size": self.batch, "schedule": self.schedule}
+        rest: dict[str, Any] = {"batch_size": self.batch, "schedule": self.schedule}
+        if self.images is not None:
+            rest["images"] = self.images
         return json.dumps({**self.options(rule, chosen), **rest})
 
 

@@ -68,7 +68,7 @@ def run(
     done_s, left_s = 0.0, sum(one.seconds for one in todo)
     for one in todo:
         pace = (time.monotonic() - started) / done_s if done_s else 1.0  # of this machine, against the plan
-        data = experiments.load_for(one.network, one.dataset, root)
+        data = experiments.load_for(one.network, one.dataset, root).subset(train=one.images)
         say(f"{one.name}: {one.network} on {data.name}, {one.epochs} epochs; about {left_s * pace / 60:.0f} min left")
         for rule, seed in one.runs:
             if budget_s is not None and time.monotonic() - started > budget_s:

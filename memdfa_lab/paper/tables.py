@@ -61,9 +61,11 @@ def beside_published(histories: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
     found = errors(histories)
+    images = {one.name: f", {one.images:,} training images" for one in plan.experiments() if one.images is not None}
     rows = []
     for (name, network, dataset), group in found.groupby(["experiment", "network", "dataset"], sort=False):
-        row = {"dataset": dataset, "network": network, "source": "here, " + str(name), **dict.fromkeys(RULES, "")}
+        source = f"here, {name}{images.get(name, '')}"
+        row = {"dataset": dataset, "network": network, "source": source, **dict.fromkeys(RULES, "")}
         for one in group.itertuples():
             spread = "" if one.seeds == 1 else f" ± {one.spread:.2f}"
             row[str(one.rule)] = f"{one.error:.2f}{spread} ({one.seeds})"
