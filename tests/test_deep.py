@@ -72,6 +72,14 @@ def test_convolutions_are_the_whole_networks(rule, precision):
         assert_the_same(rule, widgets.Setting("convnet", depth, width, batch, **how))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rule", list(ml.RULES))
+def test_filters_that_outweigh_the_batch_are_the_whole_networks(rule, precision):
+    for batch in (2, 5, 6, 20):  # 512 x 512 filters of 3 x 3 have more numbers than 5 examples of 28 x 28 pixels
+        how = {"batch_norm": True, "optimizer": "rmsprop", "precision": precision}
+        assert_the_same(rule, widgets.Setting("convnet", 6, 512, batch, **how))
+
+
 @pytest.mark.parametrize("rule", ["bp", "dfa", "memdfa"])
 def test_one_more_image_does_not_fit(rule):
     """Where examples go through in parts, too, and what is held is no line."""

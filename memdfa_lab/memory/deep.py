@@ -7,9 +7,9 @@ batch, event for event: nothing is fitted, and tests/test_deep.py holds it to `p
 """
 
 import math
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from itertools import groupby, pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from memdfa_lab.memory.trace import CATEGORIES, Trace
 
 FAR = 100_000  # examples between the two batches of which the slopes are taken
-Predicted = Callable[[int, int, int | None], Trace]  # (blocks, batch, segments; None: as many as the rule makes)
+Predicted = Callable[[int, int], Trace]  # (blocks, batch)
 
 
 class Step(NamedTuple):
@@ -57,13 +57,14 @@ class Visit(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A shallow step, linear in the batch: `changes + (batch - at) * slopes`."""
+    """A shallow step, linear in the batch: `changes + (batch - at) * slopes`; `a_block` is what one more rests."""
 
     step: Step
     at: int
-    slopes: np.ndarray
-    inputs_slope: int
     visits: list[Visit]
+    slopes: np.ndarray | int = 0
+    inputs_slope: int = 0
+    a_block: Mapping[str, int] = MappingProxyType({})
 
     def with_batch(self, batch: int) -> Step:
         more = batch - self.at
@@ -75,7 +76,7 @@ class _Part(NamedTuple):
 class Chain:
     """The steps of one rule in chains of any number of blocks, all alike but for the first and the last.
 
-    `predicted(blocks, batch, segments)` predicts one of them. `linear_from`: the batch from which on every storage
+    `predicted(blocks, batch)` predicts one of them. `linear_from`: the batch from which on every storage
     grows by as many bytes an example; below it, each batch is predicted. `segmented`: the rule runs forward again in
     round(sqrt(blocks)) segments. `least_batch` is the smallest that the network takes.
     """
@@ -83,7 +84,7 @@ class Chain:
     def __init__(self, predicted: Predicted, linear_from: int = 2, segmented: bool = False, least_batch: int = 1):
         self.predicted, self.segmented, self.least_batch = predicted, segmented, least_batch
         self.linear_from = max(linear_from, least_batch)
-        self.shallow = [3, 3, 3] if segmented else [4]  # the sizes of its segments
+        self.shallow = [3, 3, 3] if segmented else [4]  # the sizes of its segments, as in `_sizes`
         self._parts: dict[tuple[int, int], _Part] = {}
 
     def step(self, blocks: int, batch: int) -> Step:
@@ -107,9 +108,9 @@ class Chain:
         if min(sizes) < 2 or blocks < 3:  # a block is the first and the last of its segment: unlike any other
             step = self._part(blocks, batch).with_batch(batch)
             return step, np.arange(len(step.changes))
-        part, a_block = self._part(least, batch), self._rest_of_a_block
-        step = part.with_batch(batch)
-        resting = {name: value + (blocks - least) * a_block[name] for name, value in step.resting_by_category.items()}
+        part, a_block = self._part(least, batch), self._part(least, self.linear_from).a_block
+        step, more = part.with_batch(batch), blocks - least
+        resting = {name: value + more * a_block.get(name, 0) for name, value in step.resting_by_category.items()}
         return step._replace(resting_by_category=resting), _unrolled(part.visits, self.shallow, sizes)
 
     def largest_batch(self, budget_bytes: int, blocks: int) -> int:
@@ -129,13 +130,6 @@ class Chain:
 
         return _last(fits, 3, most + 1) or _last(fits, 2, 3)  # 2 are unlike any others: one more to be predicted
 
-    @cached_property
-    def _rest_of_a_block(self) -> dict[str, int]:
-        least = sum(self.shallow)
-        base = self._part(least, self.linear_from).step.resting_by_category
-        longer = self.predicted(least + 1, self.linear_from, None).resting_by_category
-        return {name: value - base[name] for name, value in longer.items()}
-
     def _sizes(self, blocks: int) -> list[int]:
         segments = round(math.sqrt(blocks)) if self.segmented else 1
         return [stop - start for start, stop in pairwise(blocks * k // segments for k in range(segments + 1))]
@@ -143,18 +137,25 @@ class Chain:
     def _part(self, blocks: int, batch: int) -> _Part:
         at = self.linear_from if batch >= self.linear_from else batch
         if (blocks, at) not in self._parts:
-            segments = len(self.shallow) if self.segmented and blocks >= sum(self.shallow) else None
-            trace = self.predicted(blocks, at, segments)
-            step, inputs_slope = _step(trace), trace.resting_by_category["input"] // at
-            slopes = np.zeros_like(step.changes)
-            if at == self.linear_from:
-                far = _step(self.predicted(blocks, at + FAR, segments))
-                alike = np.array_equal(far.categories, step.categories)
-                slopes, odd = np.divmod(far.changes - step.changes, FAR) if alike else (slopes, slopes)
-                if odd.any() or not alike:
-                    raise ValueError(f"what this step holds is not linear in the batch from {at} on")
-            self._parts[blocks, at] = _Part(step, at, slopes, inputs_slope, _visits(trace))
+            trace = self.predicted(blocks, at)
+            part = _Part(_step(trace), at, _visits(trace))
+            self._parts[blocks, at] = self._with_slopes(part, blocks) if at == self.linear_from else part
         return self._parts[blocks, at]
+
+    def _with_slopes(self, part: _Part, blocks: int) -> _Part:
+        """Predict once more, with a batch far away and, to see what it rests, a block more if it can be repeated."""
+        step, places, longer = part.step, np.arange(len(part.step.changes)), blocks
+        if blocks == sum(self.shallow):
+            longer = blocks + 1
+            places = _unrolled(part.visits, self.shallow, self._sizes(longer))
+        far = _step(self.predicted(longer, part.at + FAR))
+        slopes = np.zeros_like(step.changes)
+        if alike := np.array_equal(far.categories, step.categories[places]):
+            slopes[places] = (far.changes - step.changes[places]) // FAR
+        if not alike or (far.changes != step.changes[places] + FAR * slopes[places]).any():
+            raise ValueError(f"what this step holds is not linear in the batch from {part.at} on")
+        rest = {name: value - step.resting_by_category[name] for name, value in far.resting_by_category.items()}
+        return part._replace(slopes=slopes, inputs_slope=rest.pop("input") // FAR, a_block=rest)
 
 
 def _unrolled(visits: list[Visit], shallow: list[int], sizes: list[int]) -> np.ndarray:

@@ -7,8 +7,8 @@ FakeTensorMode gives the same events, and takes longer.)
 
 import copy
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
@@ -72,9 +72,7 @@ def predict(
     with ExitStack() as stack:
         for name in BY_DEVICE:
             stack.enter_context(mock.patch(name, return_value=["cpu", "cuda", "meta"]))
-        if gc.isenabled():  # many small objects, none of them garbage: looking for some takes a fifth of the time
-            gc.disable()
-            stack.callback(gc.enable)
+        stack.enter_context(without_collection())
         with shapes:
             model = _without_data(network)
             dtype = next(model.parameters()).dtype
@@ -100,6 +98,18 @@ def kept_bytes(run: Callable[[nn.Module, Tensor], Any], blocks: nn.Sequential, x
                 sizes.append(ledger.trace().end_bytes)
             h = result.out
     return sizes
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Look for garbage later: among the many small objects of a prediction is none, and looking takes its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _ShapesAlone(TorchDispatchMode):

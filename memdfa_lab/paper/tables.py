@@ -64,7 +64,7 @@ def beside_published(histories: "pd.DataFrame") -> "pd.DataFrame":
     images = {one.name: f", {one.images:,} training images" for one in plan.experiments() if one.images is not None}
     rows = []
     for (name, network, dataset), group in found.groupby(["experiment", "network", "dataset"], sort=False):
-        source = f"here, {name}{images.get(name, '')}"
+        source = f"here, {name}{images.get(str(name), '')}"
         row = {"dataset": dataset, "network": network, "source": source, **dict.fromkeys(RULES, "")}
         for one in group.itertuples():
             spread = "" if one.seeds == 1 else f" ± {one.spread:.2f}"

@@ -17,6 +17,7 @@ import ipywidgets
 from matplotlib.figure import Figure
 
 from memdfa_lab import names
+from memdfa_lab.memory.predict import without_collection
 from memdfa_lab.widgets.background import BUSY
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Explorer(ipywidgets.VBox):
         if self._due is not None:
             self._due.cancel()
             self._due = None
-        with BUSY:
+        with BUSY, without_collection():  # a kernel's many objects can take longer than the answer
             try:
                 self.draw()
                 self.say("")

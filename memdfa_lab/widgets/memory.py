@@ -14,7 +14,7 @@ from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import BUSY
-from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, LIMITS, PRECISIONS, Explored, Setting, chain_of, explore
+from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, LIMITS, PRECISIONS, Explored, Setting, explore
 
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -80,7 +80,7 @@ class MemoryExplorer(base.Explorer):
         """Predict what is one choice away while nothing is to be done, one at a time, so that it then shows at once."""
         for rule, setting in pairs:
             with BUSY, suppress(ValueError):  # what cannot be is said when it is chosen
-                chain_of(rule, setting).step(9, setting.batch)
+                explore(replace(setting, rules=(rule,)))
             assert self._loop is not None
             self._later = self._loop.call_later(AHEAD_EVERY_S, self._look_ahead, pairs)
             return

@@ -217,24 +217,25 @@ def _chain(rule: str, setting: Setting) -> Chain:
     size: Any = image if s.family == "convnet" else s.inputs
     make: Any = {"mlp": models.mlp, "convnet": models.convnet}[s.family]
 
-    def predicted(blocks: int, batch: int, segments: int | None) -> Trace:
+    def predicted(blocks: int, batch: int) -> Trace:
         hidden = [s.width] * (blocks - 1)
-        options: dict[str, Any] = {} if segments is None else {"segments": segments}
         return memory.predict(
             rule,
             lambda: make(size, hidden, s.classes, s.activation, s.batch_norm).to(PRECISIONS[s.precision]),
             (batch, *image),
             OPTIMIZERS[s.optimizer],
             KINDS[s.feedback](),
-            **options,
         )
 
-    # A signal e B_i is formed in quarters, but never in pieces smaller than SMALL_BYTES: from then on it is linear.
-    outputs = s.width * (math.prod(image[1:]) if s.family == "convnet" else 1)
-    quarters_from = math.ceil(4 * SMALL_BYTES / (outputs * PRECISIONS[s.precision].itemsize))
-    linear_from = quarters_from if rule in ("dfa", "memdfa") else 1
-    if rule in ("dfa", "memdfa") and s.family == "convnet" and not s.batch_norm:
-        linear_from = NEVER  # examples go through in eighths, of which the last may be smaller
+    linear_from = 1
+    if rule in ("dfa", "memdfa"):
+        # A signal e B_i is formed in quarters, but never in pieces smaller than SMALL_BYTES; and filters, 3x3, that
+        # outweigh the batch are not copied.
+        pixels = math.prod(image[1:])
+        outputs = s.width * (pixels if s.family == "convnet" else 1)
+        linear_from = math.ceil(4 * SMALL_BYTES / (outputs * PRECISIONS[s.precision].itemsize))
+        if s.family == "convnet":  # without BatchNorm, examples go through in eighths, of which the last may be smaller
+            linear_from = max(linear_from, math.ceil(9 * s.width / pixels)) if s.batch_norm else NEVER
     return Chain(predicted, linear_from, segmented=rule.startswith("checkpoint"), least_batch=2 if s.batch_norm else 1)
 
 
