@@ -160,13 +160,14 @@ def feedback_explorer(matrix: Matrix | None = None, **changes: Any) -> "Feedback
 
     Raises TypeError or ValueError for what cannot be.
     """
-    return FeedbackExplorer(base.changed("matrix", matrix, Matrix, changes))
+    return FeedbackExplorer(matrix, **changes)
 
 
 class FeedbackExplorer(base.Explorer):
     """Feedback explorer: the matrix B, its spectrum, and the angle to BP over a short training."""
 
-    def __init__(self, matrix: Matrix):
+    def __init__(self, matrix: Matrix | None = None, **changes: Any):
+        matrix = base.changed("matrix", matrix, Matrix, changes)
         labels = {figures.STYLES[name][0]: name for name in TAUGHT}
         super().__init__(
             {

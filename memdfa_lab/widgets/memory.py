@@ -32,13 +32,14 @@ def memory_explorer(setting: Setting | None = None, **changes: Any) -> "MemoryEx
 
     Raises TypeError or ValueError, one line, for a setting that cannot be.
     """
-    return MemoryExplorer(base.changed("setting", setting, Setting, changes))
+    return MemoryExplorer(setting, **changes)
 
 
 class MemoryExplorer(base.Explorer):
     """Memory explorer: what one step holds under each rule, at any depth, width and batch."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting | None = None, **changes: Any):
+        setting = base.changed("setting", setting, Setting, changes)
         super().__init__(_controls(setting))
         self.ticks = {rule: base.tick(rule in setting.rules, label) for rule, label in ALL_RULES.items()}
         self.depths, self.profiles, self.numbers, self.code = (ipywidgets.HTML() for _ in range(4))
