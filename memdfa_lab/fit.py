@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map_only
 
 from memdfa_lab.checks import check_data
 from memdfa_lab.distributed import digest
 from memdfa_lab.files import locked, write_text, written_whole
 from memdfa_lab.interrupt import interrupt_after_step
-from memdfa_lab.names import whole
+from memdfa_lab.names import of_kind, whole
 from memdfa_lab.rules import Rule
 
 if TYPE_CHECKING:
@@ -71,11 +72,12 @@ def fit(
 
     The order of the examples depends on (seed, epoch) alone; dropout draws from torch's global generator, so call
     `torch.manual_seed` before building the rule. The last batch of an epoch may be shorter. `scheduler` makes a
-    learning-rate scheduler for an optimizer; it steps once an epoch. `checkpoint`: a file that is written after each
-    epoch, every `save_every_s` seconds within one, and on Ctrl-C, after the running step. If it is there already,
-    training goes on where it stopped, with the result of a run that was never cut; `overwrite=True` starts anew. The
-    network trains in training mode, on the device and in the dtype of its weights. `on_epoch(rule, epoch)` is called
-    after each epoch, from 1 on; the numbers that it returns by name become columns of the history.
+    learning-rate scheduler for an optimizer; it steps once an epoch, ReduceLROnPlateau by the epoch's loss.
+    `checkpoint`: a file that is written after each epoch, every `save_every_s` seconds within one, and on Ctrl-C, after
+    the running step. If it is there already, training goes on where it stopped, with the result of a run that was never
+    cut; `overwrite=True` starts anew. The network trains in training mode, on the device and in the dtype of its
+    weights. `on_epoch(rule, epoch)` is called after each epoch, from 1 on; the numbers that it returns by name become
+    columns of the history.
 
     If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments and takes its part of
     every batch; `batch_size`, loss and accuracies are of the whole. The first rank writes the checkpoint and all read
@@ -94,7 +96,9 @@ def fit(
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
     run = _Run(rule, [scheduler(made) for made in rule.optimizers if made is not None] if scheduler else [])
-    settings = _settings(rule, data, batch_size, seed)
+    for made in run.schedulers:
+        of_kind("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
+    settings = _settings(rule, run.schedulers, data, batch_size, seed)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
@@ -185,14 +189,18 @@ class _Run:
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def finish_epoch(self, data: "Data", on_epoch: Callable[[Rule, int], Mapping[str, float]] | None) -> None:
+        loss = self.loss_sum / len(data.x_train)
         for scheduler in self.schedulers:
-            scheduler.step()
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(loss)
+            else:
+                scheduler.step()
         self.epoch += 1
         self.rule.group.share_buffers(self.rule.blocks)
         seen = slice(TRAIN_ACCURACY_ON)
         row = {
             "epoch": self.epoch,
-            "loss": self.loss_sum / len(data.x_train),
+            "loss": loss,
             "train_accuracy": self._accuracy(data.x_train[seen], data.y_train[seen]),
             "test_accuracy": self._accuracy(data.x_test, data.y_test),
             "seconds": self.seconds,
@@ -241,9 +249,6 @@ class _Run:
                     f"{path} belongs to a run with {name} {state['settings'].get(name)}, this one has {ours}: choose "
                     "another file, or start anew with overwrite=True"
                 )
-        if len(state["schedulers"]) != len(self.schedulers):
-            with_or = "with" if state["schedulers"] else "without"
-            raise ValueError(f"{path} belongs to a run {with_or} a scheduler: give fit the same `scheduler`")
         self.rule.load_state_dict(state["rule"])
         for scheduler, value in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(value)
@@ -254,8 +259,8 @@ class _Run:
             setattr(self, name, value)
 
 
-def _settings(rule: Rule, data: "Data", batch_size: int, seed: int) -> dict[str, Any]:
-    """Return what must not change between a run and its continuation."""
+def _settings(rule: Rule, schedulers: list[Scheduler], data: "Data", batch_size: int, seed: int) -> dict[str, Any]:
+    """Return what must not change between a run and its continuation; no scheduler has made a step yet."""
     made = next(optimizer for optimizer in rule.optimizers if optimizer is not None)
     feedback = {name: value for name, value in rule.feedback.state_dict().items() if name != "matrices"}
     loss = getattr(rule.loss_fn, "__name__", type(rule.loss_fn).__name__)
@@ -264,11 +269,20 @@ def _settings(rule: Rule, data: "Data", batch_size: int, seed: int) -> dict[str,
         "data": f"{data.name}, {len(data.x_train)} examples of shape {tuple(data.x_train.shape[1:])}",
         "loss": loss,
         "optimizer": f"{type(made).__name__}({', '.join(f'{k}={v}' for k, v in made.defaults.items())})",
+        "scheduler": _said(schedulers[0]) if schedulers else None,
         "clip_norm": rule.clip_norm,
         "feedback": feedback,
         "batch_size": batch_size,
         "seed": seed,
     }
+
+
+def _said(scheduler: Scheduler) -> str:
+    """Return a scheduler as it was made, but for what differs in each process."""
+    apart = ("optimizer", "base_lrs", "last_epoch")
+    given = {name: repr(value) for name, value in vars(scheduler).items() if name[0] != "_" and name not in apart}
+    said = ", ".join(f"{name}={value}" for name, value in given.items() if " at 0x" not in value)
+    return f"{type(scheduler).__name__}({said})"
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:

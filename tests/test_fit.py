@@ -187,7 +187,7 @@ def test_a_checkpoint_of_another_setting_is_refused_and_nothing_changes(data, tm
         ),
         "seed 0, this one has 1": lambda: ml.fit(with_dropout_and_batch_norm(), data, 1, seed=1, checkpoint=path),
         "300 examples": lambda: ml.fit(with_dropout_and_batch_norm(), data.subset(200), 1, checkpoint=path),
-        "a run without a scheduler": lambda: ml.fit(
+        "scheduler None, this one has ConstantLR": lambda: ml.fit(
             with_dropout_and_batch_norm(), data, 1, scheduler=torch.optim.lr_scheduler.ConstantLR, checkpoint=path
         ),
     }
@@ -196,6 +196,59 @@ def test_a_checkpoint_of_another_setting_is_refused_and_nothing_changes(data, tm
             call()
         assert "\n" not in str(problem.value)
     assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_scheduler_is_refused(data, tmp_path):
+    path, schedulers = tmp_path / "run.pt", torch.optim.lr_scheduler
+    eight = partial(schedulers.CosineAnnealingLR, T_max=8)
+    ml.fit(with_dropout_and_batch_norm(), data, 1, scheduler=eight, checkpoint=path)
+    before = path.read_bytes()
+    for other, said in (
+        (partial(schedulers.CosineAnnealingLR, T_max=12), r"T_max=8, .*, this one has CosineAnnealingLR\(T_max=12"),
+        (partial(schedulers.StepLR, step_size=1), r"this one has StepLR\(step_size=1"),
+        (None, "this one has None"),
+    ):
+        with pytest.raises(ValueError, match=said) as problem:
+            ml.fit(with_dropout_and_batch_norm(), data, 2, scheduler=other, checkpoint=path)
+        assert "\n" not in str(problem.value)
+    assert path.read_bytes() == before
+    assert len(ml.fit(with_dropout_and_batch_norm(), data, 2, scheduler=eight, checkpoint=path).rows) == 2
+
+
+@pytest.mark.parametrize("name", ["LambdaLR", "MultiStepLR", "OneCycleLR", "SequentialLR"])
+def test_a_scheduler_is_the_same_in_another_process(data, tmp_path, name):
+    made = torch.optim.lr_scheduler
+    schedulers = {
+        "LambdaLR": lambda optimizer: made.LambdaLR(optimizer, lambda epoch: 0.9**epoch),  # another function each time
+        "MultiStepLR": lambda optimizer: made.MultiStepLR(optimizer, [1, 2]),
+        "OneCycleLR": lambda optimizer: made.OneCycleLR(optimizer, 0.1, total_steps=5),
+        "SequentialLR": lambda optimizer: made.SequentialLR(
+            optimizer, [made.ConstantLR(optimizer), made.ExponentialLR(optimizer, 0.5)], [1]
+        ),
+    }
+    for epochs in (1, 2):
+        history = ml.fit(
+            with_dropout_and_batch_norm(), data, epochs, scheduler=schedulers[name], checkpoint=tmp_path / "run.pt"
+        )
+    assert len(history.rows) == 2
+
+
+def test_a_plateau_is_one_of_the_epochs_loss(data, tmp_path):
+    def steps(**given):
+        rule = with_dropout_and_batch_norm()
+        ml.fit(rule, data, 3, scheduler=partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, **given))
+        return next(made for made in rule.optimizers if made is not None).param_groups[0]["lr"]
+
+    assert steps(threshold=1e-9) == 0.05  # the loss falls
+    assert steps(threshold=0.9) == pytest.approx(0.05 * 0.1**2)  # none is better than the first by so much
+
+
+def test_what_is_no_scheduler_is_refused_before_a_step(data):
+    rule = with_dropout_and_batch_norm()
+    before = {name: value.clone() for name, value in rule.blocks.state_dict().items()}
+    with pytest.raises(TypeError, match="what scheduler returns must be a scheduler of torch"):
+        ml.fit(rule, data, 1, scheduler=lambda optimizer: None)
+    assert all(torch.equal(value, before[name]) for name, value in rule.blocks.state_dict().items())
 
 
 def test_numbers_of_numpy_resume_as_pythons_do(data, tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import pkgutil
 import resource
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import pandas as pd
@@ -748,3 +751,23 @@ def test_a_ledger_without_labels_is_noticed(monkeypatch):
         test_backpropagation_by_hand()
     with pytest.raises(AssertionError):
         test_memdfa_by_hand()
+
+
+def test_predictions_in_several_threads_are_each_right_and_leave_nothing_patched():
+    foreach, module = torch.utils._foreach_utils, sys.modules["memdfa_lab.memory.predict"]
+    before = [pkgutil.resolve_name(name) for name in module.BY_DEVICE]
+    widths = range(3, 43)
+
+    def peak(width):
+        return ml.memory.predict("memdfa", lambda: ml.models.mlp(20, [width] * 3, 4), (8, 20)).peak_bytes
+
+    expected = list(map(peak, widths))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(peak, widths)) == expected
+    finally:
+        sys.setswitchinterval(interval)
+    assert [pkgutil.resolve_name(name) for name in module.BY_DEVICE] == before
+    assert "meta" not in foreach._get_foreach_kernels_supported_devices()

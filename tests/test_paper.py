@@ -435,6 +435,7 @@ def test_a_claim_is_only_shown_by_tables_that_show_it(measured):
     differs["measured_bytes"] += 1
     assert verdicts({**measured, "depth": grows})[0] == "not shown"
     assert verdicts({**measured, "depth": differs})[3] == "not shown"
+    assert verdicts({**measured, "depth": differs.assign(measured_bytes=None)})[3] == "not shown"  # none of none
 
 
 def test_published_numbers_stand_beside_ours():

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -23,6 +24,7 @@ from memdfa_lab.memory.trace import Trace
 from memdfa_lab.names import known, whole
 
 META = torch.device("meta")
+ONE_AT_A_TIME = RLock()  # what is patched is every thread's
 MOST_SEEN = 2_000  # operations of which is remembered what comes out
 aten = torch.ops.aten
 native: Any = torch._C  # its stubs lack some of it
@@ -69,7 +71,7 @@ def predict(
     for size in x_shape:
         whole("a size in x_shape", size)
     shapes = _ShapesAlone()
-    with ExitStack() as stack:
+    with ONE_AT_A_TIME, ExitStack() as stack:
         for name in BY_DEVICE:
             stack.enter_context(mock.patch(name, return_value=["cpu", "cuda", "meta"]))
         stack.enter_context(without_collection())
