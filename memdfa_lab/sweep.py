@@ -180,9 +180,9 @@ def status(where: str | Path, out: str | Path | None = None) -> "pd.DataFrame":
         folder = out / "runs" / name
         failed = folder / "failed.json"
         error = json.loads(failed.read_text(encoding="utf-8"))["error"] if failed.exists() else ""
-        now = "done" if is_done(folder, sweep.code) else "failed" if error else "waiting"
-        if now != "done" and is_held(folder / LOCK):
-            now, error = "running", ""
+        held = is_held(folder / LOCK)  # asked first: a run that ends in between is done
+        now = "done" if is_done(folder, sweep.code) else "running" if held else "failed" if error else "waiting"
+        error = error if now == "failed" else ""
         rows.append({"run": name, "status": now, "error": error, **parameters})
     return pd.DataFrame(rows)
 
