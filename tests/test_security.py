@@ -164,8 +164,11 @@ def test_what_predictions_remember_is_bounded(monkeypatch):
         assert 0 < len(module._ShapesAlone.seen) <= 50
 
 
+# Jupyter keeps what each cell has put out, and ipywidgets each widget, until told not to.
 IN_USE = """
-import ctypes, gc, os, sys, torch
+import ctypes, gc, os, sys, ipywidgets, torch
+ipywidgets.Widget.close_all()
+get_ipython().displayhook.flush()
 gc.collect()
 getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # what is free and not yet given back is not in use
 pages = int(open('/proc/self/statm').read().split()[1])

@@ -76,8 +76,8 @@ class _Part(NamedTuple):
 class Chain:
     """The steps of one rule in chains of any number of blocks, all alike but for the first and the last.
 
-    `predicted(blocks, batch)` predicts one of them. `linear_from`: the batch from which on every storage
-    grows by as many bytes an example; below it, each batch is predicted. `segmented`: the rule runs forward again in
+    `predicted(blocks, batch)` predicts one of them. `linear_from`: the batch from which on every storage grows by as
+    many bytes an example; below it, each batch is predicted. `segmented`: the rule runs forward again in
     round(sqrt(blocks)) segments. `least_batch` is the smallest that the network takes.
     """
 
