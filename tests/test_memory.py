@@ -403,7 +403,10 @@ def network(name: str) -> nn.Sequential:
 def test_predicted_equals_measured_for_the_packages_networks(name, rule):
     shape, loss = ml.models.get(name).input_shape, ml.losses.LOSSES[ml.models.get(name).loss]
     storages, turn = list(STORAGES.values()), ml.models.names().index(name) if name in ml.models.names() else 0
+    takes_long = sum(p.numel() for p in network(name).parameters()) > 5_000_000
     for k, make in enumerate(STEADY.values()):
+        if takes_long and (list(EVERY_RULE).index(rule) + turn) % 3 != k:
+            continue  # each rule has one of the optimizers, each optimizer some of the rules
         kind = storages[(turn + k) % 3]
         made = EVERY_RULE[rule](network(name), make, loss, kind())
         for batch in (2, 5):

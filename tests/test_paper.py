@@ -489,6 +489,7 @@ def test_the_report_says_what_the_tables_say():
         paper.tables.goals(tables["histories"]).replace({"rule": label}),
         paper.tables.missing(tables["histories"]),
     ]
+    expected = [table for table in expected if len(table)]  # nothing may be missing
     rows = [list(map(str, row)) for table in expected for row in table.to_numpy().tolist()]
     assert [row for row in said if row in rows] == rows
     assert len(said) == len(rows) + 2 * len(expected)  # and a head and a rule each
