@@ -83,6 +83,11 @@ def test_phases_that_take_turns_are_one_span():
         ("error", 3, 4),
         ("recompute + learn + update", 4, 10),
     ]
+    # A deep step is drawn from some of its moments: e's may not be among them.
+    assert figures.profiles._spans(["forward", "update", "local gradient", "update"]) == [
+        ("forward", 0, 1),
+        ("learn + update", 1, 4),
+    ]
 
 
 def test_bars_and_curves_show_the_tables_numbers():

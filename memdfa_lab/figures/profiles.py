@@ -13,6 +13,8 @@ from memdfa_lab.figures.style import FILLS, FILLS_AT_REST, HATCHED, MIB, legend_
 from memdfa_lab.memory.trace import readable
 from memdfa_lab.names import known
 
+TURNS = ("recompute", "backward", "learn", "update")  # phases that blocks go through one after another
+
 
 @needs("phase", "category", "bytes", "total_bytes", each=True)
 def memory_profiles(timelines: Mapping[str, pd.DataFrame]) -> Figure:
@@ -153,9 +155,9 @@ def _spans(phases: list[str]) -> list[tuple[str, int, int]]:
             spans[-1] = (name, spans[-1][1], at + 1)
         else:
             spans.append((name, at, at + 1))
-    after_error = next((i + 1 for i, span in enumerate(spans) if span[0] == "error"), len(spans))
-    turns = spans[after_error:]
+    first = next((i for i, span in enumerate(spans) if span[0] in TURNS), len(spans))
+    turns = spans[first:]
     if len(turns) > 2:
-        names = [name for name in ("recompute", "backward", "learn", "update") if name in {turn[0] for turn in turns}]
+        names = [name for name in TURNS if name in {turn[0] for turn in turns}]
         turns = [(" + ".join(names), turns[0][1], turns[-1][2])]
-    return [*spans[:after_error], *turns]
+    return [*spans[:first], *turns]
