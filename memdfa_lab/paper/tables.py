@@ -25,6 +25,7 @@ def load(folder: str | Path = "reports/paper") -> dict[str, "pd.DataFrame"]:
         if (place / "depth.csv").exists():
             tables = {name: runs.read(place, name) for name in runs.TABLES}
             tables |= {name: pd.read_csv(place / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
+            tables["profiles"] = tables["profiles"].fillna({"phase": ""})  # between two phases
             bench = place.parent / "bench" / "bench.csv"
             return tables | {"bench": pd.read_csv(bench) if bench.exists() else pd.DataFrame()}
     raise ValueError(
