@@ -100,6 +100,7 @@ def alignment(table: pd.DataFrame, angle: str = "gradient_deg", xlabel: str = "s
                 _draw_band(axes, taught[taught["rule"] == run].set_index("step")[angle], label, style)
             axes.axhline(90, color="black", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
             axes.set(title=f"block {block}", xlabel=xlabel)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_yticks([0, 30, 60, 90, 120, 150, 180])
         panels[0][0].set_ylim(-4, max(100, 5 + table[angle].max()))
         for row in panels:
