@@ -118,7 +118,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
             row[2].set(xlabel="seconds of training", ylabel="test error (%)")
             for axes in row:
                 axes.xaxis.get_major_locator().set_params(integer=True)
-                axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
+                axes.set_ylim(0, max(1.05 * axes.dataLim.ymax, axes.get_ylim()[1]))  # 100 % right is a line, too
                 axes.title.set_fontsize(10)
         names = [label for label, _ in STYLES.values() if label in handles]
         place: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False, "handlelength": 3.5}
