@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_scheduler_is_refused(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["LambdaLR", "MultiStepLR", "OneCycleLR", "SequentialLR"])
-def test_a_scheduler_is_the_same_in_another_process(data, tmp_path, name):
+def test_a_scheduler_that_is_made_anew_is_the_same(data, tmp_path, name):
     made = torch.optim.lr_scheduler
     schedulers = {
         "LambdaLR": lambda optimizer: made.LambdaLR(optimizer, lambda epoch: 0.9**epoch),  # another function each time
@@ -226,9 +226,15 @@ def test_a_scheduler_is_the_same_in_another_process(data, tmp_path, name):
             optimizer, [made.ConstantLR(optimizer), made.ExponentialLR(optimizer, 0.5)], [1]
         ),
     }
+    alive = []  # so that none lies where another did
+
+    def scheduler(optimizer):
+        alive.append(schedulers[name](optimizer))
+        return alive[-1]
+
     for epochs in (1, 2):
         history = ml.fit(
-            with_dropout_and_batch_norm(), data, epochs, scheduler=schedulers[name], checkpoint=tmp_path / "run.pt"
+            with_dropout_and_batch_norm(), data, epochs, scheduler=scheduler, checkpoint=tmp_path / "run.pt"
         )
     assert len(history.rows) == 2
 

@@ -496,6 +496,9 @@ def test_the_report_says_what_the_tables_say():
     rows = [list(map(str, row)) for table in expected for row in table.to_numpy().tolist()]
     assert [row for row in said if row in rows] == rows
     assert len(said) == len(rows) + 2 * len(expected)  # and a head and a rule each
+    short = tables["histories"].query("epoch == epochs == 8").set_index(["experiment", "rule"])["test_accuracy"]
+    first = [("cifar10_liao", "bp"), ("cifar10_liao", "memdfa"), ("mnist_100x240", "memdfa")]
+    assert all(f"{100 * (1 - short[run]):.2f} %" in text for run in first)
     assert "agree\nin every digit" in text
     alike, both = paper.tables.same_updates(tables["histories"])
     assert alike == both > 0

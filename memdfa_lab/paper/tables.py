@@ -173,7 +173,11 @@ def claims(tables: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":
     rules = histories.groupby(["dataset", "network"])["rule"].nunique() if len(histories) else pd.Series(dtype=int)
     compared = rules[rules == len(RULES)].reset_index().groupby("dataset").size() if len(rules) else rules
     on_both = {"mnist", "cifar10"} <= set(compared.index)
-    whole = on_both and not len(missing(histories))
+    lacking = ["some of the plan is not run yet"] if len(missing(histories)) else []
+    if len(histories):
+        few = errors(histories).groupby("experiment")["seeds"].max() < 3
+        lacking += [f"fewer than three seeds in {few.sum()} of {len(few)} experiments"] if few.any() else []
+    whole = on_both and not lacking
     seen = ", ".join(f"{count} network{'s' * (count > 1)} on {name}" for name, count in compared.items())
 
     ratios = [f"{ratio:.2f} on {name}" for name, ratio in extra_time(bench).items()]
@@ -197,7 +201,7 @@ def claims(tables: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":
             (
                 "3. four rules compared on MNIST and CIFAR-10, on several networks",
                 f"all four trained: {seen or 'none'}; memory of {tables['peaks']['network'].nunique()} networks",
-                "" if whole else "some of the plan is not run yet",
+                "; ".join(lacking),
                 "errors, curves, profiles",
                 "shown" if whole else limits[bool(seen)],
             ),
