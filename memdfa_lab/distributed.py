@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,10 @@ def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
     if on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    # Its functions hold the group that there is when it is first imported, as an optimizer does in its first step; the
+    # group's threads would outlive `destroy_process_group`, and now and then abort the interpreter at its end.
+    import_module("torch.distributed.nn")
+
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     except RuntimeError as problem:

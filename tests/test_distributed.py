@@ -266,6 +266,30 @@ def test_traffic_is_that_of_a_ring_and_memory_is_flat_in_depth():
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_thread_of_the_ranks_is_left_when_they_part(tmp_path):
+    """One that is left can abort the interpreter at its end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, torch\n"
+        "from memdfa_lab.distributed import ranks\n"
+        "def threads():\n"
+        "    tasks = os.listdir('/proc/self/task')\n"
+        "    return sum('gloo' in open(f'/proc/self/task/{task}/comm').read() for task in tasks)\n"
+        "weight = torch.nn.Parameter(torch.ones(3))\n"
+        "with ranks() as group:\n"
+        "    weight.grad = torch.ones(3)\n"
+        "    group.sum([weight])\n"
+        "    torch.optim.SGD([weight], lr=0.1).step()\n"
+        "    during = threads()\n"
+        f"open({str(tmp_path)!r} + f'/{{group.rank}}', 'w').write(f'{{during > 0}} {{threads()}}')\n",
+        encoding="utf-8",
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(torchrun, check=True, capture_output=True, timeout=120)
+    assert [(tmp_path / f"{rank}").read_text() for rank in (0, 1)] == ["True 0"] * 2
+
+
 def test_a_batch_that_is_too_small_for_all_ranks_is_refused():
     with pytest.raises(ValueError, match="a batch of 3 has no example for each of 4 ranks"):
         measure([1, 4], [("bp", "784-[32]x4-10")], batch=3)
