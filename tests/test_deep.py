@@ -67,7 +67,13 @@ def test_any_setting_is_the_whole_networks(seed):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("rule", EVERY)
 def test_convolutions_are_the_whole_networks(rule, precision):
-    for batch_norm, optimizer, width, depth, batch in ((False, "sgd", 3, 6, 40), (True, "adam", 8, 11, 2)):
+    for batch_norm, optimizer, width, depth, batch in (
+        (False, "sgd", 3, 6, 40),
+        (False, "sgd", 5, 6, 800),
+        (False, "momentum", 64, 4, 200),
+        (False, "momentum", 64, 4, 201),
+        (True, "adam", 8, 11, 2),
+    ):
         how = {"batch_norm": batch_norm, "optimizer": optimizer, "feedback": "stored", "precision": precision}
         assert_the_same(rule, widgets.Setting("convnet", depth, width, batch, **how))
 
@@ -81,17 +87,18 @@ def test_filters_that_outweigh_the_batch_are_the_whole_networks(rule, precision)
 
 
 @pytest.mark.parametrize("rule", ["bp", "dfa", "memdfa"])
-def test_one_more_image_does_not_fit(rule):
-    """Where examples go through in parts, too, and what is held is no line."""
+def test_one_more_image_does_not_fit_or_eight_more(rule):
+    """Where examples go through in eighths, the largest batch is one of whole eights, if eighths are no smaller."""
     setting = widgets.Setting("convnet", 5, 3)
 
     def held(batch: int) -> int:
         trace = predicted(rule, replace(setting, batch=batch))
         return trace.peak_bytes + trace.resting_bytes
 
-    for budget in (held(1), held(77), held(301) + 5):
-        batch = chain_of(rule, setting).largest_batch(budget, 6)
-        assert held(batch) <= budget < held(batch + 1)
+    chain = chain_of(rule, setting)
+    for budget in (held(1), held(77), held(301) + 5, held(3001)):
+        batch = chain.largest_batch(budget, 6)
+        assert held(batch) <= budget < held(batch + (chain.period if batch >= chain.linear_from else 1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -16,7 +16,7 @@ import numpy as np
 
 from memdfa_lab.memory.trace import CATEGORIES, Trace
 
-FAR = 100_000  # examples between the two batches of which the slopes are taken
+FAR = 100_000  # periods between the two batches of which the slopes are taken
 Predicted = Callable[[int, int], Trace]  # (blocks, batch)
 
 
@@ -57,17 +57,18 @@ class Visit(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A shallow step, linear in the batch: `changes + (batch - at) * slopes`; `a_block` is what one more rests."""
+    """A shallow step, linear in the batch: `changes + (batch - at) / period * slopes`; a block more rests `a_block`."""
 
     step: Step
     at: int
     visits: list[Visit]
+    period: int = 1
     slopes: np.ndarray | int = 0
     inputs_slope: int = 0
     a_block: Mapping[str, int] = MappingProxyType({})
 
     def with_batch(self, batch: int) -> Step:
-        more = batch - self.at
+        more = (batch - self.at) // self.period
         resting = dict(self.step.resting_by_category)
         resting["input"] += more * self.inputs_slope
         return self.step._replace(resting_by_category=resting, changes=self.step.changes + more * self.slopes)
@@ -77,12 +78,19 @@ class Chain:
     """The steps of one rule in chains of any number of blocks, all alike but for the first and the last.
 
     `predicted(blocks, batch)` predicts one of them. `linear_from`: the batch from which on every storage grows by as
-    many bytes an example; below it, each batch is predicted. `segmented`: the rule runs forward again in
-    round(sqrt(blocks)) segments. `least_batch` is the smallest that the network takes.
+    many bytes with each `period` examples more; any other batch is predicted by itself. `segmented`: the rule runs
+    forward again in round(sqrt(blocks)) segments. `least_batch` is the smallest that the network takes.
     """
 
-    def __init__(self, predicted: Predicted, linear_from: int = 2, segmented: bool = False, least_batch: int = 1):
-        self.predicted, self.segmented, self.least_batch = predicted, segmented, least_batch
+    def __init__(
+        self,
+        predicted: Predicted,
+        linear_from: int = 2,
+        period: int = 1,
+        segmented: bool = False,
+        least_batch: int = 1,
+    ):
+        self.predicted, self.period, self.segmented, self.least_batch = predicted, period, segmented, least_batch
         self.linear_from = max(linear_from, least_batch)
         self.shallow = [3, 3, 3] if segmented else [4]  # the sizes of its segments, as in `_sizes`
         self._parts: dict[tuple[int, int], _Part] = {}
@@ -114,31 +122,35 @@ class Chain:
         return step._replace(resting_by_category=resting), _unrolled(part.visits, self.shallow, sizes)
 
     def largest_batch(self, budget_bytes: int, blocks: int) -> int:
-        """Return a batch that fits while one example more does not; 0 if not even the smallest fits."""
+        """Return a batch that fits while one example more does not (`period` from `linear_from` on); 0 if none fits."""
         start = self.linear_from
         if self.held_bytes(blocks, start) > budget_bytes:
             return _last_by_slope(lambda batch: self.held_bytes(blocks, batch), budget_bytes, self.least_batch, start)
-        one, two = self.step(blocks, start), self.step(blocks, start + 1)  # lines, whose slopes are whole numbers
+        one, two = self.step(blocks, start), self.step(blocks, start + self.period)  # lines; slopes are whole numbers
         slopes = two.resting_bytes - one.resting_bytes + two.totals - one.totals
-        return start + int(((budget_bytes - one.resting_bytes - one.totals) // slopes).min())
+        return start + self.period * int(((budget_bytes - one.resting_bytes - one.totals) // slopes).min())
 
     def deepest(self, budget_bytes: int, batch: int, most: int) -> int:
         """Return a number of blocks that fits while one more does not; 0 if not even 2 do, `most` if these do, too."""
 
-        def fits(blocks: int) -> bool:
-            return self.held_bytes(blocks, batch) <= budget_bytes
+        def held(blocks: int) -> int:
+            return self.held_bytes(blocks, batch)
 
-        return _last(fits, 3, most + 1) or _last(fits, 2, 3)  # 2 are unlike any others: one more to be predicted
+        if held(most) <= budget_bytes:
+            return most
+        fits = _last_by_slope(held, budget_bytes, 3, most)
+        return fits or (2 if held(2) <= budget_bytes else 0)  # 2 are unlike any others: one more to be predicted
 
     def _sizes(self, blocks: int) -> list[int]:
         segments = round(math.sqrt(blocks)) if self.segmented else 1
         return [stop - start for start, stop in pairwise(blocks * k // segments for k in range(segments + 1))]
 
     def _part(self, blocks: int, batch: int) -> _Part:
-        at = self.linear_from if batch >= self.linear_from else batch
+        on_line = batch >= self.linear_from and (batch - self.linear_from) % self.period == 0
+        at = self.linear_from if on_line else batch
         if (blocks, at) not in self._parts:
             trace = self.predicted(blocks, at)
-            part = _Part(_step(trace), at, _visits(trace))
+            part = _Part(_step(trace), at, _visits(trace), self.period)
             self._parts[blocks, at] = self._with_slopes(part, blocks) if at == self.linear_from else part
         return self._parts[blocks, at]
 
@@ -148,7 +160,7 @@ class Chain:
         if blocks == sum(self.shallow):
             longer = blocks + 1
             places = _unrolled(part.visits, self.shallow, self._sizes(longer))
-        far = _step(self.predicted(longer, part.at + FAR))
+        far = _step(self.predicted(longer, part.at + FAR * self.period))
         slopes = np.zeros_like(step.changes)
         if alike := np.array_equal(far.categories, step.categories[places]):
             slopes[places] = (far.changes - step.changes[places]) // FAR
@@ -195,7 +207,10 @@ def _visits(trace: Trace) -> list[Visit]:
 
 
 def _last_by_slope(held: Callable[[int], int], budget_bytes: int, low: int, high: int) -> int:
-    """Return `_last` of what fits the budget, in few questions where it grows about linearly; `high` must not fit."""
+    """Return a number from low on that fits the budget while the next does not; 0 if low does not; `high` must not.
+
+    In few questions, where what is held grows about linearly.
+    """
     if low >= high or held(low) > budget_bytes:
         return 0
     least, most, step = held(low), held(high), 1
@@ -209,16 +224,6 @@ def _last_by_slope(held: Callable[[int], int], budget_bytes: int, low: int, high
         if not low < guess < high:  # between two guesses
             guess, step = (low + high) // 2, 0
         step *= 2
-    return low
-
-
-def _last(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """Return a number from low on that fits while the next does not, or high - 1 if all do; 0 if low does not."""
-    if low >= high or not fits(low):
-        return 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

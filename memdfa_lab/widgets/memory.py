@@ -5,6 +5,7 @@ import html
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import ipywidgets
@@ -14,7 +15,7 @@ from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import BUSY
-from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, LIMITS, PRECISIONS, Explored, Setting, explore
+from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, LIMITS, PRECISIONS, Explored, Setting, chain_of, explore
 
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -24,6 +25,7 @@ SHAPES = {
     "CIFAR-100: 3,072 pixels": (3072, 100),
     "ImageNet: 150,528 pixels": (150_528, 1000),
 }
+LONG_S = 0.01  # a rule's prediction takes longer, looking it up does not
 AHEAD_AFTER_S, AHEAD_EVERY_S = 1.0, 0.5  # of rest, before what may be chosen next is predicted, and between
 
 
@@ -64,8 +66,13 @@ class MemoryExplorer(base.Explorer):
         return self._explored
 
     def draw(self) -> None:
-        self._explored = explored = explore(self.setting)
-        self.numbers.value, self.code.value = explored.html(), _code(explored.setting.code)  # pictures take longer
+        setting, before = self.setting, self.numbers.value
+        try:
+            self._explored = explored = self._show_numbers(setting)
+        except Exception:
+            self.numbers.value = before
+            raise
+        self.code.value = _code(setting.code)
         alt = explored.summary()
         legend = 0.8 + 0.07 * max(len(ALL_RULES[rule]) for rule in explored.setting.rules)
         depths = base.image(explored.depth_figure(), f"Bytes against depth. {alt}", (0.9, 0.5, legend, 0.25))
@@ -76,6 +83,17 @@ class MemoryExplorer(base.Explorer):
             if self._later is not None:
                 self._later.cancel()
             self._later = self._loop.call_later(AHEAD_AFTER_S, self._look_ahead, _next_to(explored.setting))
+
+    def _show_numbers(self, setting: Setting) -> Explored:
+        """Show and return what follows from a setting; where it has to be predicted first, a rule at a time."""
+        for count, rule in enumerate(setting.rules[:-1], 1):
+            started = perf_counter()
+            chain_of(rule, setting).step(setting.depth + 1, setting.batch)
+            if perf_counter() - started > LONG_S:
+                self.numbers.value = explore(replace(setting, rules=setting.rules[:count])).html()
+        explored = explore(setting)
+        self.numbers.value = explored.html()  # pictures take longer
+        return explored
 
     def _look_ahead(self, pairs: Iterator[tuple[str, Setting]]) -> None:
         """Predict what is one choice away while nothing is to be done, one at a time, so that it then shows at once."""

@@ -36,7 +36,6 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": t
 OF_A_CHAIN = (
     "family", "inputs", "width", "classes", "activation", "batch_norm", "optimizer", "feedback", "precision"
 )  # fmt: skip
-NEVER = 10**8  # a batch that nobody has: each is predicted by itself
 MOST_LAYERS = 10_000  # that are tried against the budget
 MOMENTS = 500  # drawn of a step; of more, the fullest of each stretch
 LIMITS = {"depth": 1000, "width": 16_384, "batch": 1_000_000, "inputs": 1_000_000, "classes": 100_000}
@@ -115,7 +114,8 @@ class Explored:
     """What follows from a setting; in bytes, but for `largest_batch` (examples) and `deepest` (hidden layers).
 
     `table`: a row a rule: its peak above rest and what that is made of; what rests, and both together; what fits the
-    budget, while one example or one layer more does not (0: nothing fits; MOST_LAYERS: as many, or more).
+    budget, while one example or one layer more does not (0: nothing fits; MOST_LAYERS: as many, or more); of examples
+    that a convnet takes in eighths, eight more.
     `curve`: the columns rule, depth and bytes. `steps`: label -> moments of a step, a column of bytes a category.
     """
 
@@ -152,12 +152,14 @@ class Explored:
             for _, row in table.iterrows()
         ]
         batch, depth = f"largest batch, at {setting.depth:,} layers", f"most hidden layers, at batch {setting.batch:,}"
+        eighths = setting.family == "convnet" and not setting.batch_norm
+        more = "one more layer or eight more images do" if eighths else "one more does"
         return (
             # In a grid, so that wide tables scroll by themselves.
             "<div style='line-height:1.4;display:grid;grid-template-columns:minmax(0,1fr)'>"
             f"<p><b>One step</b> ({html.escape(setting.title)}; point at a number for its bytes)</p>"
             f"{html_table(['rule', *names.values()], held)}"
-            f"<p><b>What fits into {html.escape(setting.budget)}</b>, peak and rest together; one more does not</p>"
+            f"<p><b>What fits into {html.escape(setting.budget)}</b>, peak and rest together; {more} not</p>"
             f"{html_table(['rule', batch, depth], fits)}</div>"
         )
 
@@ -227,16 +229,22 @@ def _chain(rule: str, setting: Setting) -> Chain:
             KINDS[s.feedback](),
         )
 
-    linear_from = 1
+    linear_from = period = 1
     if rule in ("dfa", "memdfa"):
         # A signal e B_i is formed in quarters, but never in pieces smaller than SMALL_BYTES; and filters, 3x3, that
-        # outweigh the batch are not copied.
+        # outweigh the batch are not copied. Without BatchNorm, this is so for each eighth of the examples; for all
+        # of them B is held, or a signal that is smaller.
         pixels = math.prod(image[1:])
-        outputs = s.width * (pixels if s.family == "convnet" else 1)
+        convolutions = s.family == "convnet"
+        outputs = s.width * (pixels if convolutions else 1)
         linear_from = math.ceil(4 * SMALL_BYTES / (outputs * PRECISIONS[s.precision].itemsize))
-        if s.family == "convnet":  # without BatchNorm, examples go through in eighths, of which the last may be smaller
-            linear_from = max(linear_from, math.ceil(9 * s.width / pixels)) if s.batch_norm else NEVER
-    return Chain(predicted, linear_from, segmented=rule.startswith("checkpoint"), least_batch=2 if s.batch_norm else 1)
+        if convolutions:
+            linear_from = max(linear_from, math.ceil(9 * max(image[0], s.width) / pixels))
+            if not s.batch_norm:
+                period = 8
+                linear_from = 8 * max(linear_from, math.ceil(s.classes / 8))
+    least = 2 if s.batch_norm else 1
+    return Chain(predicted, linear_from, period, segmented=rule.startswith("checkpoint"), least_batch=least)
 
 
 @lru_cache(maxsize=10_000)
