@@ -52,7 +52,7 @@ def measure(
             command = [sys.executable, "-m", *torchrun, "-m", "memdfa_lab.traffic", folder]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode != 0:
-                raise RuntimeError(f"{size} ranks could not be measured: {done.stderr[-2000:]}")
+                raise RuntimeError(f"{size} ranks could not be measured: {done.stderr[:2000]}")
             of_ranks = [pd.read_json(Path(folder) / f"{rank}") for rank in range(size)]
         most = pd.concat(of_ranks).groupby(level=0)[["peak_bytes", "sent_bytes"]].max()
         tables.append(of_ranks[0].assign(**most))

@@ -261,6 +261,49 @@ def test_a_drag_is_drawn_once(monkeypatch):
     assert drawn == [19]
 
 
+def test_rules_are_shown_as_they_are_predicted():
+    explorer = ml.widgets.memory_explorer(**SMALL, rules=("bp", "dfa", "memdfa"))
+    rows: list[int] = []
+    explorer.numbers.observe(lambda change: rows.append(change["new"].count("<tr>") // 2 - 1), "value")
+    explorer.controls["width"].value = 50  # not predicted before
+    assert rows == [1, 2, 3]
+    rows.clear()
+    explorer.controls["depth"].value = 9
+    assert rows == [3]
+
+
+def test_if_a_later_rule_cannot_be_the_numbers_stay(monkeypatch):
+    explorer = ml.widgets.memory_explorer(**SMALL, rules=("bp", "memdfa"))
+    before = explorer.numbers.value
+    monkeypatch.setattr(memory, "LONG_S", 0)
+    monkeypatch.setattr(
+        memory, "explore", lambda setting: widgets.explore(setting) if len(setting.rules) == 1 else 1 / 0
+    )
+    explorer.controls["width"].value = 50
+    assert "division by zero; below is what was shown before" in explorer.message.value
+    assert explorer.numbers.value == before
+
+
+@pytest.mark.parametrize("inputs", [30, 784])
+def test_what_may_be_chosen_next_is_predicted_while_nothing_is_to_be_done(monkeypatch, inputs):
+    monkeypatch.setattr(memory, "AHEAD_AFTER_S", 0)
+    monkeypatch.setattr(memory, "AHEAD_EVERY_S", 0)
+    rest = SMALL | {"inputs": inputs, "classes": 10, "width": 32}
+
+    async def look() -> None:
+        explorer = ml.widgets.memory_explorer(**rest, rules=("memdfa",))
+        ahead = len(list(memory._next_to(explorer.setting)))
+        for _ in range(ahead + 10):
+            await asyncio.sleep(0)
+        monkeypatch.setattr(setting.memory, "predict", lambda *_: pytest.fail("this was predicted before"))
+        explorer.controls["optimizer"].value = "adam"
+        explorer.show()
+        assert not explorer.message.value
+        assert explorer.explored.setting.optimizer == "adam"
+
+    asyncio.run(look())
+
+
 def test_what_is_asked_for_is_what_the_controls_say():
     explorer = ml.widgets.memory_explorer(**SMALL, rules=("memdfa",))
 

@@ -15,7 +15,17 @@ from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import BUSY
-from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, LIMITS, PRECISIONS, Explored, Setting, chain_of, explore
+from memdfa_lab.widgets.setting import (
+    ALL_RULES,
+    FAMILIES,
+    IMAGES,
+    LIMITS,
+    PRECISIONS,
+    Explored,
+    Setting,
+    chain_of,
+    explore,
+)
 
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -106,15 +116,17 @@ class MemoryExplorer(base.Explorer):
 
 
 def _next_to(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Yield (rule, setting) for each menu's other choices, and for the next larger and smaller width."""
+    """Yield (rule, setting) for each menu's other choices, but the data's, and the next larger and smaller width."""
     at = sorted({*WIDTHS, setting.width})
     place = at.index(setting.width)
     choices: dict[str, Any] = {
+        "batch_norm": (False, True),
+        "family": FAMILIES if setting.inputs in IMAGES else (),
         "optimizer": OPTIMIZERS,
         "width": at[max(0, place - 1) : place + 2],
         "feedback": KINDS,
         "activation": ACTIVATIONS,
-        "batch_norm": (False, True),
+        "precision": PRECISIONS,
     }
     for name, values in choices.items():
         for value in values:
