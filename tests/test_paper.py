@@ -395,6 +395,8 @@ def test_goals_are_met_or_not_or_not_run(monkeypatch):
     )
     table = table_of(("small", "memdfa", 0, 2, 0.95), ("small", "bp", 0, 2, 0.85))
     assert list(paper.tables.goals(table)["met"]) == ["yes", "no", "not run yet"]
+    just = torch.tensor(0.9).item()  # an accuracy, in float32
+    assert paper.tables.goals(table_of(("small", "memdfa", 0, 2, just)))["met"][0] == "yes"
 
 
 def test_trials_are_told_best_first_with_what_was_varied():

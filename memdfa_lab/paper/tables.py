@@ -90,7 +90,7 @@ def goals(histories: "pd.DataFrame") -> "pd.DataFrame":
     for one in plan.experiments():
         for rule, goal in one.goal.items():
             error = found.get((one.name, rule))
-            met = "not run yet" if error is None else "yes" if error <= goal else "no"
+            met = "not run yet" if error is None else "yes" if round(error, 4) <= goal else "no"  # float32 is kept
             rows.append((one.name, one.network, rule, goal, "" if error is None else f"{error:.2f}", met))
     return pd.DataFrame(rows, columns=["experiment", "network", "rule", "at most (%)", "reached (%)", "met"])
 
