@@ -501,6 +501,10 @@ def test_the_report_says_what_the_tables_say():
     short = tables["histories"].query("epoch == epochs == 8").set_index(["experiment", "rule"])["test_accuracy"]
     first = [("cifar10_liao", "bp"), ("cifar10_liao", "memdfa"), ("mnist_100x240", "memdfa")]
     assert all(f"{100 * (1 - short[run]):.2f} %" in text for run in first)
+    given_up = pd.read_csv(ml_reports() / "superseded.csv").query("rule in ('bp', 'memdfa')")
+    batches = given_up["settings"].map(lambda settings: json.loads(settings)["batch_size"])
+    means = 100 * (1 - given_up.groupby([batches, "experiment", "rule"])["test_accuracy"].mean())
+    assert all(f"{error:.2f} %" in text for error in [*means[128], *means[100], means[32, "mnist_2x800", "memdfa"]])
     assert "agree\nin every digit" in text
     alike, both = paper.tables.same_updates(tables["histories"])
     assert alike == both > 0

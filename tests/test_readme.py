@@ -80,6 +80,8 @@ def test_the_errors_of_convolutional_networks_are_those_of_the_runs():
         ("mnist_conv", ("bp", "memdfa"), 8),
         ("cifar10_liao_bn", ("bp", "memdfa"), 8),
         ("cifar10_liao", ("bp", "memdfa"), 12),
+        ("mnist_2x800", ("bp", "memdfa"), 12),
+        ("mnist_7x240", ("bp", "memdfa"), 12),
         ("mnist_100x240", ("memdfa",), 40),
     ):
         for rule in rules:
