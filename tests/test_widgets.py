@@ -261,13 +261,15 @@ def test_a_drag_is_drawn_once(monkeypatch):
     assert drawn == [19]
 
 
-def test_rules_are_shown_as_they_are_predicted():
+def test_rules_are_shown_as_they_are_predicted(monkeypatch):
     explorer = ml.widgets.memory_explorer(**SMALL, rules=("bp", "dfa", "memdfa"))
     rows: list[int] = []
     explorer.numbers.observe(lambda change: rows.append(change["new"].count("<tr>") // 2 - 1), "value")
-    explorer.controls["width"].value = 50  # not predicted before
+    monkeypatch.setattr(memory, "LONG_S", 0)  # every prediction takes longer than that
+    explorer.controls["width"].value = 50
     assert rows == [1, 2, 3]
     rows.clear()
+    monkeypatch.setattr(memory, "LONG_S", 1e9)
     explorer.controls["depth"].value = 9
     assert rows == [3]
 
