@@ -12,7 +12,7 @@ import torch
 import memdfa_lab as ml
 from memdfa_lab import widgets
 from memdfa_lab.architectures import ACTIVATIONS
-from memdfa_lab.memory.deep import Chain, _step
+from memdfa_lab.memory.deep import _step
 from memdfa_lab.widgets.setting import FAMILIES, PRECISIONS, chain_of
 
 EVERY = [*ml.RULES, *ml.BASELINES]
@@ -62,6 +62,28 @@ def test_any_setting_is_the_whole_networks(seed):
             precision=choose(list(PRECISIONS)),
         )
         assert_the_same(rule, setting)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_in_proportion_to_the_batch_from_the_first_on(seed):
+    """The batches next to the one from which on a step is not predicted by itself."""
+    choose = random.Random(seed).choice
+    for rule in ("dfa", "memdfa"):
+        setting = widgets.Setting(
+            choose(list(FAMILIES)),
+            depth=5,
+            width=choose([1, 7, 64, 100, 800]),
+            inputs=choose([784, 3072]),
+            classes=choose([10, 100]),
+            activation=choose(list(ACTIVATIONS)),
+            batch_norm=choose([False, True]),
+            feedback=choose(list(ml.feedback.KINDS)),
+            precision=choose(list(PRECISIONS)),
+        )
+        chain = chain_of(rule, setting)
+        for batch in (chain.linear_from - 1, chain.linear_from, chain.linear_from + chain.period):
+            if batch >= chain.least_batch:
+                assert_the_same(rule, replace(setting, batch=batch))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -150,12 +172,6 @@ def test_the_closed_form_says_the_same():
         assert found.largest_batch(2**33, 33) == ml.memory.formula.largest_batch(2**33, rule, widths, **how)
         size = {"batch": 128, "width": 800, "inputs": 784, "classes": 10}
         assert found.deepest(2**33, 128, most=10_000) - 1 == ml.memory.formula.deepest(2**33, rule, **size, **how)
-
-
-def test_what_is_not_linear_in_the_batch_is_refused():
-    whole = chain_of("memdfa", widgets.Setting())
-    with pytest.raises(ValueError, match="not linear in the batch from 3 on"):
-        Chain(whole.predicted, linear_from=3).step(5, 128)  # its signal is still in one piece at 3
 
 
 def test_a_batch_norm_net_has_no_batch_of_one():

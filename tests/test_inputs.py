@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 import memdfa_lab as ml
 from memdfa_lab import alignment, bench, cli, datasets, experiments, feedback, figures, memory, models, widgets
-from memdfa_lab.memory.deep import Chain
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 MLP, NORM = BY_NAME["mlp_relu"], BY_NAME["batchnorm"]
@@ -187,9 +186,6 @@ def rule() -> ml.Rule:
     return ml.MemDFA(models.build("fc_relu"), SGD)
 
 
-chain = Chain(
-    lambda blocks, batch, segments: memory.predict("bp", partial(models.mlp, 4, [4] * (blocks - 1), 2), (batch, 4))
-)
 SPECTRUM, FLAT = partial(figures.feedback, title="", steps=1), np.ones(3)  # of B
 REFUSED = {
     # rules
@@ -212,7 +208,7 @@ REFUSED = {
     "complex scale": (lambda d: feedback.Stored(0, scale=1j), "got 1j"),
     "scale nan": (lambda d: feedback.Regenerated(0, scale=NAN), "got nan"),
     # memory
-    "steps": (lambda d: memory.measure(rule(), X, steps=0), "steps must be a whole number from 1 on"),
+    "steps": (lambda d: memory.measure(rule(), X, steps=-1), "steps must be a whole number from 0 on"),
     "warm-up": (lambda d: memory.measure(rule(), X, warm_up=-1), "warm_up must be a whole number from 0 on"),
     "measure nothing": (lambda d: memory.measure(None, X), "not a NoneType"),
     "measure lists": (lambda d: memory.measure(rule(), X.tolist()), "a batch is tensors"),

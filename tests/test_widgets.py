@@ -297,7 +297,7 @@ def test_what_may_be_chosen_next_is_predicted_while_nothing_is_to_be_done(monkey
         ahead = len(list(memory._next_to(explorer.setting)))
         for _ in range(ahead + 10):
             await asyncio.sleep(0)
-        monkeypatch.setattr(setting.memory, "predict", lambda *_: pytest.fail("this was predicted before"))
+        monkeypatch.setattr(setting.memory, "predict", lambda *_, **__: pytest.fail("this was predicted before"))
         explorer.controls["optimizer"].value = "adam"
         explorer.show()
         assert not explorer.message.value

@@ -47,12 +47,13 @@ def measure(
 
     `step` is anything with a method `step`, or a callable; it is called with the batch, `steps` times, as it would be
     without us: the results are the same, bit for bit. `warm_up` steps before are not counted: the first step makes the
-    optimizer's state and stored feedback, which rest from then on. `tensors` tells what rests, by category; it is
-    `step.tensors` if there is one. The batch rests too, as "input". `run(func, args, kwargs)` runs each operation.
+    optimizer's state and stored feedback, which rest from then on (and are all that there is with `steps=0`). `tensors`
+    tells what rests, by category; it is `step.tensors` if there is one. The batch rests too, as "input".
+    `run(func, args, kwargs)` runs each operation.
 
     Whatever the step raises goes through; use `Ledger` to look at a step that fails.
     """
-    whole("steps", steps)
+    whole("steps", steps, 0)
     whole("warm_up", warm_up, 0)
     if not all(isinstance(tensor, Tensor) for tensor in batch):
         raise TypeError(f"a batch is tensors, such as x and y; got {', '.join(type(item).__name__ for item in batch)}")

@@ -61,7 +61,7 @@ def predict(
     makes one, so that it need not exist: `lambda: ml.models.mlp(784, [800] * 1000, 10)`. `x_shape`: (N, ...), floats.
     `optimizer`: SGD with learning rate 0.1 if not given. Labels are N classes, or floats of `y_shape` if given.
     `options` go to the rule. It is a step in the steady state, `measure(..., warm_up=1)`: what a first step leaves
-    behind, the optimizer's state and stored feedback, is there already.
+    behind, the optimizer's state and stored feedback, is there already. With `steps=0` it is what rests, and no step.
 
     Known limits: attention, Mish, convolutions of which only the bias learns, and Adam(foreach=True) take other ways
     without data, and differ.
@@ -82,6 +82,8 @@ def predict(
             y = torch.empty(x_shape[0], dtype=torch.long) if y_shape is None else torch.empty(y_shape, dtype=dtype)
             make = optimizer or partial(torch.optim.SGD, lr=0.1)
             made = _class_of(rule)(model, optimizer=make, loss_fn=loss_fn, feedback=copy.deepcopy(feedback), **options)
+            if steps == 0:
+                return measure(made, x, y, steps=0, warm_up=1)
         trace = measure(made, x, y, steps=steps, run=shapes.run)
         return trace if trace.end_bytes == 0 else measure(made, x, y, steps=steps, run=shapes.run)
 

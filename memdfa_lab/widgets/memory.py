@@ -2,7 +2,7 @@
 
 import asyncio
 import html
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
@@ -13,6 +13,7 @@ import ipywidgets
 from memdfa_lab.architectures import ACTIVATIONS
 from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS
+from memdfa_lab.memory.predict import without_collection
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import BUSY
 from memdfa_lab.widgets.setting import (
@@ -23,7 +24,6 @@ from memdfa_lab.widgets.setting import (
     PRECISIONS,
     Explored,
     Setting,
-    chain_of,
     explore,
 )
 
@@ -35,8 +35,8 @@ SHAPES = {
     "CIFAR-100: 3,072 pixels": (3072, 100),
     "ImageNet: 150,528 pixels": (150_528, 1000),
 }
-LONG_S = 0.01  # a rule's prediction takes longer, looking it up does not
-AHEAD_AFTER_S, AHEAD_EVERY_S = 1.0, 0.5  # of rest, before what may be chosen next is predicted, and between
+LONG_S = 0.05  # until the numbers that are there are shown, and the other rules' follow
+AHEAD_AFTER_S, AHEAD_EVERY_S = 0.5, 0.03  # of rest, before what may be chosen next is predicted, and between
 
 
 def memory_explorer(setting: Setting | None = None, **changes: Any) -> "MemoryExplorer":
@@ -78,7 +78,8 @@ class MemoryExplorer(base.Explorer):
     def draw(self) -> None:
         setting, before = self.setting, self.numbers.value
         try:
-            self._explored = explored = self._show_numbers(setting)
+            with without_collection():
+                self._explored = explored = self._show_numbers(setting)
         except Exception:
             self.numbers.value = before
             raise
@@ -96,11 +97,12 @@ class MemoryExplorer(base.Explorer):
 
     def _show_numbers(self, setting: Setting) -> Explored:
         """Show and return what follows from a setting; where it has to be predicted first, a rule at a time."""
+        shown = perf_counter()
         for count, rule in enumerate(setting.rules[:-1], 1):
-            started = perf_counter()
-            chain_of(rule, setting).step(setting.depth + 1, setting.batch)
-            if perf_counter() - started > LONG_S:
+            explore(replace(setting, rules=(rule,)))
+            if perf_counter() - shown > LONG_S:
                 self.numbers.value = explore(replace(setting, rules=setting.rules[:count])).html()
+                shown = perf_counter()
         explored = explore(setting)
         self.numbers.value = explored.html()  # pictures take longer
         return explored
@@ -116,21 +118,26 @@ class MemoryExplorer(base.Explorer):
 
 
 def _next_to(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Yield (rule, setting) for each menu's other choices, but the data's, and the next larger and smaller width."""
-    at = sorted({*WIDTHS, setting.width})
-    place = at.index(setting.width)
+    """Yield (rule, setting) for each menu's other choices, but the data's, and the next widths and batches."""
+
+    def near(values: Iterable[int], value: int) -> list[int]:
+        at = sorted({*values, value})
+        place = at.index(value)
+        return at[max(0, place - 1) : place + 2]
+
     choices: dict[str, Any] = {
         "batch_norm": (False, True),
         "family": FAMILIES if setting.inputs in IMAGES else (),
         "optimizer": OPTIMIZERS,
-        "width": at[max(0, place - 1) : place + 2],
+        "width": near(WIDTHS, setting.width),
         "feedback": KINDS,
         "activation": ACTIVATIONS,
         "precision": PRECISIONS,
+        "batch": near(BATCHES, setting.batch),
     }
     for name, values in choices.items():
         for value in values:
-            changed = replace(setting, **{name: value}, batch=max(2, setting.batch))
+            changed = replace(setting, **{"batch": max(2, setting.batch), name: value})
             yield from ((rule, changed) for rule in setting.rules)
 
 

@@ -6,8 +6,8 @@ Nothing is trained and nothing is fitted: the numbers are those of `memory.predi
 import html
 import math
 import re
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ from memdfa_lab import figures, memory, models
 from memdfa_lab.architectures import ACTIVATIONS
 from memdfa_lab.baselines import BASELINES
 from memdfa_lab.experiments import OPTIMIZERS
-from memdfa_lab.feedback import KINDS, SMALL_BYTES
+from memdfa_lab.feedback import KINDS, SMALL_BYTES, Regenerated
 from memdfa_lab.memory.deep import Chain, Step
 from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
 from memdfa_lab.names import known, of_kind, whole
@@ -170,32 +170,40 @@ def explore(setting: Setting | None = None, **changes: Any) -> Explored:
     Raises TypeError or ValueError, one line, for a setting that cannot be.
     """
     setting = changed("setting", setting, Setting, changes)
-    budget, rows, curve, steps = bytes_of(setting.budget), [], [], {}
+    rows, curves, steps = [], [], {}
     for rule in setting.rules:
-        chain = chain_of(rule, setting)
-        step = chain.step(setting.depth + 1, setting.batch)
-        rows.append(
-            {
-                "rule": rule,
-                "peak_bytes": step.peak_bytes,
-                **step.peak_by_category,
-                "resting_bytes": step.resting_bytes,
-                **{f"resting {name}": value for name, value in step.resting_by_category.items()},
-                "held_bytes": step.peak_bytes + step.resting_bytes,
-                "largest_batch": chain.largest_batch(budget, setting.depth + 1),
-                "deepest": _deepest(chain, budget, setting.batch),
-            }
-        )
-        for depth in sorted({*CURVE, setting.depth}):
-            held = _held(chain, depth, setting.batch, setting.count_rest)
-            curve.append({"rule": rule, "depth": depth, "bytes": held})
-        steps[ALL_RULES[rule]] = _moments(step, setting.count_rest)
+        row, curve, moments = _of_one_rule(replace(setting, rules=(rule,)))
+        rows.append(row)
+        curves.append(curve)
+        steps[ALL_RULES[rule]] = moments.copy()
     table = pd.DataFrame(rows)
     every = ["peak_bytes", *CATEGORIES, "resting_bytes", *(f"resting {name}" for name in CATEGORIES), "held_bytes"]
     table = table[["rule", *(name for name in every if name in table), "largest_batch", "deepest"]]
-    return Explored(
-        setting, table.fillna(0).astype(dict.fromkeys(table.columns.drop("rule"), int)), pd.DataFrame(curve), steps
-    )
+    table = table.fillna(0).astype(dict.fromkeys(table.columns.drop("rule"), int))
+    return Explored(setting, table, pd.concat(curves, ignore_index=True), steps)
+
+
+@lru_cache(maxsize=500)
+def _of_one_rule(setting: Setting) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
+    """Return a row of the table, a line of the curve and the moments of a step for the setting's only rule."""
+    (rule,) = setting.rules
+    chain, depth, budget = chain_of(rule, setting), setting.depth, bytes_of(setting.budget)
+    step = chain.step(depth + 1, setting.batch)
+    row = {
+        "rule": rule,
+        "peak_bytes": step.peak_bytes,
+        **step.peak_by_category,
+        "resting_bytes": step.resting_bytes,
+        **{f"resting {name}": value for name, value in step.resting_by_category.items()},
+        "held_bytes": step.peak_bytes + step.resting_bytes,
+        "largest_batch": chain.largest_batch(budget, depth + 1),
+        "deepest": max(0, chain.deepest(budget, setting.batch, MOST_LAYERS + 1) - 1),
+    }
+    depths = sorted({*CURVE, depth})
+    counted = chain.held_bytes if setting.count_rest else chain.peak_bytes
+    held = [counted(layers + 1, setting.batch) for layers in depths]
+    curve = pd.DataFrame({"rule": rule, "depth": depths, "bytes": held})
+    return row, curve, _moments(step, setting.count_rest)
 
 
 def bytes_of(text: str) -> int:
@@ -214,20 +222,12 @@ def chain_of(rule: str, setting: Setting) -> Chain:
 
 @lru_cache(maxsize=256)
 def _chain(rule: str, setting: Setting) -> Chain:
-    s = setting
-    image = s.x_shape[1:]
-    size: Any = image if s.family == "convnet" else s.inputs
-    make: Any = {"mlp": models.mlp, "convnet": models.convnet}[s.family]
+    s, image = setting, setting.x_shape[1:]
+    # What rests is the same for all rules, but for B where it is kept, and for layers that are not taught.
+    alike = isinstance(KINDS[s.feedback](), Regenerated) and rule != "last_layer"
 
-    def predicted(blocks: int, batch: int) -> Trace:
-        hidden = [s.width] * (blocks - 1)
-        return memory.predict(
-            rule,
-            lambda: make(size, hidden, s.classes, s.activation, s.batch_norm).to(PRECISIONS[s.precision]),
-            (batch, *image),
-            OPTIMIZERS[s.optimizer],
-            KINDS[s.feedback](),
-        )
+    def resting(blocks: int) -> dict[str, int]:
+        return _resting("bp" if alike else rule, s, blocks)
 
     linear_from = period = 1
     if rule in ("dfa", "memdfa"):
@@ -244,17 +244,25 @@ def _chain(rule: str, setting: Setting) -> Chain:
                 period = 8
                 linear_from = 8 * max(linear_from, math.ceil(s.classes / 8))
     least = 2 if s.batch_norm else 1
-    return Chain(predicted, linear_from, period, segmented=rule.startswith("checkpoint"), least_batch=least)
+    segmented = rule.startswith("checkpoint")
+    return Chain(partial(_predicted, rule, s), resting, linear_from, period, segmented, least)
 
 
-@lru_cache(maxsize=10_000)
-def _held(chain: Chain, depth: int, batch: int, count_rest: bool) -> int:
-    return (chain.held_bytes if count_rest else chain.peak_bytes)(depth + 1, batch)
+def _predicted(rule: str, setting: Setting, blocks: int, batch: int, steps: int = 1) -> Trace:
+    s, image = setting, setting.x_shape[1:]
+    size: Any = image if s.family == "convnet" else s.inputs
+    make: Any = {"mlp": models.mlp, "convnet": models.convnet}[s.family]
+    hidden = [s.width] * (blocks - 1)
+
+    def network() -> torch.nn.Module:
+        return make(size, hidden, s.classes, s.activation, s.batch_norm).to(PRECISIONS[s.precision])
+
+    return memory.predict(rule, network, (batch, *image), OPTIMIZERS[s.optimizer], KINDS[s.feedback](), steps=steps)
 
 
-@lru_cache(maxsize=1000)
-def _deepest(chain: Chain, budget_bytes: int, batch: int) -> int:
-    return max(0, chain.deepest(budget_bytes, batch, MOST_LAYERS + 1) - 1)
+@lru_cache(maxsize=256)
+def _resting(rule: str, setting: Setting, blocks: int) -> dict[str, int]:
+    return _predicted(rule, setting, blocks, setting.batch, steps=0).resting_by_category
 
 
 def _moments(step: Step, count_rest: bool) -> pd.DataFrame:
