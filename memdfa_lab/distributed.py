@@ -207,9 +207,9 @@ def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def digest(model: nn.Module) -> str:
-    """Return a short fingerprint of a model's parameters."""
+def digest(*tensors: Tensor) -> str:
+    """Return a short fingerprint of what the tensors hold."""
     found = hashlib.sha256()
-    for parameter in model.parameters():
-        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:12]

@@ -182,15 +182,18 @@ def profile(
 ) -> "Trace":
     """Return what a step in the steady state holds, from names; predicted, or `measured` on random data.
 
+    The loss is the network's own.
+
     Raises ValueError for unknown names and a batch size below 1.
     """
-    shape = (whole("the batch size", batch_size), *models.get(network).input_shape)
+    setting = models.get(network)
+    shape, loss_fn = (whole("the batch size", batch_size), *setting.input_shape), LOSSES[setting.loss]
     make = partial(known("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
     storage = known("feedback", feedback_kind, feedback.KINDS)(seed)
     build = partial(models.build, network)
     if not measured:
-        return memory.predict(rule, build, shape, make, storage)
-    made = known("rule", rule, {**RULES, **BASELINES})(build(), make, feedback=storage)
+        return memory.predict(rule, build, shape, make, storage, loss_fn=loss_fn)
+    made = known("rule", rule, {**RULES, **BASELINES})(build(), make, loss_fn, storage)
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(shape, generator=generator), torch.randint(10, (batch_size,), generator=generator)
     return memory.measure(made, x, y, warm_up=1)

@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +107,9 @@ def fit(
     group = rule.group
     group.agree(**settings, epochs=epochs)
     if path is not None and path.exists() and not overwrite:
-        run.load(path, settings)
+        run.load(path, settings, epochs)
     if group.size > 1:  # nothing is written before all have read
-        group.agree(**{"where training begins": (run.epoch, run.batch), "weights": digest(rule.blocks)})
+        group.agree(**{"where training begins": (run.epoch, run.batch), "weights": digest(*rule.blocks.parameters())})
     written = path if group.rank == 0 else None
     rule.blocks.train()
 
@@ -230,7 +232,7 @@ class _Run:
         with written_whole(path) as file:
             torch.save(state, file)
 
-    def load(self, path: Path, settings: dict[str, Any]) -> None:
+    def load(self, path: Path, settings: dict[str, Any], epochs: int) -> None:
         try:
             with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them
                 if archive.testzip() is not None:
@@ -245,10 +247,18 @@ class _Run:
             raise ValueError(f"{path} was written by another version of memdfa_lab (format {state['format']})")
         for name, ours in settings.items():
             if state["settings"].get(name) != ours:
+                lines = zip_longest(str(state["settings"].get(name)).splitlines(), str(ours).splitlines())
+                theirs, ours = next((one, other) for one, other in lines if one != other)
                 raise ValueError(
-                    f"{path} belongs to a run with {name} {state['settings'].get(name)}, this one has {ours}: choose "
+                    f"{path} belongs to a run with {name} {theirs}, this one has {ours}: choose "
                     "another file, or start anew with overwrite=True"
                 )
+        done = state["progress"]
+        if (done["epoch"], done["batch"]) > (epochs, 0):
+            raise ValueError(
+                f"{path} has come past {epochs} epochs, to batch {done['batch']} after {done['epoch']}: ask for more "
+                "epochs, choose another file, or start anew with overwrite=True"
+            )
         self.rule.load_state_dict(state["rule"])
         for scheduler, value in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(value)
@@ -263,11 +273,13 @@ def _settings(rule: Rule, schedulers: list[Scheduler], data: "Data", batch_size:
     """Return what must not change between a run and its continuation; no scheduler has made a step yet."""
     made = next(optimizer for optimizer in rule.optimizers if optimizer is not None)
     feedback = {name: value for name, value in rule.feedback.state_dict().items() if name != "matrices"}
-    loss = getattr(rule.loss_fn, "__name__", type(rule.loss_fn).__name__)
+    some = data.x_train[:: max(1, len(data.x_train) // 100)]
+    looks = digest(some, data.y_train)
     return {
         "rule": type(rule).__name__,
-        "data": f"{data.name}, {len(data.x_train)} examples of shape {tuple(data.x_train.shape[1:])}",
-        "loss": loss,
+        "network": "\n".join(type(part).__name__ for part in rule.blocks.modules()),
+        "data": f"{data.name}, {len(data.x_train)} examples of shape {tuple(some.shape[1:])}, digest {looks}",
+        "loss": _said(rule.loss_fn),
         "optimizer": f"{type(made).__name__}({', '.join(f'{k}={v}' for k, v in made.defaults.items())})",
         "scheduler": _said(schedulers[0]) if schedulers else None,
         "clip_norm": rule.clip_norm,
@@ -277,12 +289,18 @@ def _settings(rule: Rule, schedulers: list[Scheduler], data: "Data", batch_size:
     }
 
 
-def _said(scheduler: Scheduler) -> str:
-    """Return a scheduler as it was made, but for what differs in each process."""
-    apart = ("optimizer", "base_lrs", "last_epoch")
-    given = {name: repr(value) for name, value in vars(scheduler).items() if name[0] != "_" and name not in apart}
-    said = ", ".join(f"{name}={value}" for name, value in given.items() if " at 0x" not in value)
-    return f"{type(scheduler).__name__}({said})"
+def _said(made: Any) -> str:
+    """Return a scheduler or a loss as it was made, but for what differs in each process."""
+    if isinstance(made, partial):
+        name, values = _said(made.func), made.keywords | {str(i): value for i, value in enumerate(made.args)}
+    elif hasattr(made, "__name__"):
+        return str(made.__name__)
+    else:
+        name, values = type(made).__name__, vars(made)
+    apart = ("optimizer", "base_lrs", "last_epoch", "training")
+    given = {key: repr(value) for key, value in values.items() if key[0] != "_" and key not in apart}
+    said = ", ".join(f"{key}={value}" for key, value in given.items() if " at 0x" not in value)
+    return f"{name}({said})"
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:

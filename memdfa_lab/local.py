@@ -30,6 +30,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from memdfa_lab.blocks import has_hooks, parts_of, run_block
 from memdfa_lab.feedback import SMALL_BYTES, Signal, cut
 from memdfa_lab.layers import LAYERS, NORMS, VIEWS, Back, gradient_of, run
+from memdfa_lab.memory.ledger import address
 from memdfa_lab.phases import label
 
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -115,7 +116,13 @@ class _ByAutograd(Local):
         return graph
 
     def _learn(self, ran: Tensor, signal: Signal, plain: Optimizer) -> None:
-        ran.backward(signal.whole(self.out))
+        if ran.requires_grad:
+            ran.backward(signal.whole(self.out))
+        elif address(ran) != address(self.h):  # a block that hands on its input, as layer dropout does, learns nothing
+            raise RuntimeError(
+                f"{type(self.block).__name__} puts out a tensor without a graph, so that it would never learn: set "
+                "use_reentrant=False in its checkpoint, or leave torch.no_grad out"
+            )
 
 
 class _ByHand(Local):
@@ -159,6 +166,9 @@ def _by_hand(block: nn.Module) -> tuple[list[nn.Module], Any, list[nn.Module]]:
     at = next((i for i, part in enumerate(parts) if type(part) not in VIEWS), 0)
     weight, layers = parts[at], parts[at + 1 :]
     known = type(weight) in WEIGHTS and all(type(layer) in LAYERS for layer in layers)
+    known &= not any(isinstance(layer, nn.LeakyReLU) and layer.negative_slope < 0 for layer in layers)
+    learning = [parameter for part in parts for parameter in part.parameters()]
+    known &= len(set(learning)) == len(learning)  # a part that runs twice has two gradients to be added up
     if not known or _has_any_global_hook() or any(map(has_hooks, parts)) or not _pads_alike(weight):
         return [], None, []
     return parts[:at], weight, layers

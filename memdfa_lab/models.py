@@ -148,13 +148,16 @@ def convnet(
 ) -> nn.Sequential:
     """Return a convnet as blocks: 3x3 convolution (+ BatchNorm) + activation for each of `filters`, then Linear.
 
-    Takes (N, *input_shape); height and width stay. Raises ValueError for an activation that is not in ACTIVATIONS
-    and for numbers below 1.
+    Takes (N, *input_shape); height and width stay. Raises ValueError for an activation that is not in ACTIVATIONS,
+    an input shape that is not (C, H, W), and numbers below 1.
     """
     known("activation", activation, ACTIVATIONS)
-    if min(classes, *filters) < 1:
-        raise ValueError(f"filters and classes must be 1 or more, got {list(filters)}, {classes}")
-    return _initialised(lambda: convolutions(input_shape, filters, classes, activation, batch_norm), seed)
+    shape = _shape(input_shape)
+    if not isinstance(filters, Sequence):
+        raise TypeError(f"filters must be a list of numbers of filters, such as [32, 64], got {filters!r}")
+    for number in (*filters, classes):
+        whole("a number of filters or classes", number)
+    return _initialised(lambda: convolutions(shape, filters, classes, activation, batch_norm), seed)
 
 
 def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> "pd.DataFrame":

@@ -115,7 +115,7 @@ class Rule(ABC):
             with torch.enable_grad():
                 loss = scalar_loss(self.loss_fn, logits, y)
             (e,) = torch.autograd.grad(loss, logits)
-            loss, e = self.group.whole(loss.detach(), e)
+            loss, e = self.group.whole(loss.detach(), e.contiguous())  # one number all over, of a sum, is changed too
             check_finite("the loss or its gradient is not finite", loss, e)
             return loss, e
 
@@ -180,8 +180,7 @@ class Rule(ABC):
             raise ValueError("this is not the state_dict of a rule; load a model's own into the model")
         if state["rule"] != type(self).__name__:
             raise ValueError(f"this state is of {state['rule']}, the rule is {type(self).__name__}")
-        ours = {name: tuple(value.shape) for name, value in self.blocks.state_dict().items()}
-        theirs = {name: tuple(value.shape) for name, value in state["blocks"].items()}
+        ours, theirs = _shapes(self.blocks.state_dict()), _shapes(state["blocks"])
         if ours != theirs:
             name = sorted(set(ours.items()) ^ set(theirs.items()))[0][0]
             raise ValueError(
@@ -299,4 +298,9 @@ def _optimizer_state(made: torch.optim.Optimizer | None) -> dict[str, Any] | Non
 def _optimizer_kind(state: dict[str, Any] | None) -> str:
     if state is None:
         return "none (frozen)"
-    return f"{state['kind']} of {sum(len(group['params']) for group in state['state']['param_groups'])} tensors"
+    groups = [str(len(group["params"])) for group in state["state"]["param_groups"]]
+    return f"{state['kind']} of {' + '.join(groups)} tensors"
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}  # or a module's extra state

@@ -189,6 +189,7 @@ def _run(task: dict[str, Any]) -> int:
                 write_text(folder / "results.csv", _tidy(task, results).to_csv(index=False))
                 seconds = round(time.perf_counter() - started, 1)
                 write_text(folder / DONE, json.dumps({"seconds": seconds, "host": socket.gethostname()}))
+                (folder / "checkpoint.pt").unlink(missing_ok=True)  # as large as the network, or larger
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -231,7 +232,6 @@ def _train(task: dict[str, Any], folder: Path) -> "pd.DataFrame":
     if "feedback" in given:
         given["feedback_kind"] = given.pop("feedback")
     _, history = experiments.train(data=data, folder=folder, progress=False, **given)
-    (folder / "checkpoint.pt").unlink()  # as large as the network, or larger
     return history.table
 
 

@@ -71,7 +71,8 @@ class FeedbackTransport(TorchFunctionMode):
 
     Torch calls `__torch_function__` in place of each function that a module uses, so modules stay as they are.
     Raises ValueError for a weight that is not a parameter of the model (weight_norm computes one in each forward
-    pass), and for attention and bilinear layers: they have no B, and would silently learn as in BP. A module that
+    pass), for attention and bilinear layers, which have no B, and for a trained weight that is used without a graph, as
+    in a checkpoint with use_reentrant=True: they would silently learn as in BP. A module that
     multiplies by its weight with an operator of its own (x @ self.weight) is not seen; give it a linear.
     """
 
@@ -99,6 +100,11 @@ class FeedbackTransport(TorchFunctionMode):
             raise ValueError(
                 f"FA needs each weight to be a parameter of the model; one of shape {tuple(weight.shape)} is computed "
                 "in the forward pass: remove its parametrization, or use DFA or MEM-DFA"
+            )
+        if weight.requires_grad and not torch.is_grad_enabled():
+            raise ValueError(
+                "FA met a weight that is used without a graph; if it stands in a checkpoint with use_reentrant=True, "
+                "it would silently learn as in BP: take that away, or use DFA or MEM-DFA"
             )
         return lambda: self.feedback.weight(j, weight)
 

@@ -1,5 +1,7 @@
 """Runs from names and numbers: comparing rules, what a notebook's parameters may be."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -84,3 +86,12 @@ def test_wrong_parameters_are_refused_in_one_line(wrong, message):
         check_parameters({**GOOD, **wrong}, **EXPECTED)
     assert message in str(problem.value)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_profile_is_that_of_the_networks_own_loss(measured):
+    sigmoid = ml.models.build("fc_sigmoid")
+    x, y = torch.rand(10, 1, 28, 28), torch.zeros(10, dtype=torch.long)
+    rule = ml.MemDFA(sigmoid, partial(torch.optim.SGD, lr=0.1), ml.losses.mse, ml.feedback.Regenerated())
+    profile = ml.experiments.profile("memdfa", "fc_sigmoid", 10, measured=measured)
+    assert profile.peak_bytes == ml.memory.measure(rule, x, y, warm_up=1).peak_bytes

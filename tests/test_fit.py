@@ -11,6 +11,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from reference import refuses
 from torch import nn
 
 import memdfa_lab as ml
@@ -213,6 +215,39 @@ def test_a_checkpoint_of_another_scheduler_is_refused(data, tmp_path):
         assert "\n" not in str(problem.value)
     assert path.read_bytes() == before
     assert len(ml.fit(with_dropout_and_batch_norm(), data, 2, scheduler=eight, checkpoint=path).rows) == 2
+
+
+def test_a_checkpoint_of_another_network_loss_or_split_is_refused(data, tmp_path):
+    smooth = partial(F.cross_entropy, label_smoothing=0.1)
+
+    def fit(activation=nn.ReLU, loss=smooth, split=0, epochs=2):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), activation(), nn.Linear(20, 10))
+        path = tmp_path / "run.pt"
+        return ml.fit(ml.BP(net, SGD, loss), data.holdout(0.2, seed=split), epochs, checkpoint=path)
+
+    fit(epochs=1)
+    before = (tmp_path / "run.pt").read_bytes()
+    for given, said in (
+        ({"activation": nn.Tanh}, "network ReLU, this one has Tanh"),
+        ({"loss": partial(F.cross_entropy, label_smoothing=0.2)}, "this one has cross_entropy(label_smoothing=0.2)"),
+        ({"loss": nn.CrossEntropyLoss()}, "this one has CrossEntropyLoss(reduction='mean', ignore_index=-100"),
+        ({"split": 1}, "data mnist5k-holdout, 240 examples"),
+    ):
+        with refuses(ValueError, said):
+            fit(**given)
+    assert (tmp_path / "run.pt").read_bytes() == before
+    assert len(fit().rows) == 2
+
+
+def test_a_checkpoint_that_has_come_past_what_is_asked_for_is_refused(data, tmp_path):
+    path, rule = tmp_path / "run.pt", with_dropout_and_batch_norm()
+    ml.fit(with_dropout_and_batch_norm(), data, 2, checkpoint=path)
+    before = path.read_bytes(), {name: value.clone() for name, value in rule.blocks.state_dict().items()}
+    with refuses(ValueError, "past 1 epochs, to batch 0 after 2: ask for more epochs"):
+        ml.fit(rule, data, 1, checkpoint=path)
+    assert path.read_bytes() == before[0]
+    assert all(torch.equal(value, before[1][name]) for name, value in rule.blocks.state_dict().items())
+    assert len(ml.fit(rule, data, 2, checkpoint=path).rows) == 2  # as many: there is nothing to do
 
 
 @pytest.mark.parametrize("name", ["LambdaLR", "MultiStepLR", "OneCycleLR", "SequentialLR"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -206,7 +207,7 @@ def test_what_has_no_solution_is_said():
         deepest(1000, "bp", batch=5, width=20, inputs=20, classes=10)
     with pytest.raises(ValueError, match="MEM-DFA never holds less than bp"):  # B grows faster than what BP keeps
         depth_from_which(batch=2, width=4, inputs=4, classes=100)
-    with pytest.raises(ValueError, match="whole numbers from 1 on"):
+    with pytest.raises(ValueError, match="batch must be a whole number from 1 on, got 0"):
         deepest(10**6, "bp", batch=0, width=20, inputs=20, classes=10)
     with pytest.raises(ValueError, match="one or more"):
         terms("bp", [3, 4])
@@ -216,3 +217,7 @@ def test_what_has_no_solution_is_said():
         moments("bp", optimizer="adamm")
     with pytest.raises(ValueError, match="stored"):
         moments("bp", feedback="store")
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    assert largest_batch(10**9, "bp", [784, np.int64(800), 10]) == largest_batch(10**9, "bp", [784, 800, 10])

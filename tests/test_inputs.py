@@ -270,6 +270,12 @@ REFUSED = {
     # bench
     "bench batch": (lambda d: bench.bench("fc_relu", 0), "batch size must be a whole number from 1 on"),
     "bench kind": (lambda d: bench.contenders(["dfa"], ["store"]), "did you mean 'stored'?"),
+    "convnet shape": (lambda d: models.convnet((28, 28), [8], 10), "the input shape must be (C, H, W)"),
+    "convnet filters": (lambda d: models.convnet((1, 28, 28), 8, 10), "filters must be a list of numbers of filters"),
+    "half a filter": (
+        lambda d: models.convnet((1, 28, 28), [8.5], 10),
+        "a number of filters or classes must be a whole",
+    ),
     "points": (lambda d: bench.frontier("fc_relu", 3, points=1), "points must be a whole number from 2 on"),
     # alignment
     "angles of a model": (lambda d: alignment.angles(net(), X, Y), "rule must be a rule, such as ml.MemDFA(model, opt"),
@@ -332,7 +338,7 @@ REFUSED = {
     "race, no rule": (lambda d: widgets.Race(d, rules=()), "no rule is chosen"),
     "race, whose": (lambda d: widgets.Race(d, rules=["memdf"]), "did you mean 'memdfa'?"),
     "race, layers": (lambda d: widgets.Race(d, layers=0), "layers must be a whole number from 1 to 1,000, got 0"),
-    "race, batch": (lambda d: widgets.Race(d, batch=0), "batch must be a whole number from 1 to 1,000,000"),
+    "race, batch": (lambda d: widgets.Race(d, batch=0), "batch must be a whole number from 1 to 100,000"),
     "race, every": (lambda d: widgets.Race(d, every=0), "every must be a whole number from 1 on"),
     "race, lr": (lambda d: widgets.Race(d, lr=NAN), "lr must be a finite number from 0 on"),
     "race, storage": (lambda d: widgets.Race(d, storage="store"), "did you mean 'stored'?"),
@@ -347,7 +353,7 @@ REFUSED = {
     "film": (lambda d: widgets.film("memdf"), "did you mean 'memdfa'?"),
     "film, layers": (lambda d: widgets.film("bp", [3]), "layers must be a whole number from 1 to 1,000, got [3]"),
     "player, layers": (lambda d: widgets.step_player(layers="a"), "hidden layers must be a whole number from 1 to 12"),
-    "player, batch": (lambda d: widgets.step_player(batch=0), "batch must be a whole number from 1 to 1,000,000"),
+    "player, batch": (lambda d: widgets.step_player(batch=0), "batch must be a whole number from 1 to 100,000"),
     "player, optimizer": (lambda d: widgets.step_player(optimizer="sdg"), "did you mean 'sgd'?"),
     "player, B": (lambda d: widgets.step_player(feedback=None), "unknown feedback None"),
     "player, rules": (lambda d: widgets.step_player(rules="bp"), "rules must be a list of names"),
@@ -536,6 +542,7 @@ COMMANDS = {
     "reproduce only": (["reproduce", "--only", ""], "no notebook ''"),
     "budget": (["reproduce", "--paper", "--budget", "soon"], "soon"),
     "bench": (["bench", "--network", "fc_rely"], "did you mean 'fc_relu'?"),
+    "bench frontier": (["bench", "--frontier", "--rules", "dfa"], "leave out --rules, or --frontier"),
     "bench networks": (["bench", "--network", "fc_relu", "fc_rely", "--rounds", "-1"], "did you mean 'fc_relu'?"),
     "bench batch": (["bench", "--network", "fc_relu", "--batch", "0"], "batch size must be a whole number from 1 on"),
     "bench rounds": (["bench", "--network", "fc_relu", "--rounds", "-1"], "rounds must be a whole number from 1 on"),

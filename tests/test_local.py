@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import OPTIMIZERS, params, train
 from problems import make_rule as make
-from reference import assert_close_training
+from reference import assert_close, assert_close_training, surrogate_gradients
 from torch import nn
 
 import memdfa_lab as ml
@@ -262,3 +262,22 @@ def test_parts_of_the_batch_give_the_same_updates_in_float64(problem, rule, monk
     whole = train(make(rule, problem, "momentum"), problem)
     monkeypatch.setattr(local, "SMALL_BYTES", 1)  # batches of 6 and 4 in parts of 1 and more
     assert_close_training(train(make(rule, problem, "momentum"), problem), whole)
+
+
+class Twice(nn.Sequential):
+    """Linear, BatchNorm, tanh, and the same BatchNorm again."""
+
+    def __init__(self) -> None:
+        norm = nn.BatchNorm1d(8)
+        super().__init__(nn.Linear(8, 8), norm, nn.Tanh(), norm)
+
+
+@pytest.mark.parametrize("layers", [Twice(), nn.Sequential(nn.Linear(8, 8), nn.LeakyReLU(-0.2))])
+def test_what_by_hand_would_be_wrong_has_autograds_gradients(layers):
+    net = nn.Sequential(*layers, nn.Linear(8, 5)).double()
+    made = ml.DFA(net, partial(torch.optim.SGD, lr=1.0))
+    x, y = torch.randn(6, 8, dtype=torch.float64), torch.tensor([0, 3, 4, 1, 2, 3])
+    _, gradients = surrogate_gradients(made, x, y)
+    expected = [p - g for p, g in zip(made.blocks[0].parameters(), gradients[0], strict=True)]
+    made.step(x, y)
+    assert_close([p.detach() for p in made.blocks[0].parameters()], [p.detach() for p in expected])

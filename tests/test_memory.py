@@ -774,3 +774,26 @@ def test_predictions_in_several_threads_are_each_right_and_leave_nothing_patched
         sys.setswitchinterval(interval)
     assert [pkgutil.resolve_name(name) for name in module.BY_DEVICE] == before
     assert "meta" not in foreach._get_foreach_kernels_supported_devices()
+
+
+class Offset(nn.Module):
+    """A layer with a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.offset = nn.Linear(8, 8), torch.randn(8)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(h) + self.offset)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("make", [Offset, lambda: nn.utils.weight_norm(nn.Linear(8, 8))])
+def test_a_model_that_holds_plain_tensors_is_predicted_and_kept(make):
+    """weight_norm's weight is one, too: it is worked out in each forward pass."""
+    net = nn.Sequential(nn.Linear(8, 8), make(), nn.Linear(8, 5))
+    x, y = torch.randn(6, 8), torch.zeros(6, dtype=torch.long)
+    for keep in (0, 10**6):
+        predicted = predict("memdfa", net, (6, 8), keep_bytes=keep)
+        measured = measure(ml.MemDFA(net, partial(torch.optim.SGD, lr=0.1), keep_bytes=keep), x, y, warm_up=1)
+        assert predicted.peak_bytes == measured.peak_bytes

@@ -27,6 +27,7 @@ from reference import (
     train_plainly,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.feedback import Stored
 from memdfa_lab.rules import BP, DFA, FA, MemDFA, Rule
@@ -638,3 +639,105 @@ def test_tolerance_is_tight_enough_to_tell_float32_from_float64():
     with pytest.raises(AssertionError):
         assert_matches_twin(make_rule("bp", problem), "bp", problem)
     assert TOLERANCE <= 1e-12
+
+
+# ---------------------------------------------------------------------------------- blocks that put out no graph
+
+
+class Checkpointed(nn.Module):
+    """A residual unit with a checkpoint of its own."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.reentrant = nn.Linear(8, 8), nn.Linear(8, 8), reentrant
+
+    def forward(self, h: Tensor) -> Tensor:
+        return checkpoint(lambda h: h + self.b(torch.tanh(self.a(h))), h, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    ("rule", "error", "hint"), [(FA, ValueError, "take that away"), (DFA, RuntimeError, "Checkpointed puts out")]
+)
+def test_a_unit_with_a_reentrant_checkpoint_is_refused_where_it_would_learn_as_in_bp_or_not_at_all(rule, error, hint):
+    net = nn.Sequential(nn.Linear(8, 8), Checkpointed(True), nn.Linear(8, 5))
+    with refuses(error, "use_reentrant", hint):
+        rule(net, partial(torch.optim.SGD, lr=0.1)).step(torch.randn(6, 8), torch.zeros(6, dtype=torch.long))
+
+
+def test_a_unit_with_any_other_checkpoint_learns_as_without_it():
+    def trained(unit: nn.Module) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), unit, nn.Linear(8, 5))
+        for layer in (net[0], unit.a, unit.b, net[2]):
+            layer.reset_parameters()
+        MemDFA(net, partial(torch.optim.SGD, lr=0.1)).step(torch.randn(6, 8), torch.zeros(6, dtype=torch.long))
+        return list(net.parameters())
+
+    plain = Checkpointed(False)
+    plain.forward = lambda h: h + plain.b(torch.tanh(plain.a(h)))
+    assert_identical(trained(plain), trained(Checkpointed(False)))
+
+
+class DroppedUnit(nn.Module):
+    """A residual unit that hands its input on: layer dropout (Huang et al. 2016)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_a_unit_that_is_dropped_does_not_learn_and_the_others_do(rule):
+    problem = Problem("dropped", lambda: nn.Sequential(nn.Linear(8, 8), DroppedUnit(), nn.Linear(8, 5)), (8,))
+    before = problem.build().state_dict()
+    made = make_rule(rule, problem, "momentum")
+    made.step(problem.x, problem.y)
+    learnt = {name for name, value in made.blocks.state_dict().items() if not torch.equal(value, before[name])}
+    assert learnt == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_a_state_with_other_parameter_groups_is_refused_and_changes_nothing():
+    def rule(seed: int, apart: bool) -> Rule:
+        torch.manual_seed(seed)
+        groups = (lambda ps: [{"params": [p]} for p in ps]) if apart else list
+        return BP(nn.Sequential(nn.Linear(4, 3)), lambda ps: torch.optim.SGD(groups(ps), lr=0.1))
+
+    ours = rule(0, False)
+    before = full_state(ours)
+    with refuses(ValueError, "SGD of 1 + 1 tensors, the rule's is SGD of 2 tensors"):
+        ours.load_state_dict(rule(1, True).state_dict())
+    assert_identical(full_state(ours), before)
+
+
+def test_what_a_module_adds_to_its_state_comes_along():
+    class Counting(nn.Linear):
+        count = 0
+
+        def get_extra_state(self) -> int:
+            return self.count
+
+        def set_extra_state(self, state: int) -> None:
+            self.count = state
+
+    one, other = (BP(nn.Sequential(Counting(4, 3)), torch.optim.SGD) for _ in range(2))
+    one.blocks[0].count = 7
+    other.load_state_dict(one.state_dict())
+    assert other.blocks[0].count == 7
+
+
+@pytest.mark.parametrize("rule", ["dfa", "memdfa"])
+def test_a_loss_whose_gradient_is_one_number_all_over(rule):
+    """Autograd gives it as one number, expanded; an activation at the end is gone back through in place."""
+    make = lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.Sigmoid())  # noqa: E731
+    problem = Problem("sum", make, (8,), lambda out, y: out.sum() / len(y), torch.float64)
+    model = problem.build()
+    last = list(model[2].parameters())
+    gradients = torch.autograd.grad(problem.loss(model(problem.x), problem.y), last)
+    expected = [p - 0.1 * g for p, g in zip(last, gradients, strict=True)]
+    made = make_rule(rule, problem, partial(torch.optim.SGD, lr=0.1))
+    made.step(problem.x, problem.y)
+    assert_close([p.detach() for p in made.blocks[-1].parameters()], [p.detach() for p in expected])

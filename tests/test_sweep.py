@@ -231,6 +231,23 @@ def test_only_what_has_its_mark_is_read_and_a_killed_training_goes_on(tmp_path):
     )
 
 
+def test_a_result_that_cannot_be_written_does_not_cost_its_training(tmp_path):
+    file, out = write(tmp_path / "s.yaml", run="train", parameters=QUICK, grid={"rule": ["bp"]}), tmp_path / "out"
+    sweep.run(file, out, jobs=1)
+    (folder,) = (path.parent for path in out.rglob("done.json"))
+    assert not (folder / "checkpoint.pt").exists()
+    for name in ("done.json", "results.csv"):
+        (folder / name).unlink()
+    (folder / "results.csv").mkdir()  # stands in its place
+    with pytest.raises(sweep.RunsFailed):
+        sweep.run(file, out, jobs=1)
+    assert [row["status"] for row in rows(out)] == ["failed"]
+    assert (folder / "checkpoint.pt").exists()
+    (folder / "results.csv").rmdir()
+    sweep.run(file, out, jobs=1)
+    assert [row["status"] for row in rows(out)] == ["done"]
+
+
 def test_a_process_that_dies_while_it_waits_costs_a_try_and_no_run(tmp_path):
     processes = Processes()
     (tmp_path / "runs").mkdir()

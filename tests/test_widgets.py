@@ -306,6 +306,12 @@ def test_what_may_be_chosen_next_is_predicted_while_nothing_is_to_be_done(monkey
     asyncio.run(look())
 
 
+def test_what_cannot_be_chosen_next_is_passed_over():
+    ahead = [setting for _, setting in memory._next_to(widgets.Setting(**SMALL | {"batch": 1}, rules=("bp",)))]
+    assert {setting.batch for setting in ahead} == {1, 2}
+    assert not any(setting.batch_norm for setting in ahead)
+
+
 def test_what_is_asked_for_is_what_the_controls_say():
     explorer = ml.widgets.memory_explorer(**SMALL, rules=("memdfa",))
 

@@ -35,6 +35,8 @@ def add_to(commands: Any) -> None:
 def _bench(options: argparse.Namespace) -> None:
     import pandas as pd
 
+    if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1):
+        raise ValueError("--frontier has rules of its own, and one kind of feedback: leave out --rules, or --frontier")
     rules = list(ALL) if "all" in options.rules else options.rules
     networks, tables = options.network or list(NETWORKS), []
     for network in networks:

@@ -19,7 +19,7 @@ import sympy as sp
 
 from memdfa_lab.feedback import SMALL_BYTES
 from memdfa_lab.memory.trace import readable
-from memdfa_lab.names import known
+from memdfa_lab.names import known, whole
 
 # s: the bytes of a number; k: those of a signal so small that it is formed in one piece.
 N, n, L, C, n_0, s, k = sp.symbols("N n L C n_0 s k", integer=True, positive=True)
@@ -148,7 +148,7 @@ def resting(rule: str, widths: Sequence[Any] | None = None, **how: str) -> sp.Ex
 
 def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: str) -> int:
     """Return the largest N with which all that rests and the peak fit, in float32; ValueError if not even 1 does."""
-    _require_whole(*widths)
+    widths = [whole("a width", width) for width in widths]
     alike = len(widths) > 3 and len(set(widths[1:-1])) == 1  # then a handful of moments will do
     equal = {n_0: widths[0], n: widths[1], L: len(widths) - 2, C: widths[-1]} if alike else {}
     given = None if alike else widths
@@ -163,8 +163,7 @@ def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: st
 
 def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int, classes: int, **how: str) -> int:
     """Return the largest L with which all that rests and the peak fit, in float32; ValueError if not even 1 does."""
-    _require_whole(batch, width, inputs, classes)
-    values = {N: batch, n: width, n_0: inputs, C: classes, s: 4, k: SMALL_BYTES}
+    values = _values(batch, width, inputs, classes)
     need = max(at_zero for _, at_zero in _lines(L, values, rule, (n_0, n, C), how))
     if need > budget_bytes:
         raise ValueError(f"not even one hidden layer fits into {readable(budget_bytes)}: it takes {readable(need)}")
@@ -174,8 +173,7 @@ def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int
 
 def depth_from_which(*, batch: int, width: int, inputs: int, classes: int, against: str = "bp", **how: str) -> int:
     """Return the L from which on MEM-DFA holds less than another rule, rest and peak; ValueError if it never does."""
-    _require_whole(batch, width, inputs, classes)
-    values = {N: batch, n: width, n_0: inputs, C: classes, s: 4, k: SMALL_BYTES}
+    values = _values(batch, width, inputs, classes)
 
     def lead(widths: Any) -> list[tuple[int, int]]:  # the lines of the other's total less ours
         ours, theirs = (_lines(L, values, rule, widths, how) for rule in ("memdfa", against))
@@ -203,6 +201,6 @@ def _lines(symbol: sp.Symbol, *setting: Any) -> list[tuple[int, int]]:
     return [(int(total.coeff(symbol, 1)), int(total.coeff(symbol, 0))) for total in _totals(*setting)]
 
 
-def _require_whole(*sizes: int) -> None:
-    if not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise ValueError(f"batch, widths, inputs and classes must be whole numbers from 1 on, got {list(sizes)}")
+def _values(batch: int, width: int, inputs: int, classes: int) -> dict[sp.Symbol, int]:
+    sizes = {N: ("batch", batch), n: ("width", width), n_0: ("inputs", inputs), C: ("classes", classes)}
+    return {symbol: whole(*size) for symbol, size in sizes.items()} | {s: 4, k: SMALL_BYTES}

@@ -218,7 +218,8 @@ def _without_data(network: Network) -> nn.Module:
         return model
     # The copy's tensors are made beforehand: deepcopy finds them in its memory, and copies no data.
     memory: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
+    plain = [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    for tensor in (*network.parameters(), *network.buffers(), *plain):
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         made = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         memory[id(tensor)] = made

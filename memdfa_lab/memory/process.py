@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def cuda_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
-    """Return the same of CUDA's caching allocator. Raises RuntimeError where there is no GPU."""
+    """Return the most bytes that CUDA's caching allocator gives out in a step, above what it has before.
+
+    Raises RuntimeError where there is no GPU.
+    """
     run = _on_gpu(step)
     for _ in range(warm_up):
         run(*batch)

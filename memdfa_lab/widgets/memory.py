@@ -13,7 +13,6 @@ import ipywidgets
 from memdfa_lab.architectures import ACTIVATIONS
 from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS
-from memdfa_lab.memory.predict import without_collection
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import BUSY
 from memdfa_lab.widgets.setting import (
@@ -78,8 +77,7 @@ class MemoryExplorer(base.Explorer):
     def draw(self) -> None:
         setting, before = self.setting, self.numbers.value
         try:
-            with without_collection():
-                self._explored = explored = self._show_numbers(setting)
+            self._explored = explored = self._show_numbers(setting)
         except Exception:
             self.numbers.value = before
             raise
@@ -110,7 +108,7 @@ class MemoryExplorer(base.Explorer):
     def _look_ahead(self, pairs: Iterator[tuple[str, Setting]]) -> None:
         """Predict what is one choice away while nothing is to be done, one at a time, so that it then shows at once."""
         for rule, setting in pairs:
-            with BUSY, suppress(ValueError):  # what cannot be is said when it is chosen
+            with BUSY:
                 explore(replace(setting, rules=(rule,)))
             assert self._loop is not None
             self._later = self._loop.call_later(AHEAD_EVERY_S, self._look_ahead, pairs)
@@ -137,8 +135,9 @@ def _next_to(setting: Setting) -> Iterator[tuple[str, Setting]]:
     }
     for name, values in choices.items():
         for value in values:
-            changed = replace(setting, **{"batch": max(2, setting.batch), name: value})
-            yield from ((rule, changed) for rule in setting.rules)
+            with suppress(ValueError):  # BatchNorm on a batch of one; what cannot be is said when it is chosen
+                changed = replace(setting, **{name: value})
+                yield from ((rule, changed) for rule in setting.rules)
 
 
 def _controls(setting: Setting) -> dict[str, Any]:

@@ -38,7 +38,7 @@ OF_A_CHAIN = (
 )  # fmt: skip
 MOST_LAYERS = 10_000  # that are tried against the budget
 MOMENTS = 500  # drawn of a step; of more, the fullest of each stretch
-LIMITS = {"depth": 1000, "width": 16_384, "batch": 1_000_000, "inputs": 1_000_000, "classes": 100_000}
+LIMITS = {"depth": 1000, "width": 16_384, "batch": 100_000, "inputs": 1_000_000, "classes": 100_000}
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def explore(setting: Setting | None = None, **changes: Any) -> Explored:
     return Explored(setting, table, pd.concat(curves, ignore_index=True), steps)
 
 
-@lru_cache(maxsize=500)
+@lru_cache(maxsize=1000)
 def _of_one_rule(setting: Setting) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
     """Return a row of the table, a line of the curve and the moments of a step for the setting's only rule."""
     (rule,) = setting.rules
@@ -220,7 +220,7 @@ def chain_of(rule: str, setting: Setting) -> Chain:
     return _chain(rule, Setting(**{name: getattr(setting, name) for name in OF_A_CHAIN}, batch=2))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1000)
 def _chain(rule: str, setting: Setting) -> Chain:
     s, image = setting, setting.x_shape[1:]
     # What rests is the same for all rules, but for B where it is kept, and for layers that are not taught.
@@ -260,7 +260,7 @@ def _predicted(rule: str, setting: Setting, blocks: int, batch: int, steps: int 
     return memory.predict(rule, network, (batch, *image), OPTIMIZERS[s.optimizer], KINDS[s.feedback](), steps=steps)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1000)
 def _resting(rule: str, setting: Setting, blocks: int) -> dict[str, int]:
     return _predicted(rule, setting, blocks, setting.batch, steps=0).resting_by_category
 
