@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from memdfa_lab.names import difference
 from memdfa_lab.phases import label
 
 TIMEOUT_S = 60.0
@@ -150,9 +151,10 @@ class Group:
         self._call("the settings", dist.all_gather_object, everyone, texts)
         for rank, theirs in enumerate(everyone):
             for name in (name for name in everyone[0] if theirs.get(name) != everyone[0][name]):
+                first, other = difference(everyone[0][name], theirs.get(name))
                 raise ValueError(
-                    f"ranks differ in {name}: {everyone[0][name]} on rank 0, {theirs.get(name)} on rank {rank}; start "
-                    "all of them with the same arguments"
+                    f"ranks differ in {name}: {first} on rank 0, {other} on rank {rank}; start all of them with the "
+                    "same arguments"
                 )
 
     def total(self, values: Tensor | Sequence[float], what: str) -> Tensor:

@@ -3,13 +3,9 @@
 import os
 import sys
 import time
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils._pytree import tree_map_only
 
+from memdfa_lab import checkpoints
+from memdfa_lab.checkpoints import Scheduler
 from memdfa_lab.checks import check_data
 from memdfa_lab.distributed import digest
-from memdfa_lab.files import locked, write_text, written_whole
+from memdfa_lab.files import locked, write_text
 from memdfa_lab.interrupt import interrupt_after_step
 from memdfa_lab.names import of_kind, whole
 from memdfa_lab.rules import Rule
@@ -31,9 +28,7 @@ if TYPE_CHECKING:
 
     from memdfa_lab.datasets import Data
 
-Scheduler = torch.optim.lr_scheduler.LRScheduler
 TRAIN_ACCURACY_ON = 10_000  # as many training examples, the first ones, tell the training accuracy
-FORMAT = 1
 
 
 @dataclass
@@ -100,7 +95,7 @@ def fit(
     run = _Run(rule, [scheduler(made) for made in rule.optimizers if made is not None] if scheduler else [])
     for made in run.schedulers:
         of_kind("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
-    settings = _settings(rule, run.schedulers, data, batch_size, seed)
+    settings = checkpoints.settings_of(rule, run.schedulers, data, batch_size, seed)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
@@ -219,46 +214,11 @@ class _Run:
         return group.mean(accuracy(self.rule, x, y) if len(x) else 0.0, len(x))
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
-        state = {
-            "format": FORMAT,
-            "settings": settings,
-            "rule": self.rule.state_dict(),
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "generators": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-            "progress": {name: getattr(self, name) for name in ("epoch", "batch", "loss_sum", "seconds", "rows")},
-        }
-        # numpy's numbers, such as a learning rate out of a logspace, would be refused when they are read back.
-        state = tree_map_only(np.generic, np.generic.item, state, lambda part: isinstance(part, OrderedDict))
-        with written_whole(path) as file:
-            torch.save(state, file)
+        progress = {name: getattr(self, name) for name in ("epoch", "batch", "loss_sum", "seconds", "rows")}
+        checkpoints.write(path, settings, self.rule, self.schedulers, progress)
 
     def load(self, path: Path, settings: dict[str, Any], epochs: int) -> None:
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them
-                if archive.testzip() is not None:
-                    raise ValueError("a checksum is wrong")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            known = state["format"] == FORMAT
-        except Exception as problem:  # damage shows as any kind of exception
-            raise ValueError(
-                f"{path} is damaged or not a checkpoint of memdfa_lab: delete it, or start anew with overwrite=True"
-            ) from problem
-        if not known:
-            raise ValueError(f"{path} was written by another version of memdfa_lab (format {state['format']})")
-        for name, ours in settings.items():
-            if state["settings"].get(name) != ours:
-                lines = zip_longest(str(state["settings"].get(name)).splitlines(), str(ours).splitlines())
-                theirs, ours = next((one, other) for one, other in lines if one != other)
-                raise ValueError(
-                    f"{path} belongs to a run with {name} {theirs}, this one has {ours}: choose "
-                    "another file, or start anew with overwrite=True"
-                )
-        done = state["progress"]
-        if (done["epoch"], done["batch"]) > (epochs, 0):
-            raise ValueError(
-                f"{path} has come past {epochs} epochs, to batch {done['batch']} after {done['epoch']}: ask for more "
-                "epochs, choose another file, or start anew with overwrite=True"
-            )
+        state = checkpoints.read(path, settings, epochs)
         self.rule.load_state_dict(state["rule"])
         for scheduler, value in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(value)
@@ -267,40 +227,6 @@ class _Run:
             torch.cuda.set_rng_state_all(state["generators"]["cuda"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
-
-
-def _settings(rule: Rule, schedulers: list[Scheduler], data: "Data", batch_size: int, seed: int) -> dict[str, Any]:
-    """Return what must not change between a run and its continuation; no scheduler has made a step yet."""
-    made = next(optimizer for optimizer in rule.optimizers if optimizer is not None)
-    feedback = {name: value for name, value in rule.feedback.state_dict().items() if name != "matrices"}
-    some = data.x_train[:: max(1, len(data.x_train) // 100)]
-    looks = digest(some, data.y_train)
-    return {
-        "rule": type(rule).__name__,
-        "network": "\n".join(type(part).__name__ for part in rule.blocks.modules()),
-        "data": f"{data.name}, {len(data.x_train)} examples of shape {tuple(some.shape[1:])}, digest {looks}",
-        "loss": _said(rule.loss_fn),
-        "optimizer": f"{type(made).__name__}({', '.join(f'{k}={v}' for k, v in made.defaults.items())})",
-        "scheduler": _said(schedulers[0]) if schedulers else None,
-        "clip_norm": rule.clip_norm,
-        "feedback": feedback,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-
-
-def _said(made: Any) -> str:
-    """Return a scheduler or a loss as it was made, but for what differs in each process."""
-    if isinstance(made, partial):
-        name, values = _said(made.func), made.keywords | {str(i): value for i, value in enumerate(made.args)}
-    elif hasattr(made, "__name__"):
-        return str(made.__name__)
-    else:
-        name, values = type(made).__name__, vars(made)
-    apart = ("optimizer", "base_lrs", "last_epoch", "training")
-    given = {key: repr(value) for key, value in values.items() if key[0] != "_" and key not in apart}
-    said = ", ".join(f"{key}={value}" for key, value in given.items() if " at 0x" not in value)
-    return f"{name}({said})"
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:

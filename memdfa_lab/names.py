@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
+from itertools import zip_longest
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -38,3 +39,9 @@ def of_kind(what: str, value: object, kind: Any, wanted: str) -> None:
     """Raise TypeError, one line that says what is wanted, if the value is not an instance of the kind."""
     if not isinstance(value, kind):
         raise TypeError(f"{what} must be {wanted}, not a {type(value).__name__}")
+
+
+def difference(one: object, other: object) -> tuple[str, str]:
+    """Return the first lines in which two texts differ."""
+    lines = zip_longest(str(one).splitlines(), str(other).splitlines(), fillvalue="nothing")
+    return next((pair for pair in lines if pair[0] != pair[1]), (str(one), str(other)))
