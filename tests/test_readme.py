@@ -113,6 +113,11 @@ def test_the_knob_is_as_it_was_benched():
         assert ours["ratio"].is_monotonic_decreasing
         assert ours["peak_bytes"].is_monotonic_increasing
         assert ours["ratio"].max() < rows[rows["rule"].str.startswith("checkpoint")]["ratio"].min()
+    benched = pd.read_csv(ROOT / "reports" / "bench" / "bench.csv", keep_default_na=False)
+    here, there = (
+        runs.query("rule == 'memdfa' and feedback == 'regenerated'")["ratio"].iloc[0] for runs in (table, benched)
+    )
+    assert f"MEM-DFA took {here:.2f} of BP's\ntime on the first network where it took {there:.2f} in the table" in TEXT
 
 
 def test_the_depths_are_as_they_were_benched():
