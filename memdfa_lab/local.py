@@ -167,8 +167,8 @@ def _by_hand(block: nn.Module) -> tuple[list[nn.Module], Any, list[nn.Module]]:
     weight, layers = parts[at], parts[at + 1 :]
     known = type(weight) in WEIGHTS and all(type(layer) in LAYERS for layer in layers)
     known &= not any(isinstance(layer, nn.LeakyReLU) and layer.negative_slope < 0 for layer in layers)
-    learning = [parameter for part in parts for parameter in part.parameters()]
-    known &= len(set(learning)) == len(learning)  # a part that runs twice has two gradients to be added up
+    scales = [parameter for layer in layers if type(layer) in NORMS for parameter in layer.parameters()]
+    known &= len(set(scales)) == len(scales)  # one that runs twice has two gradients to be added up
     if not known or _has_any_global_hook() or any(map(has_hooks, parts)) or not _pads_alike(weight):
         return [], None, []
     return parts[:at], weight, layers

@@ -15,16 +15,7 @@ from memdfa_lab.experiments import OPTIMIZERS
 from memdfa_lab.feedback import KINDS
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import BUSY
-from memdfa_lab.widgets.setting import (
-    ALL_RULES,
-    FAMILIES,
-    IMAGES,
-    LIMITS,
-    PRECISIONS,
-    Explored,
-    Setting,
-    explore,
-)
+from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, IMAGES, LIMITS, PRECISIONS, Explored, Setting, explore
 
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)

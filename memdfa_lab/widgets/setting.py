@@ -224,11 +224,7 @@ def chain_of(rule: str, setting: Setting) -> Chain:
 def _chain(rule: str, setting: Setting) -> Chain:
     s, image = setting, setting.x_shape[1:]
     # What rests is the same for all rules, but for B where it is kept, and for layers that are not taught.
-    alike = isinstance(KINDS[s.feedback](), Regenerated) and rule != "last_layer"
-
-    def resting(blocks: int) -> dict[str, int]:
-        return _resting("bp" if alike else rule, s, blocks)
-
+    alike = KINDS[s.feedback] is Regenerated and rule != "last_layer"
     linear_from = period = 1
     if rule in ("dfa", "memdfa"):
         # A signal e B_i is formed in quarters, but never in pieces smaller than SMALL_BYTES; and filters, 3x3, that
@@ -245,6 +241,7 @@ def _chain(rule: str, setting: Setting) -> Chain:
                 linear_from = 8 * max(linear_from, math.ceil(s.classes / 8))
     least = 2 if s.batch_norm else 1
     segmented = rule.startswith("checkpoint")
+    resting = partial(_resting, "bp" if alike else rule, s)
     return Chain(partial(_predicted, rule, s), resting, linear_from, period, segmented, least)
 
 
