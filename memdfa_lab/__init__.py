@@ -3,11 +3,12 @@
 import importlib
 from typing import Any
 
-from memdfa_lab import alignment, datasets, distributed, experiments, feedback, losses, memory, models
-from memdfa_lab.baselines import BASELINES
-from memdfa_lab.blocks import as_blocks
+from memdfa_lab import alignment, datasets, distributed, experiments, memory, models
+from memdfa_lab.core import feedback, losses
+from memdfa_lab.core.blocks import as_blocks
+from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA, Rule
 from memdfa_lab.fit import History, accuracy, fit, predict
-from memdfa_lab.rules import BP, DFA, FA, RULES, MemDFA, Rule
+from memdfa_lab.rivals.baselines import BASELINES
 
 __version__ = "0.1.0"
 __all__ = [

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.checks import check_batch, check_data
+from memdfa_lab.core.checks import check_batch, check_data, known, of_kind, whole
+from memdfa_lab.core.recompute import buffers_put_back, forward_without_trace, generators_put_back
+from memdfa_lab.core.rules import BP, Rule
 from memdfa_lab.fit import _order
-from memdfa_lab.names import known, of_kind, whole
-from memdfa_lab.recompute import buffers_put_back, forward_without_trace, generators_put_back
-from memdfa_lab.rules import BP, Rule
 
 if TYPE_CHECKING:
     import pandas as pd

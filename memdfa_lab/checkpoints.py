@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
+from memdfa_lab.core.checks import difference
+from memdfa_lab.core.rules import Rule
 from memdfa_lab.distributed import digest
 from memdfa_lab.files import written_whole
-from memdfa_lab.names import difference
-from memdfa_lab.rules import Rule
 
 if TYPE_CHECKING:
     from memdfa_lab.datasets import Data

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdfa_lab.names import known, whole
+from memdfa_lab.core.checks import known, whole
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x_train, y_train, x_test, y_test
 KEYS = ("x_train", "y_train", "x_test", "y_test")

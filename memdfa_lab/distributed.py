@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memdfa_lab.names import difference
-from memdfa_lab.phases import label
+from memdfa_lab.core.checks import difference
+from memdfa_lab.core.phases import label
 
 TIMEOUT_S = 60.0
 

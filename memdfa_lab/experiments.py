@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memdfa_lab import datasets, feedback, memory, models
-from memdfa_lab.baselines import BASELINES
+from memdfa_lab import datasets, memory, models
+from memdfa_lab.core import feedback
+from memdfa_lab.core.checks import known, number, whole
+from memdfa_lab.core.losses import LOSSES
+from memdfa_lab.core.rules import RULES, Rule
 from memdfa_lab.distributed import Group
 from memdfa_lab.fit import History, fit
-from memdfa_lab.losses import LOSSES
-from memdfa_lab.names import known, number, whole
 from memdfa_lab.notebook import Report as Report
 from memdfa_lab.notebook import check_parameters as check_parameters  # notebooks find both here
-from memdfa_lab.rules import RULES, Rule
+from memdfa_lab.rivals.baselines import BASELINES
 from memdfa_lab.sync_batchnorm import synchronise
 
 if TYPE_CHECKING:

@@ -16,12 +16,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from memdfa_lab import checkpoints
 from memdfa_lab.checkpoints import Scheduler
-from memdfa_lab.checks import check_data
+from memdfa_lab.core.checks import check_data, of_kind, whole
+from memdfa_lab.core.rules import Rule
 from memdfa_lab.distributed import digest
 from memdfa_lab.files import locked, write_text
 from memdfa_lab.interrupt import interrupt_after_step
-from memdfa_lab.names import of_kind, whole
-from memdfa_lab.rules import Rule
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,8 +18,8 @@ from torch import nn
 
 from memdfa_lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, convolutions, dense
 from memdfa_lab.architectures import mlp as mlp_layers
-from memdfa_lab.blocks import as_blocks, parts_of
-from memdfa_lab.names import known, whole
+from memdfa_lab.core.blocks import as_blocks, parts_of
+from memdfa_lab.core.checks import known, whole
 
 if TYPE_CHECKING:
     import pandas as pd

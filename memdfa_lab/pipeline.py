@@ -12,7 +12,7 @@ BP's schedule is GPipe's (Huang et al. 2019): all forward, then all backward.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from memdfa_lab.names import known
+from memdfa_lab.core.checks import known
 
 if TYPE_CHECKING:
     import pandas as pd

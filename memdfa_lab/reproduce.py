@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from memdfa_lab.core.checks import known
 from memdfa_lab.files import locked, write_text
-from memdfa_lab.names import known
 from memdfa_lab.notebook import versions
 
 STATE = "run.json"

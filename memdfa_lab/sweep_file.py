@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from memdfa_lab import __version__, experiments, models
-from memdfa_lab.baselines import BASELINES
-from memdfa_lab.feedback import DISTRIBUTIONS, KINDS
-from memdfa_lab.losses import LOSSES
+from memdfa_lab.core.checks import known
+from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
+from memdfa_lab.core.losses import LOSSES
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.models import INITIALISATIONS
-from memdfa_lab.names import known
 from memdfa_lab.notebook import check_parameters
 from memdfa_lab.reproduce import notebooks_folder, source_of
-from memdfa_lab.rules import RULES
+from memdfa_lab.rivals.baselines import BASELINES
 
 COUNT, NUMBER = (None, range(1, 10**9)), (None, (0, 10**9))
 # setting of `memdfa train` -> what it must be; one that is not given is what it is for `memdfa train`

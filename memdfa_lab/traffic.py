@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memdfa_lab import experiments, feedback, memory, models
-from memdfa_lab.baselines import BASELINES
+from memdfa_lab import experiments, memory, models
+from memdfa_lab.core import feedback
+from memdfa_lab.core.checks import known
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.distributed import Group, ranks
-from memdfa_lab.names import known
-from memdfa_lab.rules import RULES
+from memdfa_lab.rivals.baselines import BASELINES
 
 if TYPE_CHECKING:
     import pandas as pd

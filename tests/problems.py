@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdfa_lab import feedback, losses
-from memdfa_lab.rules import RULES, Rule
+from memdfa_lab.core import feedback, losses
+from memdfa_lab.core.rules import RULES, Rule
 
 CLASSES = 5
 

@@ -19,8 +19,8 @@ from problems import Problem, Record, record, train
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from memdfa_lab.feedback import Feedback, Regenerated
-from memdfa_lab.rules import Rule
+from memdfa_lab.core.feedback import Feedback, Regenerated
+from memdfa_lab.core.rules import Rule
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-12  # relative to the larger of 1 and the tensor's largest value

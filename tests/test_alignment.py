@@ -15,8 +15,8 @@ from torch import nn
 
 import memdfa_lab as ml
 from memdfa_lab.alignment import angles, follow, responses
-from memdfa_lab.feedback import Regenerated
-from memdfa_lab.recompute import forward_without_trace
+from memdfa_lab.core.feedback import Regenerated
+from memdfa_lab.core.recompute import forward_without_trace
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 OF = ["gradient", "signal"]

@@ -21,10 +21,12 @@ from test_rules import BAD_VALUES, assert_bad_batch_changes_nothing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memdfa_lab import baselines, memory, models, phases
-from memdfa_lab.baselines import BASELINES, CheckpointBP, CheckpointStepInBackward, LastLayer, StepInBackward
-from memdfa_lab.blocks import run_block
-from memdfa_lab.rules import BP, Rule
+from memdfa_lab import memory, models
+from memdfa_lab.core import phases
+from memdfa_lab.core.blocks import run_block
+from memdfa_lab.core.rules import BP, Rule
+from memdfa_lab.rivals import baselines
+from memdfa_lab.rivals.baselines import BASELINES, CheckpointBP, CheckpointStepInBackward, LastLayer, StepInBackward
 
 AS_BP = {name: rule for name, rule in BASELINES.items() if name != "last_layer"}
 IN_SEGMENTS = {name: rule for name, rule in AS_BP.items() if name != "step_in_backward"}

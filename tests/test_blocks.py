@@ -10,7 +10,7 @@ from problems import BY_NAME, RULE_NAMES, Residual, make_rule, params
 from reference import assert_identical, refuses
 from torch import Tensor, nn
 
-from memdfa_lab.blocks import as_blocks, run_block
+from memdfa_lab.core.blocks import as_blocks, run_block
 
 
 def layers_of(blocks: nn.Sequential) -> list[list[str]]:

@@ -13,7 +13,7 @@ from problems import BY_NAME, STORAGES, make_rule
 from reference import assert_identical, refuses
 from torch import Tensor
 
-from memdfa_lab.feedback import DISTRIBUTIONS, Feedback, Regenerated, Shared, Signal, Stored, cut
+from memdfa_lab.core.feedback import DISTRIBUTIONS, Feedback, Regenerated, Shared, Signal, Stored, cut
 
 LIKE = torch.zeros(())
 INDEPENDENT = [Stored, Regenerated]  # a matrix a block

@@ -12,7 +12,7 @@ from reference import assert_close, assert_close_training, surrogate_gradients
 from torch import nn
 
 import memdfa_lab as ml
-from memdfa_lab import local
+from memdfa_lab.core import local
 from memdfa_lab.memory import measure, predict
 
 SGD = partial(torch.optim.SGD, lr=0.01)

@@ -31,4 +31,4 @@ def test_a_cell_that_fails_is_accounted_for_and_leaves_nothing_behind(shell):
     with capture_output():
         shell.run_cell("%%memory trace\nimport torch\na = torch.ones(1000)\nraise RuntimeError")
     assert shell.user_ns["trace"].peak_bytes == 4000
-    assert memdfa_lab.phases.listeners == []
+    assert memdfa_lab.core.phases.listeners == []

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import memdfa_lab as ml
-from memdfa_lab import phases
-from memdfa_lab.baselines import BASELINES
+from memdfa_lab.core import phases
 from memdfa_lab.memory import CATEGORIES, Ledger, Trace, measure, predict, readable
+from memdfa_lab.rivals.baselines import BASELINES
 
 EVERY_RULE = {**ml.RULES, **BASELINES}
 STEADY = {  # lr 0: very deep nets blow up at once, and how much a step holds does not depend on it

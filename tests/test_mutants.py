@@ -15,11 +15,11 @@ from test_recompute import assert_left_as_it_was
 from test_rules import assert_bad_batch_changes_nothing
 from torch import Tensor, nn
 
-from memdfa_lab import local
-from memdfa_lab.blocks import as_blocks, run_block
-from memdfa_lab.feedback import Signal, Stored
-from memdfa_lab.recompute import buffers_put_back, forward_without_trace
-from memdfa_lab.rules import BP, DFA, FA, MemDFA, Rule
+from memdfa_lab.core import local
+from memdfa_lab.core.blocks import as_blocks, run_block
+from memdfa_lab.core.feedback import Signal, Stored
+from memdfa_lab.core.recompute import buffers_put_back, forward_without_trace
+from memdfa_lab.core.rules import BP, DFA, FA, MemDFA, Rule
 
 # ---------------------------------------------------------------------------------- the checks, as in the other files
 
@@ -332,7 +332,7 @@ def test_a_pass_that_leaves_a_trace_is_caught(flag, problem):
 @pytest.mark.parametrize("problem", ["conv_pool", "conv_same_odd", "linear_on_tokens"])
 @pytest.mark.parametrize("wrong", [0, 1], ids=["input_gradient_zeroed", "weight_gradient_zeroed"])
 def test_a_wrong_backward_of_fas_layers_is_caught(wrong, problem, check, monkeypatch):
-    from memdfa_lab import transport
+    from memdfa_lab.core import transport
 
     for layer in (transport._Linear, transport._Convolution):
         right = layer.backward

@@ -24,9 +24,9 @@ from test_memory import EVERY_RULE, check_account, events
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from memdfa_lab import losses
+from memdfa_lab.core import losses
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.memory import measure, predict
-from memdfa_lab.rules import RULES
 
 FOUND = [Phase.explicit, Phase.reuse, Phase.generate]  # the nightly run makes failures small, which takes minutes
 COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}

@@ -10,8 +10,8 @@ from problems import BY_NAME, params
 from reference import assert_identical
 from torch import Tensor, nn
 
-from memdfa_lab.blocks import as_blocks
-from memdfa_lab.recompute import buffers_put_back, forward_without_trace
+from memdfa_lab.core.blocks import as_blocks
+from memdfa_lab.core.recompute import buffers_put_back, forward_without_trace
 
 
 class Counter(nn.Module):

@@ -29,8 +29,8 @@ from reference import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memdfa_lab.feedback import Stored
-from memdfa_lab.rules import BP, DFA, FA, MemDFA, Rule
+from memdfa_lab.core.feedback import Stored
+from memdfa_lab.core.rules import BP, DFA, FA, MemDFA, Rule
 
 
 def full_state(rule: Rule) -> list:
@@ -629,7 +629,7 @@ def test_a_state_that_is_not_a_rules_is_refused_and_changes_nothing():
 
 
 def test_rules_are_found_by_name():
-    from memdfa_lab.rules import RULES
+    from memdfa_lab.core.rules import RULES
 
     assert {"bp": BP, "fa": FA, "dfa": DFA, "memdfa": MemDFA} == RULES
 

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from memdfa_lab.core.checks import known, number
 from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.style import BELOW, HATCHED, MIB, SETTINGS, STYLES
-from memdfa_lab.names import known, number
 
 # task -> colour, hatch
 TASKS = {

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
+from memdfa_lab.core.checks import known, of_kind
 from memdfa_lab.figures.style import STYLES
-from memdfa_lab.names import known, of_kind
 
 P = ParamSpec("P")
 T = TypeVar("T")

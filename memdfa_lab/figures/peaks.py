@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from memdfa_lab.core.checks import number
 from memdfa_lab.figures.needs import check_table, needs
 from memdfa_lab.figures.style import (
     BELOW,
@@ -20,7 +21,6 @@ from memdfa_lab.figures.style import (
     two_a_row,
     visible,
 )
-from memdfa_lab.names import number
 
 # What rests between steps, and beside it what a rule's step adds: column -> label, look
 RESTING: dict[str, tuple[str, dict[str, Any]]] = {

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from memdfa_lab.core.checks import known
 from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.style import FILLS, FILLS_AT_REST, HATCHED, MIB, legend_below, two_a_row, visible
 from memdfa_lab.memory.trace import readable
-from memdfa_lab.names import known
 
 TURNS = ("recompute", "backward", "learn", "update")  # phases that blocks go through one after another
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
+from memdfa_lab.core.checks import number, of_kind, whole
 from memdfa_lab.figures.needs import check_numbers, check_table, labelled, needs
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
-from memdfa_lab.names import number, of_kind, whole
 
 LOOKS: list[dict[str, Any]] = [  # for what is no rule, in the order in which it comes
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from pandas.api.types import is_numeric_dtype
 
+from memdfa_lab.core.checks import known, of_kind
 from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.signals import LOOKS, _draw_band
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
-from memdfa_lab.names import known, of_kind
 
 MOST_LINES = 8  # of one look each
 MOST_TICKS = 10

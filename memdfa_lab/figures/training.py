@@ -10,11 +10,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from memdfa_lab.checks import check_data
+from memdfa_lab.core.checks import check_data, known
 from memdfa_lab.figures.needs import check_numbers, labelled, needs
 from memdfa_lab.figures.signals import _draw_band
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
-from memdfa_lab.names import known
 
 
 def images(data: Any) -> Figure:

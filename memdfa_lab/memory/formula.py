@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import sympy as sp
 
-from memdfa_lab.feedback import SMALL_BYTES
+from memdfa_lab.core.checks import known, whole
+from memdfa_lab.core.feedback import SMALL_BYTES
 from memdfa_lab.memory.trace import readable
-from memdfa_lab.names import known, whole
 
 # s: the bytes of a number; k: those of a signal so small that it is formed in one piece.
 N, n, L, C, n_0, s, k = sp.symbols("N n L C n_0 s k", integer=True, positive=True)
@@ -97,7 +97,7 @@ def terms(rule: str, widths: Sequence[Any] | None = None, feedback: str = "store
 def teaching(block: Block, classes: Any, feedback: str = "stored", optimizer: str = "sgd") -> Terms:
     """Return what DFA and MEM-DFA need for one block above its activations and e, while it is taught, in bytes.
 
-    As `memdfa_lab.local` does it: a quarter of the signal at a time, with the columns of B that it takes; the
+    As `memdfa_lab.core.local` does it: a quarter of the signal at a time, with the columns of B that it takes; the
     gradients, but for the weight's under plain SGD; at last the optimizer's workspace.
     """
     gradients = block.h_out if optimizer == "sgd" else block.parameters

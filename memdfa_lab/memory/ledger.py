@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from memdfa_lab import phases
+from memdfa_lab.core import phases
+from memdfa_lab.core.checks import whole
 from memdfa_lab.memory.trace import Event, Storage, Trace
-from memdfa_lab.names import whole
 
 Known = Callable[[], Mapping[str, Iterable[Tensor]]]
 Run = Callable[[Any, Any, Any], Any]
@@ -120,7 +120,7 @@ class Ledger(TorchDispatchMode):
         """Return the account so far."""
         return Trace(self.events, self.resting)
 
-    # What the rule says (`memdfa_lab.phases`); not in other threads: of these, autograd's alone have our mode.
+    # What the rule says (`memdfa_lab.core.phases`); not in other threads: of these, autograd's alone have our mode.
 
     def _is_ours(self) -> bool:
         return get_ident() == self._thread or self in _get_current_dispatch_mode_stack()

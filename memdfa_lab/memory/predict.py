@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from memdfa_lab.core.checks import known, whole
 from memdfa_lab.memory.ledger import Ledger, address, measure, tensors_in
 from memdfa_lab.memory.trace import Trace
-from memdfa_lab.names import known, whole
 
 META = torch.device("meta")
 ONE_AT_A_TIME = RLock()  # what is patched is every thread's

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from memdfa_lab.names import known
+from memdfa_lab.core.checks import known
 
 # glibc's malloc gives back what is freed: a block of 64 KiB or more has its own pages, the others one trimmed heap.
 GIVING_BACK = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"), "0") | {
@@ -71,11 +71,11 @@ def _status(name: str) -> int:
 
 def _from_names(rule: str, network: str | list[int], batch_size: int, optimizer: str, feedback: str) -> Any:
     from memdfa_lab import models  # here alone: nothing else in this module knows a rule
-    from memdfa_lab.baselines import BASELINES
+    from memdfa_lab.core.feedback import KINDS
+    from memdfa_lab.core.losses import LOSSES
+    from memdfa_lab.core.rules import RULES
     from memdfa_lab.experiments import OPTIMIZERS
-    from memdfa_lab.feedback import KINDS
-    from memdfa_lab.losses import LOSSES
-    from memdfa_lab.rules import RULES
+    from memdfa_lab.rivals.baselines import BASELINES
 
     if isinstance(network, str):
         setting = models.get(network)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memdfa_lab import alignment, experiments
+from memdfa_lab.core.checks import known
+from memdfa_lab.core.rules import RULES, Rule
 from memdfa_lab.files import write_text
 from memdfa_lab.fit import fit
-from memdfa_lab.names import known
 from memdfa_lab.paper import plan
 from memdfa_lab.paper.plan import Experiment
-from memdfa_lab.rules import RULES, Rule
 
 if TYPE_CHECKING:
     import pandas as pd

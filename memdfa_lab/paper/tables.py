@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.paper import plan, runs
 from memdfa_lab.reproduce import notebooks_folder
-from memdfa_lab.rules import RULES
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ipywidgets
 from matplotlib.figure import Figure
 
-from memdfa_lab import names
+from memdfa_lab.core import checks as names
 from memdfa_lab.memory.predict import without_collection
 from memdfa_lab.widgets.background import BUSY
 

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from memdfa_lab import alignment, figures, models
-from memdfa_lab.feedback import DISTRIBUTIONS, KINDS, Feedback, Stored
+from memdfa_lab.core.checks import known, whole
+from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS, Feedback, Stored
+from memdfa_lab.core.rules import RULES, Rule
 from memdfa_lab.fit import _order, accuracy
 from memdfa_lab.memory.trace import readable
-from memdfa_lab.names import known, whole
-from memdfa_lab.rules import RULES, Rule
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background
 from memdfa_lab.widgets.setting import LIMITS

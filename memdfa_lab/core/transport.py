@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from memdfa_lab.feedback import Feedback
+from memdfa_lab.core.feedback import Feedback
 
 GetB = Callable[[], Tensor]  # the matrix is asked for when it is needed, in the backward pass
 

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab import local
-from memdfa_lab.phases import label, phase
+from memdfa_lab.core import local
+from memdfa_lab.core.phases import label, phase
 
 
 def forward_without_trace(blocks: Iterable[nn.Module], x: Tensor, first: int = 0) -> Tensor:

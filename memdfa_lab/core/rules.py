@@ -25,17 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab import local
-from memdfa_lab.blocks import as_blocks, run_block
-from memdfa_lab.checks import check_batch, check_finite, scalar_loss
+from memdfa_lab.core import local
+from memdfa_lab.core.blocks import as_blocks, run_block
+from memdfa_lab.core.checks import check_batch, check_finite, number, scalar_loss
+from memdfa_lab.core.feedback import Feedback, Signal, Stored
+from memdfa_lab.core.local import Local
+from memdfa_lab.core.phases import phase
+from memdfa_lab.core.recompute import forward_without_trace
+from memdfa_lab.core.transport import FeedbackTransport
 from memdfa_lab.distributed import Group
-from memdfa_lab.feedback import Feedback, Signal, Stored
-from memdfa_lab.local import Local
 from memdfa_lab.memory.predict import kept_bytes
-from memdfa_lab.names import number
-from memdfa_lab.phases import phase
-from memdfa_lab.recompute import forward_without_trace
-from memdfa_lab.transport import FeedbackTransport
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memdfa_lab.blocks import run_block
-from memdfa_lab.names import whole
-from memdfa_lab.phases import phase
-from memdfa_lab.recompute import buffers_put_back
-from memdfa_lab.rules import Rule
+from memdfa_lab.core.blocks import run_block
+from memdfa_lab.core.checks import whole
+from memdfa_lab.core.phases import phase
+from memdfa_lab.core.recompute import buffers_put_back
+from memdfa_lab.core.rules import Rule
 
 
 class _InSegments(Rule):

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memdfa_lab.names import known, number, whole
-from memdfa_lab.phases import label
+from memdfa_lab.core.checks import known, number, whole
+from memdfa_lab.core.phases import label
 
 SMALL_BYTES = 2**16  # where calling torch takes about as long as the work
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA

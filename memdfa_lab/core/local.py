@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from memdfa_lab.blocks import has_hooks, parts_of, run_block
-from memdfa_lab.feedback import SMALL_BYTES, Signal, cut
-from memdfa_lab.layers import LAYERS, NORMS, VIEWS, Back, gradient_of, run
+from memdfa_lab.core.blocks import has_hooks, parts_of, run_block
+from memdfa_lab.core.feedback import SMALL_BYTES, Signal, cut
+from memdfa_lab.core.layers import LAYERS, NORMS, VIEWS, Back, gradient_of, run
+from memdfa_lab.core.phases import label
 from memdfa_lab.memory.ledger import address
-from memdfa_lab.phases import label
 
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Optimizer = torch.optim.Optimizer | None

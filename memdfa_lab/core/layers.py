@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdfa_lab.phases import label
+from memdfa_lab.core.phases import label
 
 aten = torch.ops.aten
 Back = Callable[[Tensor, slice], Tensor]  # the signal behind a layer, for these outputs -> the signal before it

@@ -1,0 +1,1 @@
+"""The trainers: what a rule is, and the four of them; nothing here knows anything above."""
