@@ -11,8 +11,8 @@ import nbformat
 import papermill
 import yaml
 
-from memdfa_lab.files import written_whole
-from memdfa_lab.headless import ENGINE
+from memdfa_lab.batch.headless import ENGINE
+from memdfa_lab.lab.files import written_whole
 
 HOOKS = Path(__file__).resolve().parent.parent / ".pre-commit-config.yaml"
 

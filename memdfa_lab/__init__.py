@@ -3,11 +3,12 @@
 import importlib
 from typing import Any
 
-from memdfa_lab import alignment, datasets, distributed, experiments, memory, models
+from memdfa_lab import memory
 from memdfa_lab.core import feedback, losses
 from memdfa_lab.core.blocks import as_blocks
 from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA, Rule
-from memdfa_lab.fit import History, accuracy, fit, predict
+from memdfa_lab.lab import alignment, datasets, distributed, experiments, models
+from memdfa_lab.lab.fit import History, accuracy, fit, predict
 from memdfa_lab.rivals.baselines import BASELINES
 
 __version__ = "0.1.0"
@@ -33,19 +34,29 @@ __all__ = [
     "models",
     "predict",
 ]
-LATER = {"figures", "widgets"}  # modules that need plotting libraries: loaded when first used
+# name -> module, loaded when first used: plotting, notebooks and widgets take a while to import
+LATER = {
+    "bench": "memdfa_lab.lab.bench",
+    "figures": "memdfa_lab.figures",
+    "paper": "memdfa_lab.batch.paper",
+    "pipeline": "memdfa_lab.lab.pipeline",
+    "report": "memdfa_lab.batch.report",
+    "sweep": "memdfa_lab.batch.sweep",
+    "traffic": "memdfa_lab.lab.traffic",
+    "widgets": "memdfa_lab.widgets",
+}
 
 
 def load_ipython_extension(shell: Any) -> None:
     """Make %%memory known to a notebook: `%load_ext memdfa_lab`."""
-    from memdfa_lab.magic import MemoryMagic
+    from memdfa_lab.widgets.magic import MemoryMagic
 
     shell.register_magics(MemoryMagic)
 
 
 def __getattr__(name: str) -> Any:
     if name in LATER:
-        return importlib.import_module(f"memdfa_lab.{name}")
+        return importlib.import_module(LATER[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

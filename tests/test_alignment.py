@@ -14,9 +14,9 @@ from reference import Twin, assert_identical, assert_same_training, refuses
 from torch import nn
 
 import memdfa_lab as ml
-from memdfa_lab.alignment import angles, follow, responses
 from memdfa_lab.core.feedback import Regenerated
 from memdfa_lab.core.recompute import forward_without_trace
+from memdfa_lab.lab.alignment import angles, follow, responses
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 OF = ["gradient", "signal"]

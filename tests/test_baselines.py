@@ -21,10 +21,11 @@ from test_rules import BAD_VALUES, assert_bad_batch_changes_nothing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memdfa_lab import memory, models
+from memdfa_lab import memory
 from memdfa_lab.core import phases
 from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.rules import BP, Rule
+from memdfa_lab.lab import models
 from memdfa_lab.rivals import baselines
 from memdfa_lab.rivals.baselines import BASELINES, CheckpointBP, CheckpointStepInBackward, LastLayer, StepInBackward
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 import memdfa_lab as ml
-from memdfa_lab import bench as module
-from memdfa_lab.bench import Contender, bench, contenders, frontier
+from memdfa_lab.lab import bench as module
+from memdfa_lab.lab.bench import Contender, bench, contenders, frontier
 
 NETWORK = "784-[16]x8-10"
 

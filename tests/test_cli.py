@@ -98,7 +98,7 @@ def test_ctrl_c_ends_with_130_and_one_line(capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memdfa_lab.experiments.train", interrupted)
+    monkeypatch.setattr("memdfa_lab.lab.experiments.train", interrupted)
     status, _, err = run(capsys, "train")
     assert status == 130
     assert err.count("\n") == 1

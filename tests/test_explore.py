@@ -8,9 +8,9 @@ import socket
 import nbformat
 import pytest
 
-from memdfa_lab import explore
+from memdfa_lab.batch import explore
+from memdfa_lab.batch.reproduce import notebooks_folder
 from memdfa_lab.cli import main
-from memdfa_lab.reproduce import notebooks_folder
 
 
 def notebook():

@@ -23,7 +23,7 @@ from reference import assert_identical
 from test_reproduce import write
 
 from memdfa_lab import cli
-from memdfa_lab.files import locked
+from memdfa_lab.lab.files import locked
 
 FAULTS = int(os.environ.get("MEMDFA_FAULTS", "2"))
 MAIN = """import signal, sys; from pathlib import Path; from memdfa_lab import cli, reproduce

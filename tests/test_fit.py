@@ -16,7 +16,8 @@ from reference import refuses
 from torch import nn
 
 import memdfa_lab as ml
-from memdfa_lab.fit import _order, _Run
+from memdfa_lab.lab import files
+from memdfa_lab.lab.fit import _order, _Run
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -161,7 +162,7 @@ def test_ctrl_c_while_the_last_epoch_is_evaluated_is_not_lost(data, tmp_path):
 
 def test_no_temporary_file_is_left_when_writing_fails(tmp_path):
     def fails_halfway():
-        with ml.files.written_whole(tmp_path / "a" / "file") as file:
+        with files.written_whole(tmp_path / "a" / "file") as file:
             file.write(b"half")
             raise Cut
 
@@ -172,7 +173,7 @@ def test_no_temporary_file_is_left_when_writing_fails(tmp_path):
 
 def test_a_file_is_as_readable_as_any_other_and_no_other_thread_has_its_umask_changed(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "umask")
-    ml.files.write_text(tmp_path / "ours", "text")
+    files.write_text(tmp_path / "ours", "text")
     (tmp_path / "any").touch()
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
 

@@ -24,8 +24,9 @@ from reference import assert_identical, assert_same_training, refuses
 from torch import Tensor, nn
 
 import memdfa_lab as ml
-from memdfa_lab import alignment, bench, cli, datasets, experiments, figures, memory, models, widgets
+from memdfa_lab import cli, figures, memory, widgets
 from memdfa_lab.core import feedback
+from memdfa_lab.lab import alignment, bench, datasets, experiments, models
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 MLP, NORM = BY_NAME["mlp_relu"], BY_NAME["batchnorm"]

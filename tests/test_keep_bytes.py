@@ -8,6 +8,7 @@ from problems import BY_NAME, OPTIMIZERS, params, train
 from problems import make_rule as make
 from reference import assert_same_training
 
+import memdfa_lab as ml
 from memdfa_lab.core import local
 from memdfa_lab.memory import measure, predict
 from memdfa_lab.memory.predict import kept_bytes

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 
 import memdfa_lab as ml
-from memdfa_lab.architectures import LAYERS
+from memdfa_lab.lab.architectures import LAYERS
 
 VGG_FILTERS = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
 VGG_CONVOLUTIONS = sum((9 * a + 1) * b for a, b in pairwise(VGG_FILTERS))

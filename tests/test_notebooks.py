@@ -122,7 +122,7 @@ def test_each_solution_runs_where_the_notebook_ends(path, tmp_path):
     """Each by itself: in the notebook's names as they are at its end, not in what another solution left."""
     import papermill
 
-    from memdfa_lab.headless import ENGINE
+    from memdfa_lab.batch.headless import ENGINE
 
     notebook = nbformat.read(path, as_version=4)
     for number, solution in enumerate(solutions(path), 1):

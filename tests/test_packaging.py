@@ -112,9 +112,13 @@ def test_wheel_made_from_the_sdist_carries_the_notebooks(tmp_path):
     }
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "memdfa_lab").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    assert "memdfa_lab/networks.csv" in names
+    assert "memdfa_lab/lab/networks.csv" in names
     tables = {f"memdfa_lab/reports/paper/{path.name}" for path in (ROOT / "reports" / "paper").glob("*.csv")}
-    assert {"memdfa_lab/paper/plan.toml", "memdfa_lab/paper/published.csv", *tables} <= names  # what notebook 07 draws
+    assert {
+        "memdfa_lab/batch/paper/plan.toml",
+        "memdfa_lab/batch/paper/published.csv",
+        *tables,
+    } <= names  # what notebook 07 draws
 
 
 # import

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import memdfa_lab as ml
-from memdfa_lab import cli, experiments, figures, paper
-from memdfa_lab.paper.plan import Experiment
+from memdfa_lab import cli, figures
+from memdfa_lab.batch import paper
+from memdfa_lab.batch.paper.plan import Experiment
+from memdfa_lab.lab import experiments
 
 ONE = Experiment(
     name="small",

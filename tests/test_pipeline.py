@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from memdfa_lab import figures
-from memdfa_lab.pipeline import ORDERS, simulate, steady
+from memdfa_lab.lab.pipeline import ORDERS, simulate, steady
 
 SIZES = [(1, 1), (1, 5), (4, 1), (4, 3), (4, 4), (4, 16), (7, 5)]
 # the part of the time in which machines compute, M machines and K micro-batches, nothing on the wire

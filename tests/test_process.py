@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from memdfa_lab import BP, DFA, RULES, MemDFA, Rule, models
+from memdfa_lab import BP, DFA, RULES, MemDFA, Rule
 from memdfa_lab.core import feedback
-from memdfa_lab.memory import allocator, resident
+from memdfa_lab.lab import models, resident
+from memdfa_lab.lab.resident import resident_peak
+from memdfa_lab.memory import allocator
 from memdfa_lab.memory.allocator import allocator_peak, allocator_trace
 from memdfa_lab.memory.ledger import measure
 from memdfa_lab.memory.process import compare, cuda_peak, cuda_snapshot
-from memdfa_lab.memory.resident import resident_peak
 from memdfa_lab.rivals.baselines import BASELINES
 
 SGD = partial(torch.optim.SGD, lr=0.01)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import memdfa_lab as ml
-import memdfa_lab.paper.tables
+import memdfa_lab.batch.paper.tables
 from memdfa_lab.figures import STYLES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from memdfa_lab import cli
-from memdfa_lab.page import _prose, write_page
-from memdfa_lab.reproduce import NotebooksFailed, reproduce
+from memdfa_lab.batch.page import _prose, write_page
+from memdfa_lab.batch.reproduce import NotebooksFailed, reproduce
 
 FIGURE = """
 import base64
@@ -50,7 +50,7 @@ def notebooks(tmp_path, monkeypatch):
     mended = "from pathlib import Path\nif not Path('../mended').exists():\n    raise ValueError('not\\nmended')"
     write(folder, "02_second", "epochs = 1\nout = None", mended, "print('unreached')")
     write(folder, "03_third", "epochs = 1\nout = None", "print(epochs)")
-    monkeypatch.setattr("memdfa_lab.reproduce.notebooks_folder", lambda: folder)
+    monkeypatch.setattr("memdfa_lab.batch.reproduce.notebooks_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -165,7 +165,7 @@ def test_a_notebook_that_takes_too_long_and_one_whose_kernel_dies_do_not_stop_th
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(notebooks, tmp_path):
     write(notebooks, "02_second", "out = None", "import time\ntime.sleep(120)")
     program = (
-        "import signal, sys, pathlib, memdfa_lab.reproduce as r; from memdfa_lab import cli; "
+        "import signal, sys, pathlib, memdfa_lab.batch.reproduce as r; from memdfa_lab import cli; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore it
         f"r.notebooks_folder = lambda: pathlib.Path({str(notebooks)!r}); "
         "sys.exit(cli.main(['reproduce', '--out', 'my run']))"

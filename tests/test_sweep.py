@@ -14,9 +14,11 @@ import pandas as pd
 import psutil
 import pytest
 
-from memdfa_lab import cli, experiments, figures, sweep, sweep_file
-from memdfa_lab.files import locked
-from memdfa_lab.sweep_run import Processes, work
+from memdfa_lab import cli, figures
+from memdfa_lab.batch import sweep, sweep_file
+from memdfa_lab.batch.sweep_run import Processes, work
+from memdfa_lab.lab import experiments
+from memdfa_lab.lab.files import locked
 
 QUICK = {"network": "784-[16]x2-10", "epochs": 2, "batch_size": 100}
 TINY = """
@@ -264,10 +266,10 @@ def test_a_process_that_dies_while_it_waits_costs_a_try_and_no_run(tmp_path):
 
 
 def test_where_fork_is_not_safe_a_process_does_one_run(tmp_path, monkeypatch):
-    program = "import sys; from memdfa_lab import sweep_run; sys.platform = 'darwin'; sweep_run.main()"
+    program = "import sys; from memdfa_lab.batch import sweep_run; sys.platform = 'darwin'; sweep_run.main()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     monkeypatch.setattr(
-        "memdfa_lab.sweep_run._start", lambda: subprocess.Popen([sys.executable, "-c", program], **pipes)
+        "memdfa_lab.batch.sweep_run._start", lambda: subprocess.Popen([sys.executable, "-c", program], **pipes)
     )
     (tmp_path / "runs").mkdir()
     task = {"run": "train", "code": "now", "retries": 0, "threads": 1, "folder": str(tmp_path / "runs" / "a")}

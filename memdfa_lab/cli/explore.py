@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
+from memdfa_lab.batch.explore import explore
 from memdfa_lab.cli.command import add_command
-from memdfa_lab.explore import explore
 
 
 def add_to(commands: Any) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import memdfa_lab as ml
-from memdfa_lab.bench import ALL
 from memdfa_lab.cli.command import add_command
 from memdfa_lab.core.feedback import KINDS
-from memdfa_lab.experiments import OPTIMIZERS
-from memdfa_lab.files import write_text
+from memdfa_lab.lab.bench import ALL
+from memdfa_lab.lab.experiments import OPTIMIZERS
+from memdfa_lab.lab.files import write_text
 
 
 def add_to(commands: Any) -> None:

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memdfa_lab import paper
+from memdfa_lab.batch import paper
+from memdfa_lab.batch.reproduce import reproduce
 from memdfa_lab.cli.command import add_command
-from memdfa_lab.reproduce import reproduce
 
 
 def add_to(commands: Any) -> None:

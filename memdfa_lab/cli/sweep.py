@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from memdfa_lab import sweep
+from memdfa_lab.batch import sweep
 from memdfa_lab.cli.command import add_command
 
 

@@ -33,7 +33,7 @@ from memdfa_lab.core.local import Local
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.transport import FeedbackTransport
-from memdfa_lab.distributed import Group
+from memdfa_lab.lab.distributed import Group
 from memdfa_lab.memory.predict import kept_bytes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

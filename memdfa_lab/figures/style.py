@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 
 from memdfa_lab.core.checks import of_kind
-from memdfa_lab.files import written_whole
+from memdfa_lab.lab.files import written_whole
 
 # rule -> name in a legend, colour, line style, marker. DFA is wide and pale, so that MEM-DFA is seen on top of it.
 STYLES: dict[str, tuple[str, dict[str, Any]]] = {

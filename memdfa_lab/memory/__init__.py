@@ -3,11 +3,11 @@
 import importlib
 from typing import Any
 
+from memdfa_lab.lab.resident import resident_peak
 from memdfa_lab.memory.allocator import allocator_peak
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.predict import predict
 from memdfa_lab.memory.process import compare, cuda_peak, cuda_snapshot
-from memdfa_lab.memory.resident import resident_peak
 from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
 
 __all__ = [

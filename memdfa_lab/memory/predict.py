@@ -206,7 +206,7 @@ def _class_of(rule: Any) -> Any:
 
 def _without_data(network: Network) -> nn.Module:
     if isinstance(network, str):
-        from memdfa_lab import models
+        from memdfa_lab.lab import models
 
         return models.build(network)
     if not isinstance(network, nn.Module):

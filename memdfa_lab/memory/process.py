@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memdfa_lab.files import written_whole
+from memdfa_lab.lab.files import written_whole
 from memdfa_lab.memory.allocator import allocator_trace
 from memdfa_lab.memory.ledger import as_callable, measure
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memdfa_lab.files import write_text
+from memdfa_lab.lab.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,7 @@ Each is ipywidgets around functions that know no browser, and is the last line o
 - `step_player()`: which tensors exist at each moment of a step; `film()` has the moments.
 """
 
-from memdfa_lab.architectures import ACTIVATIONS
+from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.widgets.feedback import FeedbackExplorer, Matrix, feedback_explorer
 from memdfa_lab.widgets.memory import MemoryExplorer, memory_explorer
 from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, PRECISIONS, Explored, Setting, bytes_of, explore

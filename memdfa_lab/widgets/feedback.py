@@ -14,11 +14,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from memdfa_lab import alignment, figures, models
+from memdfa_lab import figures
 from memdfa_lab.core.checks import known, whole
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS, Feedback, Stored
 from memdfa_lab.core.rules import RULES, Rule
-from memdfa_lab.fit import _order, accuracy
+from memdfa_lab.lab import alignment, models
+from memdfa_lab.lab.fit import _order, accuracy
 from memdfa_lab.memory.trace import readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background

@@ -10,9 +10,9 @@ from typing import Any
 
 import ipywidgets
 
-from memdfa_lab.architectures import ACTIVATIONS
 from memdfa_lab.core.feedback import KINDS
-from memdfa_lab.experiments import OPTIMIZERS
+from memdfa_lab.lab.architectures import ACTIVATIONS
+from memdfa_lab.lab.experiments import OPTIMIZERS
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import BUSY
 from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, IMAGES, LIMITS, PRECISIONS, Explored, Setting, explore

@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from memdfa_lab import figures, memory, models
-from memdfa_lab.architectures import ACTIVATIONS
+from memdfa_lab import figures, memory
 from memdfa_lab.core.checks import known, of_kind, whole
 from memdfa_lab.core.feedback import KINDS, SMALL_BYTES, Regenerated
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.experiments import OPTIMIZERS
+from memdfa_lab.lab import models
+from memdfa_lab.lab.architectures import ACTIVATIONS
+from memdfa_lab.lab.experiments import OPTIMIZERS
 from memdfa_lab.memory.deep import Chain, Step
 from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
 from memdfa_lab.rivals.baselines import BASELINES

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import ipywidgets
 
-from memdfa_lab import figures, memory, models
+from memdfa_lab import figures, memory
 from memdfa_lab.core.checks import known, whole
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.experiments import OPTIMIZERS
+from memdfa_lab.lab import models
+from memdfa_lab.lab.experiments import OPTIMIZERS
 from memdfa_lab.memory.trace import Trace, readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.setting import ALL_RULES, LIMITS

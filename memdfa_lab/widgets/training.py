@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from memdfa_lab import alignment, datasets, figures, models
-from memdfa_lab.architectures import ACTIVATIONS
+from memdfa_lab import figures
 from memdfa_lab.core.checks import check_data, known, number, whole
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
 from memdfa_lab.core.rules import RULES, Rule
-from memdfa_lab.fit import _order, accuracy, predict
+from memdfa_lab.lab import alignment, datasets, models
+from memdfa_lab.lab.architectures import ACTIVATIONS
+from memdfa_lab.lab.fit import _order, accuracy, predict
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background
 from memdfa_lab.widgets.setting import LIMITS

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memdfa_lab.batch.paper import plan, runs
+from memdfa_lab.batch.reproduce import notebooks_folder
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.paper import plan, runs
-from memdfa_lab.reproduce import notebooks_folder
 
 if TYPE_CHECKING:
     import pandas as pd

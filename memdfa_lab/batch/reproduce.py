@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from memdfa_lab.batch.report import versions
 from memdfa_lab.core.checks import known
-from memdfa_lab.files import locked, write_text
-from memdfa_lab.notebook import versions
+from memdfa_lab.lab.files import locked, write_text
 
 STATE = "run.json"
 
@@ -24,7 +24,7 @@ class NotebooksFailed(RuntimeError):
 
 def notebooks_folder() -> Path:
     """Return where the numbered notebooks are: beside the package in a checkout, inside it when installed."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for folder in (here.parent / "notebooks", here / "_notebooks"):
         if folder.is_dir():
             return folder
@@ -49,7 +49,7 @@ def reproduce(
     Raises ValueError, before anything runs, for a notebook or parameter that is not there, and for a folder with a
     finished run (unless `overwrite`), a run with other parameters, or other files; NotebooksFailed at the end.
     """
-    from memdfa_lab.page import write_page
+    from memdfa_lab.batch.page import write_page
 
     out = Path("reports/runs") / time.strftime("%Y%m%d-%H%M%S") if out is None else Path(out)
     run = _read(out)
@@ -166,7 +166,7 @@ def execute(notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: fl
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from memdfa_lab.headless import ENGINE
+    from memdfa_lab.batch.headless import ENGINE
 
     terminal = sys.stderr.isatty()
     if not terminal:

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map_only
 
 from memdfa_lab.core.checks import difference
 from memdfa_lab.core.rules import Rule
-from memdfa_lab.distributed import digest
-from memdfa_lab.files import written_whole
+from memdfa_lab.lab.distributed import digest
+from memdfa_lab.lab.files import written_whole
 
 if TYPE_CHECKING:
-    from memdfa_lab.datasets import Data
+    from memdfa_lab.lab.datasets import Data
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 FORMAT = 1

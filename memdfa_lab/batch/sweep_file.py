@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memdfa_lab import __version__, experiments, models
+from memdfa_lab import __version__
+from memdfa_lab.batch.report import check_parameters
+from memdfa_lab.batch.reproduce import notebooks_folder, source_of
 from memdfa_lab.core.checks import known
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
 from memdfa_lab.core.losses import LOSSES
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.models import INITIALISATIONS
-from memdfa_lab.notebook import check_parameters
-from memdfa_lab.reproduce import notebooks_folder, source_of
+from memdfa_lab.lab import experiments, models
+from memdfa_lab.lab.models import INITIALISATIONS
 from memdfa_lab.rivals.baselines import BASELINES
 
 COUNT, NUMBER = (None, range(1, 10**9)), (None, (0, 10**9))

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from memdfa_lab.files import write_text
+from memdfa_lab.lab.files import write_text
 
 ROWS, COLUMNS = 30, 12  # of a table on the page; a larger one is linked to
 MARKS = {"done": "✓", "failed": "✗", "running": "…", "interrupted": "–", "waiting": "·"}

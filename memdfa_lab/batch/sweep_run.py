@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from memdfa_lab import experiments
-from memdfa_lab.files import write_text
-from memdfa_lab.reproduce import execute
+from memdfa_lab.batch.reproduce import execute
+from memdfa_lab.lab import experiments
+from memdfa_lab.lab.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +135,7 @@ def work(task: dict[str, Any], processes: Processes = OURS) -> str | None:
 def _start() -> "subprocess.Popen[str]":
     threads = dict.fromkeys(THREADS, "1")  # until a run says how many
     return subprocess.Popen(
-        [sys.executable, "-m", "memdfa_lab.sweep_run"],
+        [sys.executable, "-m", "memdfa_lab.batch.sweep_run"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **threads, "TQDM_DISABLE": "1"},

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from memdfa_lab import models
 from memdfa_lab.core import feedback, local
 from memdfa_lab.core.checks import known, whole
 from memdfa_lab.core.rules import RULES
+from memdfa_lab.lab import models
 from memdfa_lab.memory import measure
 from memdfa_lab.memory.predict import kept_bytes
 from memdfa_lab.rivals.baselines import BASELINES

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from memdfa_lab import checkpoints
-from memdfa_lab.checkpoints import Scheduler
 from memdfa_lab.core.checks import check_data, of_kind, whole
 from memdfa_lab.core.rules import Rule
-from memdfa_lab.distributed import digest
-from memdfa_lab.files import locked, write_text
-from memdfa_lab.interrupt import interrupt_after_step
+from memdfa_lab.lab import checkpoints
+from memdfa_lab.lab.checkpoints import Scheduler
+from memdfa_lab.lab.distributed import digest
+from memdfa_lab.lab.files import locked, write_text
+from memdfa_lab.lab.interrupt import interrupt_after_step
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from memdfa_lab.datasets import Data
+    from memdfa_lab.lab.datasets import Data
 
 TRAIN_ACCURACY_ON = 10_000  # as many training examples, the first ones, tell the training accuracy
 

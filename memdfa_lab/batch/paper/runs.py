@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memdfa_lab import alignment, experiments
+from memdfa_lab.batch.paper import plan
+from memdfa_lab.batch.paper.plan import Experiment
 from memdfa_lab.core.checks import known
 from memdfa_lab.core.rules import RULES, Rule
-from memdfa_lab.files import write_text
-from memdfa_lab.fit import fit
-from memdfa_lab.paper import plan
-from memdfa_lab.paper.plan import Experiment
+from memdfa_lab.lab import alignment, experiments
+from memdfa_lab.lab.files import write_text
+from memdfa_lab.lab.fit import fit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from memdfa_lab.datasets import Data
+    from memdfa_lab.lab.datasets import Data
 
 SEARCH_ON = 1 / 6  # of the training images, held out: 10,000 of MNIST, 8,333 of CIFAR-10
 PROBE = 500  # training images, the first ones, on which angles are taken

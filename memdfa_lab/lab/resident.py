@@ -41,7 +41,7 @@ def resident_peak(
     environment |= GIVING_BACK | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     names = (rule, network if isinstance(network, str) else list(network), batch_size, optimizer, feedback)
-    code = "from memdfa_lab.memory import resident; resident._child()"
+    code = "from memdfa_lab.lab import resident; resident._child()"
     call = [sys.executable, "-c", code, json.dumps(names)]
     ran = subprocess.run(call, env=environment, capture_output=True, text=True)
     if ran.returncode:
@@ -70,11 +70,11 @@ def _status(name: str) -> int:
 
 
 def _from_names(rule: str, network: str | list[int], batch_size: int, optimizer: str, feedback: str) -> Any:
-    from memdfa_lab import models  # here alone: nothing else in this module knows a rule
     from memdfa_lab.core.feedback import KINDS
     from memdfa_lab.core.losses import LOSSES
     from memdfa_lab.core.rules import RULES
-    from memdfa_lab.experiments import OPTIMIZERS
+    from memdfa_lab.lab import models  # here alone: nothing else in this module knows a rule
+    from memdfa_lab.lab.experiments import OPTIMIZERS
     from memdfa_lab.rivals.baselines import BASELINES
 
     if isinstance(network, str):

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memdfa_lab import experiments, memory, models
+from memdfa_lab import memory
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import known
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.distributed import Group, ranks
+from memdfa_lab.lab import experiments, models
+from memdfa_lab.lab.distributed import Group, ranks
 from memdfa_lab.rivals.baselines import BASELINES
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "settings").write_text(json.dumps(settings), encoding="utf-8")
             torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-            command = [sys.executable, "-m", *torchrun, "-m", "memdfa_lab.traffic", folder]
+            command = [sys.executable, "-m", *torchrun, "-m", "memdfa_lab.lab.traffic", folder]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode != 0:
                 raise RuntimeError(f"{size} ranks could not be measured: {done.stderr[:2000]}")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from memdfa_lab import architectures, experiments, memory, models
+from memdfa_lab import memory
 from memdfa_lab.core import feedback
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.files import write_text
+from memdfa_lab.lab import architectures, experiments, models
+from memdfa_lab.lab.files import write_text
 from memdfa_lab.rivals.baselines import BASELINES
 
 PROFILED = {"long_fc2": 10, "mnist_conv": 100, "liao_cifar": 100, "vgg_16": 100}  # network -> batch size

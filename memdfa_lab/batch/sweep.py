@@ -1,6 +1,6 @@
 """Many runs: one notebook or one training, a run for each combination of parameters, here or on a Dask cluster.
 
-Each run has a folder named by a hash of its parameters and is a process of its own (`sweep_run.py`), started by a
+Each run has a folder named by a hash of its parameters and is a process of its own (`batch/sweep_run.py`), started by a
 thread of this process or by a Dask worker. What is finished is in its folder and not run again.
 """
 
@@ -19,11 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memdfa_lab import experiments
-from memdfa_lab.files import locked, write_text, written_whole
-from memdfa_lab.reproduce import from_here
-from memdfa_lab.sweep_file import Sweep, read
-from memdfa_lab.sweep_run import LOCK, Processes, dismiss, is_done, is_held, work
+from memdfa_lab.batch.reproduce import from_here
+from memdfa_lab.batch.sweep_file import Sweep, read
+from memdfa_lab.batch.sweep_run import LOCK, Processes, dismiss, is_done, is_held, work
+from memdfa_lab.lab import experiments
+from memdfa_lab.lab.files import locked, write_text, written_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from memdfa_lab.core.checks import check_batch, check_data, known, of_kind, whole
 from memdfa_lab.core.recompute import buffers_put_back, forward_without_trace, generators_put_back
 from memdfa_lab.core.rules import BP, Rule
-from memdfa_lab.fit import _order
+from memdfa_lab.lab.fit import _order
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from memdfa_lab.datasets import Data
+    from memdfa_lab.lab.datasets import Data
 
 T = TypeVar("T")
 RULE = "a rule, such as ml.MemDFA(model, optimizer)"

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from memdfa_lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, convolutions, dense
-from memdfa_lab.architectures import mlp as mlp_layers
 from memdfa_lab.core.blocks import as_blocks, parts_of
 from memdfa_lab.core.checks import known, whole
+from memdfa_lab.lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, convolutions, dense
+from memdfa_lab.lab.architectures import mlp as mlp_layers
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memdfa_lab.core.checks import known
-from memdfa_lab.files import write_text
+from memdfa_lab.lab.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd

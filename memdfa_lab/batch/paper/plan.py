@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memdfa_lab import models
+from memdfa_lab.lab import models
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from memdfa_lab.distributed import Group
+from memdfa_lab.lab.distributed import Group
 
 WHAT = "BatchNorm's statistics"
 

@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memdfa_lab import datasets, memory, models
+from memdfa_lab import memory
+from memdfa_lab.batch.report import Report as Report
+from memdfa_lab.batch.report import check_parameters as check_parameters  # notebooks find both here
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import known, number, whole
 from memdfa_lab.core.losses import LOSSES
 from memdfa_lab.core.rules import RULES, Rule
-from memdfa_lab.distributed import Group
-from memdfa_lab.fit import History, fit
-from memdfa_lab.notebook import Report as Report
-from memdfa_lab.notebook import check_parameters as check_parameters  # notebooks find both here
+from memdfa_lab.lab import datasets, models
+from memdfa_lab.lab.distributed import Group
+from memdfa_lab.lab.fit import History, fit
+from memdfa_lab.lab.sync_batchnorm import synchronise
 from memdfa_lab.rivals.baselines import BASELINES
-from memdfa_lab.sync_batchnorm import synchronise
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from memdfa_lab.datasets import Data
+    from memdfa_lab.lab.datasets import Data
     from memdfa_lab.memory import Trace
 
 OPTIMIZERS: dict[str, Any] = {

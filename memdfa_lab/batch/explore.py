@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from memdfa_lab.reproduce import notebooks_folder
+from memdfa_lab.batch.reproduce import notebooks_folder
 
 NOTEBOOK = "06_explore.ipynb"
 STARTED_WITHIN_S = 60.0

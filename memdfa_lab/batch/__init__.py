@@ -1,0 +1,1 @@
+"""Notebooks and training runs by the dozen."""

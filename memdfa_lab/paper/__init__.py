@@ -1,6 +1,0 @@
-"""The paper's comparison: a list of experiments (`plan`), their `runs`, `memory` tables, and what all of it says."""
-
-from memdfa_lab.paper import memory as memory
-from memdfa_lab.paper import plan as plan
-from memdfa_lab.paper import runs as runs
-from memdfa_lab.paper import tables as tables
