@@ -12,7 +12,7 @@ import papermill
 import yaml
 
 from memdfa_lab.batch.headless import ENGINE
-from memdfa_lab.lab.files import written_whole
+from memdfa_lab.lab.files import write_whole
 
 HOOKS = Path(__file__).resolve().parent.parent / ".pre-commit-config.yaml"
 
@@ -46,8 +46,7 @@ def run(path: Path) -> None:
         steady(notebook)
         nbformat.write(notebook, executed)
         subprocess.run([sys.executable, "-m", "nbstripout", *strip, str(executed)], check=True)
-        with written_whole(path) as file:
-            file.write(executed.read_bytes())
+        write_whole(path, lambda temporary: temporary.write_bytes(executed.read_bytes()))
 
 
 for name in sys.argv[1:]:

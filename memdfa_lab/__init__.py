@@ -4,12 +4,13 @@ import importlib
 from typing import Any
 
 from memdfa_lab import memory
-from memdfa_lab.core import feedback, losses
+from memdfa_lab.core import feedback
 from memdfa_lab.core.blocks import as_blocks
-from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA, Rule
-from memdfa_lab.lab import alignment, datasets, distributed, experiments, models
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA
+from memdfa_lab.lab import alignment, datasets, distributed, experiments, losses, models
 from memdfa_lab.lab.fit import History, accuracy, fit, predict
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdfa_lab.core import feedback, losses
-from memdfa_lab.core.rules import RULES, Rule
+from memdfa_lab.core import feedback
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import RULES
+from memdfa_lab.lab import losses
 
 CLASSES = 5
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from memdfa_lab.core.feedback import Feedback, Regenerated
-from memdfa_lab.core.rules import Rule
+from memdfa_lab.core.rule import Rule
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-12  # relative to the larger of 1 and the tensor's largest value

@@ -371,7 +371,7 @@ def test_a_response_is_what_a_small_step_does(name):
         for i, block in enumerate(made.chain):
             drawn = torch.get_rng_state()
             out = block(h)
-            told = made.signal(i, e).whole(out.detach()).clone()
+            told = made.signal(i, e).shaped_like(out.detach()).clone()
             weights = list(block.parameters())
             steps = torch.autograd.grad(out, weights, told)
             torch.set_rng_state(drawn)

@@ -24,10 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from memdfa_lab import memory
 from memdfa_lab.core import phases
 from memdfa_lab.core.blocks import run_block
-from memdfa_lab.core.rules import BP, Rule
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import BP
 from memdfa_lab.lab import models
-from memdfa_lab.rivals import baselines
-from memdfa_lab.rivals.baselines import BASELINES, CheckpointBP, CheckpointStepInBackward, LastLayer, StepInBackward
+from memdfa_lab.rivals import BASELINES
+from memdfa_lab.rivals.last_layer import LastLayer
+from memdfa_lab.rivals.lean_bp import CheckpointBP, CheckpointStepInBackward, LeanBP, StepInBackward
 
 AS_BP = {name: rule for name, rule in BASELINES.items() if name != "last_layer"}
 IN_SEGMENTS = {name: rule for name, rule in AS_BP.items() if name != "step_in_backward"}
@@ -460,7 +462,7 @@ class StatisticsTwice(CheckpointBP):
 class OtherDropout(CheckpointBP):
     """Checkpointing that does not put the generator back for the second run."""
 
-    def forward_in_segments(self, h: Tensor) -> Tensor:
+    def _forward_in_segments(self, h: Tensor) -> Tensor:
         starts = [len(self.chain) * k // self.segments for k in range(self.segments)]
         for start, stop in pairwise([*starts, len(self.chain)]):
             run = partial(self._run, iter(("forward", "recompute")), range(start, stop))
@@ -529,15 +531,15 @@ WRONG_TIMES = {
 @pytest.mark.parametrize("rule", IN_BACKWARD)
 @pytest.mark.parametrize("when", WRONG_TIMES)
 def test_an_update_at_the_wrong_time_is_caught(when, rule, monkeypatch):
-    monkeypatch.setattr(baselines, "_updating_in_backward", updating_when(lambda there, of_all: there == of_all))
+    monkeypatch.setattr(LeanBP, "_updating_in_backward", updating_when(lambda there, of_all: there == of_all))
     check_equals_bp(rule, BY_NAME["mlp_tanh_mse"])  # the right time
-    monkeypatch.setattr(baselines, "_updating_in_backward", updating_when(WRONG_TIMES[when]))
+    monkeypatch.setattr(LeanBP, "_updating_in_backward", updating_when(WRONG_TIMES[when]))
     with pytest.raises(AssertionError):
         check_equals_bp(rule, BY_NAME["mlp_tanh_mse"])
 
 
 def test_an_update_that_does_not_wait_for_weights_without_gradient_is_caught(monkeypatch):
-    monkeypatch.setattr(baselines, "_updating_in_backward", updating_when(lambda there, of_all: there == of_all))
+    monkeypatch.setattr(LeanBP, "_updating_in_backward", updating_when(lambda there, of_all: there == of_all))
     with pytest.raises(AssertionError):
         check_equals_bp(StepInBackward, Problem("partial", _partial, (8,)))
 

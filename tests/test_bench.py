@@ -24,7 +24,9 @@ def test_the_frontier_goes_from_the_papers_memdfa_to_dfas_cost():
     assert kept == [0, everything // 4, everything // 2, everything * 3 // 4, math.inf]
     segments = {one.options["segments"] for one in found if one.rule == "checkpoint"}
     assert segments == {1, 2, 3, 6, 9}
-    peaks = [ml.memory.predict("memdfa", NETWORK, x_shape, keep_bytes=k).peak_bytes for k in kept]
+    peaks = [
+        ml.memory.predict("memdfa", lambda: ml.models.build(NETWORK), x_shape, keep_bytes=k).peak_bytes for k in kept
+    ]
     assert peaks == sorted(peaks)
 
 

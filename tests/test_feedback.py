@@ -13,7 +13,8 @@ from problems import BY_NAME, STORAGES, make_rule
 from reference import assert_identical, refuses
 from torch import Tensor
 
-from memdfa_lab.core.feedback import DISTRIBUTIONS, Feedback, Regenerated, Shared, Signal, Stored, cut
+from memdfa_lab.core.feedback import DISTRIBUTIONS, Feedback, Regenerated, Shared, Stored
+from memdfa_lab.core.signal import Signal, split
 
 LIKE = torch.zeros(())
 INDEPENDENT = [Stored, Regenerated]  # a matrix a block
@@ -232,14 +233,14 @@ class TestProject:
                     by_hand[:, c, row, column] = (e * B[:, (c * 3 + row) * 4 + column]).sum(1)
         for layout in (torch.contiguous_format, torch.channels_last):
             out = torch.empty(4, 2, 3, 4, dtype=torch.float64, memory_format=layout)
-            signal = Signal(2, e, feedback).whole(out)
+            signal = Signal(2, e, feedback).shaped_like(out)
             torch.testing.assert_close(signal, by_hand, rtol=1e-12, atol=1e-12)
             assert signal.stride() == out.stride()
 
     def test_an_error_of_more_dimensions_is_flattened(self):
         e = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(1))
         out = torch.empty(4, 7)
-        signal, flat = (Signal(0, error, Stored(0)).whole(out) for error in (e, e.flatten(1)))
+        signal, flat = (Signal(0, error, Stored(0)).shaped_like(out) for error in (e, e.flatten(1)))
         assert torch.equal(signal, flat)
 
     @pytest.mark.parametrize("examples", [3, 40])  # fewer than classes, and more
@@ -249,12 +250,12 @@ class TestProject:
         monkeypatch.setattr(Feedback, "_generator", lambda self, key: drawn.append(key) or generator(self, key))
         e = torch.randn(examples, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         out = torch.empty(examples, 2, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
-        whole = Signal(2, e, kind(0)).whole(out)
+        whole = Signal(2, e, kind(0)).shaped_like(out)
         drawn.clear()
         signal, parts = Signal(2, e, kind(0)), []
-        for part in cut(examples, 2, 1):
-            signal = signal.held(24)
-            parts.append(signal.of(part).whole(out[part]))
+        for part in split(examples, 2, 1):
+            signal = signal.reusable(24)
+            parts.append(signal.of(part).shaped_like(out[part]))
         assert drawn == [drawn[0]]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
 
@@ -262,7 +263,9 @@ class TestProject:
         for examples in (3, 40):
             e = torch.randn(examples, 10, generator=torch.Generator().manual_seed(1))
             out = torch.empty(2, 50, 6, 6)
-            one, other = (Signal(2, e, kind(0)).held(1800).of(slice(1, 3)).whole(out) for kind in (Stored, Regenerated))
+            one, other = (
+                Signal(2, e, kind(0)).reusable(1800).of(slice(1, 3)).shaped_like(out) for kind in (Stored, Regenerated)
+            )
             assert torch.equal(one, other)
 
 

@@ -146,7 +146,7 @@ def test_a_rank_without_a_test_image_has_no_say_in_the_accuracy(data):
     rule = with_dropout_and_batch_norm()
     rule.group = ml.distributed.Group(rank=1, size=2)
     rule.group.total = lambda values, what: torch.tensor(values) + torch.tensor([1.0, 1.0])  # rank 0's image is right
-    assert _Run(rule, [])._accuracy(data.x_test[:1], data.y_test[:1]) == 1.0
+    assert _Run(rule, rule.group, [])._accuracy(data.x_test[:1], data.y_test[:1]) == 1.0
 
 
 def test_ctrl_c_while_the_last_epoch_is_evaluated_is_not_lost(data, tmp_path):
@@ -161,13 +161,12 @@ def test_ctrl_c_while_the_last_epoch_is_evaluated_is_not_lost(data, tmp_path):
 
 
 def test_no_temporary_file_is_left_when_writing_fails(tmp_path):
-    def fails_halfway():
-        with files.written_whole(tmp_path / "a" / "file") as file:
-            file.write(b"half")
-            raise Cut
+    def fails_halfway(temporary):
+        temporary.write_bytes(b"half")
+        raise Cut
 
     with pytest.raises(Cut):
-        fails_halfway()
+        files.write_whole(tmp_path / "a" / "file", fails_halfway)
     assert list((tmp_path / "a").iterdir()) == []
 
 

@@ -12,14 +12,16 @@ from reference import assert_close, assert_close_training, surrogate_gradients
 from torch import nn
 
 import memdfa_lab as ml
-from memdfa_lab.core import local
+from memdfa_lab.core import by_hand
+from memdfa_lab.core.local import ByAutograd, block_gradient
+from memdfa_lab.core.signal import Signal
 from memdfa_lab.memory import measure, predict
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 
 
 def by_autograd(monkeypatch):
-    monkeypatch.setattr(local, "_by_hand", lambda block: ([], None, []))
+    monkeypatch.setattr(by_hand, "block_gradient", lambda *given: None)
 
 
 @pytest.mark.parametrize("rule", ["dfa", "memdfa"])
@@ -27,16 +29,16 @@ def by_autograd(monkeypatch):
 @pytest.mark.parametrize("problem", params())
 def test_both_ways_give_the_same_updates_in_float64(problem, optimizer, rule, monkeypatch):
     problem = problem.double()
-    by_hand = train(make(rule, problem, optimizer), problem)
+    ours = train(make(rule, problem, optimizer), problem)
     by_autograd(monkeypatch)
-    assert_close_training(by_hand, train(make(rule, problem, optimizer), problem))
+    assert_close_training(ours, train(make(rule, problem, optimizer), problem))
 
 
 @pytest.mark.parametrize("problem", params())
 def test_both_ways_give_the_same_update_in_float32(problem, monkeypatch):
-    by_hand = train(make("memdfa", problem), problem, steps=1)
+    ours = train(make("memdfa", problem), problem, steps=1)
     by_autograd(monkeypatch)
-    for one, other in zip(by_hand.tensors, train(make("memdfa", problem), problem, steps=1).tensors, strict=True):
+    for one, other in zip(ours.tensors, train(make("memdfa", problem), problem, steps=1).tensors, strict=True):
         assert (one - other).abs().max() <= 1e-6 * max(1.0, other.abs().max().item())
 
 
@@ -82,23 +84,24 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("run", [local.forward, local.prepare])
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("name", BY_HAND)
-def test_a_block_by_hand_has_autograds_gradients(name, run, monkeypatch):
-    monkeypatch.setattr(local, "SMALL_BYTES", 1)  # convolutions run in parts of one example and more
+def test_a_block_by_hand_has_autograds_gradients(name, kept, monkeypatch):
+    monkeypatch.setattr(by_hand, "SMALL_BYTES", 1)  # convolutions run in parts of one example and more
     layers, features = BY_HAND[name]
     block, x = block_of(*layers(), features=features)
     block, x = block.double(), x.double()
-    assert local._by_hand(block)[1] is not None, "this block is not done by hand"
     before, other = x.clone(), copy.deepcopy(block)
-    expected, by_hand = local._ByAutograd(other, x, nullcontext()), run(block, x)
-    assert isinstance(by_hand, local._ByHand)
+    expected, ours = ByAutograd(other, x, nullcontext()), block_gradient(block, x)
+    assert isinstance(ours, by_hand.ByHand)
+    if kept:
+        ours.forward()
     gradients = []
-    for way, net in ((expected, other), (by_hand, block)):
-        signal = ml.feedback.Signal(0, torch.linspace(-1, 1, 60).view(6, 10).double(), FEEDBACK)
-        way.teach(signal, None)
+    for way, net in ((expected, other), (ours, block)):
+        signal = Signal(0, torch.linspace(-1, 1, 60).view(6, 10).double(), FEEDBACK)
+        way.learn(signal)
         gradients.append([p.grad for p in net.parameters()])
-    assert torch.equal(by_hand.out, expected.out)
+    assert torch.equal(ours.out, expected.out)
     assert all(map(torch.equal, block.buffers(), other.buffers()))
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
     assert torch.equal(x, before)
@@ -119,14 +122,14 @@ FEEDBACK = ml.feedback.Regenerated(1)
     ],
 )
 def test_any_other_block_is_left_to_autograd(layers):
-    assert local._by_hand(nn.Sequential(*layers))[1] is None
+    assert by_hand.block_gradient(nn.Sequential(*layers), torch.randn(6, 3, 8, 8), nullcontext()) is None
 
 
 def test_hooks_on_a_layer_are_not_passed_over():
     block, x = block_of(nn.Linear(12, 40), nn.ReLU())
     calls = []
     block[1].register_forward_hook(lambda *args: calls.append(1))
-    local.forward(block, x)
+    block_gradient(block, x).forward()
     assert calls == [1]
 
 
@@ -161,13 +164,13 @@ def test_a_weight_that_was_frozen_when_the_rule_was_made_stays(rule):
 )
 def test_only_plain_sgd_is_done_where_the_weight_lies(settings, plain):
     layer = nn.Linear(3, 2)
-    assert local._plain_lr(torch.optim.SGD(layer.parameters(), lr=0.1, **settings), layer.weight) == (
+    assert by_hand._plain_lr(torch.optim.SGD(layer.parameters(), lr=0.1, **settings), layer.weight) == (
         0.1 if plain else None
     )
-    assert local._plain_lr(torch.optim.Adam(layer.parameters()), layer.weight) is None
+    assert by_hand._plain_lr(torch.optim.Adam(layer.parameters()), layer.weight) is None
     hooked = torch.optim.SGD(layer.parameters(), lr=0.1)
     hooked.register_step_pre_hook(lambda *args: None)
-    assert local._plain_lr(hooked, layer.weight) is None
+    assert by_hand._plain_lr(hooked, layer.weight) is None
 
 
 def test_a_learning_rate_for_each_parameter_is_respected():
@@ -251,8 +254,8 @@ def test_a_convnet_holds_what_one_block_takes(network, batch, storage):
 )
 def test_parts_are_eighths_but_for_small_outputs_and_large_filters(kernel, features, batch, sizes):
     layer, h = nn.Conv2d(16, 16, kernel, padding="same"), torch.empty(batch, *features)
-    assert [part.stop - part.start for part in local._parts(layer, [nn.ReLU()], h)] == sizes
-    assert local._parts(layer, [nn.BatchNorm2d(16)], h) == [slice(0, batch)]
+    assert [part.stop - part.start for part in by_hand._parts(layer, [nn.ReLU()], h)] == sizes
+    assert by_hand._parts(layer, [nn.BatchNorm2d(16)], h) == [slice(0, batch)]
 
 
 @pytest.mark.parametrize("rule", ["dfa", "memdfa"])
@@ -260,7 +263,7 @@ def test_parts_are_eighths_but_for_small_outputs_and_large_filters(kernel, featu
 def test_parts_of_the_batch_give_the_same_updates_in_float64(problem, rule, monkeypatch):
     problem = problem.double()
     whole = train(make(rule, problem, "momentum"), problem)
-    monkeypatch.setattr(local, "SMALL_BYTES", 1)  # batches of 6 and 4 in parts of 1 and more
+    monkeypatch.setattr(by_hand, "SMALL_BYTES", 1)  # batches of 6 and 4 in parts of 1 and more
     assert_close_training(train(make(rule, problem, "momentum"), problem), whole)
 
 

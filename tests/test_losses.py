@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memdfa_lab.core.losses import LOSSES
+from memdfa_lab.lab.losses import LOSSES
 
 ON_ONE_HOT = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 import memdfa_lab as ml
 from memdfa_lab.core import phases
 from memdfa_lab.memory import CATEGORIES, Ledger, Trace, measure, predict, readable
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 
 EVERY_RULE = {**ml.RULES, **BASELINES}
 STEADY = {  # lr 0: very deep nets blow up at once, and how much a step holds does not depend on it
@@ -569,10 +569,10 @@ def test_options_and_steps_and_labels_are_passed_on(options):
     assert predicted.resting_by_category == measured.resting_by_category
 
 
-def test_a_model_a_name_and_a_callable_are_the_same():
+def test_a_model_and_a_callable_are_the_same():
     shape = (4, *ml.models.get("fc_relu").input_shape)
     model = ml.models.build("fc_relu")
-    by = [predict("memdfa", given, shape) for given in (model, "fc_relu", lambda: ml.models.build("fc_relu"))]
+    by = [predict("memdfa", given, shape) for given in (model, lambda: ml.models.build("fc_relu"))]
     by.append(predict(ml.MemDFA, model, shape))
     assert all(events(trace) == events(by[0]) for trace in by)
     assert all(trace.resting_by_category == by[0].resting_by_category for trace in by)
@@ -705,13 +705,13 @@ class MissesLargeFrees(Ledger):
 class CountsViews(Ledger):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func._schema.name == "aten::t":
+        if func.name() == "aten::t":
             self._note(out.numel() * 4, self._watch(out, "activations", "born"), None)
         return out
 
 
 class CallsItByThePhaseAlone(Ledger):
-    def _call_it(self, category, tensor):
+    def _set_category(self, category, tensor):
         pass
 
 
@@ -758,7 +758,7 @@ def test_a_ledger_without_labels_is_noticed(monkeypatch):
 
 def test_predictions_in_several_threads_are_each_right_and_leave_nothing_patched():
     foreach, module = torch.utils._foreach_utils, sys.modules["memdfa_lab.memory.predict"]
-    before = [pkgutil.resolve_name(name) for name in module.BY_DEVICE]
+    before = [pkgutil.resolve_name(name) for name in module.DEVICE_LISTS]
     widths = range(3, 43)
 
     def peak(width):
@@ -772,7 +772,7 @@ def test_predictions_in_several_threads_are_each_right_and_leave_nothing_patched
             assert list(pool.map(peak, widths)) == expected
     finally:
         sys.setswitchinterval(interval)
-    assert [pkgutil.resolve_name(name) for name in module.BY_DEVICE] == before
+    assert [pkgutil.resolve_name(name) for name in module.DEVICE_LISTS] == before
     assert "meta" not in foreach._get_foreach_kernels_supported_devices()
 
 

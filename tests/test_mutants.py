@@ -15,11 +15,13 @@ from test_recompute import assert_left_as_it_was
 from test_rules import assert_bad_batch_changes_nothing
 from torch import Tensor, nn
 
-from memdfa_lab.core import local
 from memdfa_lab.core.blocks import as_blocks, run_block
-from memdfa_lab.core.feedback import Signal, Stored
-from memdfa_lab.core.recompute import buffers_put_back, forward_without_trace
-from memdfa_lab.core.rules import BP, DFA, FA, MemDFA, Rule
+from memdfa_lab.core.feedback import Stored
+from memdfa_lab.core.local import block_gradient
+from memdfa_lab.core.recompute import buffers_restored, forward_without_trace
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import BP, DFA, FA, MemDFA
+from memdfa_lab.core.signal import Signal
 
 # ---------------------------------------------------------------------------------- the checks, as in the other files
 
@@ -69,10 +71,10 @@ class MemDFAWithOwnPass(MemDFA):
 
     def first_pass(self, x: Tensor) -> Tensor:
         fork = torch.random.fork_rng(devices=[]) if self.fork else nullcontext()
-        put_back = buffers_put_back(self.blocks) if self.put_back else nullcontext()
+        put_back = buffers_restored(self.blocks) if self.put_back else nullcontext()
         with torch.no_grad(), fork, put_back:
             for block in self.blocks:
-                x = local.forward(block, x).out
+                x = block_gradient(block, x).forward()
         return x
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class MemDFAWithOwnPass(MemDFA):
             before = h
             h = self.teach(i, self.recompute(i, before), e)
             if not self.old_weights:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_put_back(block):
+                with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_restored(block):
                     h = run_block(block, before)
         return loss
 
@@ -210,9 +212,9 @@ class Transposed(Stored):
 class ChannelsLast(Signal):
     """B_i e laid out over the feature map with the channels last."""
 
-    def whole(self, out: Tensor) -> Tensor:
+    def shaped_like(self, out: Tensor) -> Tensor:
         channels, *rest = out.shape[1:]
-        signal = super().whole(out).contiguous()
+        signal = super().shaped_like(out).contiguous()
         return signal.view(-1, *rest, channels).movedim(-1, 1).contiguous()
 
 

@@ -346,7 +346,9 @@ def test_peaks_are_made_of_categories_and_profiles_reach_them(measured):
     assert len(peaks) == 2 * len({**ml.RULES, **ml.BASELINES})
     parts = peaks.drop(columns=["network", "batch_size", "rule", "peak_bytes", "resting_bytes"])
     assert (parts.sum(axis=1) == peaks["peak_bytes"]).all()
-    timeline = ml.memory.predict("bp", "mnist_conv", (3, 1, 28, 28), feedback=ml.feedback.Regenerated()).timeline
+    timeline = ml.memory.predict(
+        "bp", ml.models.build("mnist_conv"), (3, 1, 28, 28), feedback=ml.feedback.Regenerated()
+    ).timeline
     assert list(measured["profiles"].query("rule == 'bp'")["phase"]) == list(timeline["phase"])
     assert "" in set(timeline["phase"])
     for rule, steps in measured["profiles"].groupby("rule"):

@@ -24,8 +24,8 @@ from test_memory import EVERY_RULE, check_account, events
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from memdfa_lab.core import losses
 from memdfa_lab.core.rules import RULES
+from memdfa_lab.lab import losses
 from memdfa_lab.memory import measure, predict
 
 FOUND = [Phase.explicit, Phase.reuse, Phase.generate]  # the nightly run makes failures small, which takes minutes

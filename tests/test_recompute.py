@@ -11,7 +11,7 @@ from reference import assert_identical
 from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import as_blocks
-from memdfa_lab.core.recompute import buffers_put_back, forward_without_trace
+from memdfa_lab.core.recompute import buffers_restored, forward_without_trace
 
 
 class Counter(nn.Module):
@@ -114,9 +114,9 @@ def test_a_second_pass_draws_what_the_first_drew():
     assert not torch.equal(blocks(problem.x), first)
 
 
-def test_buffers_put_back_lets_them_change_inside():
+def test_buffers_restored_lets_them_change_inside():
     norm = nn.BatchNorm1d(3)
-    with buffers_put_back(norm):
+    with buffers_restored(norm):
         norm(torch.randn(4, 3, generator=torch.Generator()))
         assert norm.num_batches_tracked == 1
     assert norm.num_batches_tracked == 0

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.core.feedback import Stored
-from memdfa_lab.core.rules import BP, DFA, FA, MemDFA, Rule
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import BP, DFA, FA, MemDFA
 
 
 def full_state(rule: Rule) -> list:
@@ -708,7 +709,7 @@ def test_a_state_with_other_parameter_groups_is_refused_and_changes_nothing():
 
     ours = rule(0, False)
     before = full_state(ours)
-    with refuses(ValueError, "SGD of 1 + 1 tensors, the rule's is SGD of 2 tensors"):
+    with refuses(ValueError, "SGD of 1 + 1 tensors", "SGD of 2 tensors"):
         ours.load_state_dict(rule(1, True).state_dict())
     assert_identical(full_state(ours), before)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memdfa_lab.core.checks import known
+from memdfa_lab.core.checks import lookup
 from memdfa_lab.lab.files import write_text
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def check_parameters(namespace: dict[str, Any], **expected: Any) -> None:
     for name, value in namespace.items() if "_parameters_checked" not in namespace else ():
         is_parameter = isinstance(value, (str, int, float, bool, list, dict, type(None))) and name not in shell
         if is_parameter and not name.startswith("_"):
-            known("parameter", name, expected)
+            lookup("parameter", name, expected)
     for name, what in expected.items():
         if not _fits(namespace[name], what):
             raise ValueError(f"parameter {name} must be {_describe(what)}, got {namespace[name]!r}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memdfa_lab.batch.report import versions
-from memdfa_lab.core.checks import known
+from memdfa_lab.core.checks import lookup
 from memdfa_lab.lab.files import locked, write_text
 
 STATE = "run.json"
@@ -125,7 +125,7 @@ def _taken(notebooks: list[Path], parameters: dict[str, Any]) -> dict[str, dict[
 
     has = {path.stem: set(papermill.inspect_notebook(str(path))) - {"out"} for path in notebooks}
     for name in parameters:
-        known("parameter", name, dict.fromkeys(sorted(set[str]().union(*has.values()))))
+        lookup("parameter", name, dict.fromkeys(sorted(set[str]().union(*has.values()))))
     return {path: {name: value for name, value in parameters.items() if name in names} for path, names in has.items()}
 
 

@@ -23,7 +23,7 @@ from memdfa_lab.batch.reproduce import from_here
 from memdfa_lab.batch.sweep_file import Sweep, read
 from memdfa_lab.batch.sweep_run import LOCK, Processes, dismiss, is_done, is_held, work
 from memdfa_lab.lab import experiments
-from memdfa_lab.lab.files import locked, write_text, written_whole
+from memdfa_lab.lab.files import locked, write_text, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,8 +159,9 @@ def collect(out: str | Path) -> "pd.DataFrame":
     write_text(out / "results.csv", text)
     table = pd.read_csv(io.StringIO(text), dtype={"run": str}, low_memory=False)  # a column has one type
     if find_spec("pyarrow"):
-        with written_whole(out / "results.parquet") as file:
-            table.to_parquet(file, engine="pyarrow", index=False)
+        write_whole(
+            out / "results.parquet", lambda temporary: table.to_parquet(temporary, engine="pyarrow", index=False)
+        )
     figure = figures.sweep_summary(table, sweep.varied)
     if figure is not None:
         figures.save(figure, out / "results")

@@ -11,13 +11,13 @@ from typing import Any
 from memdfa_lab import __version__
 from memdfa_lab.batch.report import check_parameters
 from memdfa_lab.batch.reproduce import notebooks_folder, source_of
-from memdfa_lab.core.checks import known
+from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
-from memdfa_lab.core.losses import LOSSES
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import experiments, models
+from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.models import INITIALISATIONS
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 
 COUNT, NUMBER = (None, range(1, 10**9)), (None, (0, 10**9))
 # setting of `memdfa train` -> what it must be; one that is not given is what it is for `memdfa train`
@@ -115,7 +115,7 @@ def _read(file: Path) -> Sweep:
 
 def _check(given: dict[str, Any], expected: dict[str, Any]) -> None:
     for name in given:  # a notebook's own names may be anything; here each is a parameter
-        known("parameter", name, expected)
+        lookup("parameter", name, expected)
     check_parameters(dict(given), **expected)
 
 
@@ -154,7 +154,7 @@ def _notebook(folder: Path, name: str) -> Path:
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
     numbered = {path.stem: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
-    return known("run", name, {"train": path, **numbered, "the path of a notebook": path})
+    return lookup("run", name, {"train": path, **numbered, "the path of a notebook": path})
 
 
 def _expected(notebook: Path | None, table: str | None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import memdfa_lab as ml
 from memdfa_lab.cli.command import INTERRUPTED, add_command
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
-from memdfa_lab.core.losses import LOSSES
 from memdfa_lab.lab.experiments import OPTIMIZERS
+from memdfa_lab.lab.losses import LOSSES
 
 
 def add_to(commands: Any) -> None:

@@ -3,42 +3,43 @@
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-WEIGHT_LAYERS = (nn.Linear, _ConvNd, nn.Bilinear)
+from memdfa_lab.core.compat import ANY_CONVOLUTION, has_hooks, version
+
+WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
 
 
 def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
     """Return the model's own modules, grouped into blocks that are cut before each weight layer.
 
-    `nn.Sequential`s are opened, nested ones too. Any other module is taken whole, so that a residual unit (or a group
-    of layers that you want to keep together) is one block. What stands before the first weight layer belongs to the
-    first block. The blocks hold the modules of `model`; nothing is copied, renamed or moved. Calling it on blocks
-    gives the same blocks.
+    An `nn.Sequential` is opened, also one inside another. Any other module is taken whole, so that a residual unit (or
+    a group of layers that you want to keep together) is one block. What stands before the first weight layer belongs
+    to the first block. The blocks hold the modules of `model`: nothing is copied, renamed or moved. Blocks of blocks
+    are the same blocks.
 
-    Raises TypeError if the model is not a chain of modules or not of real numbers; ValueError if it has no weight layer
-    or hooks of its own, if nothing in it can be trained, or if two blocks share a parameter or a buffer.
+    Raises:
+        TypeError: If the model is not a chain of modules, or holds numbers that are not real.
+        ValueError: If it has no weight layer, hooks of its own, or nothing that can be trained, or if two blocks share
+            a parameter or a buffer.
     """
     if isinstance(model, nn.Module) and has_hooks(model):
         raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")
     groups: list[list[nn.Module]] = []
     before_first_weight: list[nn.Module] = []
     for module in _chain(model):
-        if _has_weight_layer(module):
+        if any(isinstance(part, WEIGHT_LAYERS) for part in module.modules()):
             groups.append([*before_first_weight, module])
             before_first_weight = []
-        elif groups:
-            groups[-1].append(module)
         else:
-            before_first_weight.append(module)
+            (groups[-1] if groups else before_first_weight).append(module)
     if not groups:
         raise ValueError("the model has no weight layer (Linear or convolution): there is nothing to train")
     blocks = nn.Sequential(*(group[0] if len(group) == 1 else nn.Sequential(*group) for group in groups))
     if not any(parameter.requires_grad for parameter in blocks.parameters()):
         raise ValueError("every parameter is frozen (requires_grad=False): unfreeze what should be trained")
-    for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
+    for name, tensor in _tensors(blocks):
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run the model once on a batch before it is cut into blocks")
         if tensor.is_complex():
@@ -53,12 +54,12 @@ def parts_of(block: nn.Module) -> list[nn.Module]:
 
 
 def run_block(block: nn.Module, h: Tensor) -> Tensor:
-    """Return block(h). Raises TypeError if that is not a tensor, RuntimeError if the block changed h itself."""
-    version = h._version
+    """Return block(h). Raises TypeError if that is not a tensor, RuntimeError if the block changed h in place."""
+    before = version(h)
     out = block(h)
     if not isinstance(out, Tensor):
         raise TypeError(f"a block maps a tensor to a tensor; {type(block).__name__} returned {type(out).__name__}")
-    if h._version != version:
+    if version(h) != before:
         raise RuntimeError(
             f"{type(block).__name__} works in place on its input, which the block before it (or the caller) still "
             "needs: use inplace=False where it begins"
@@ -67,6 +68,7 @@ def run_block(block: nn.Module, h: Tensor) -> Tensor:
 
 
 def _chain(model: nn.Module | Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules of a chain in the order in which they run."""
     if isinstance(model, nn.Module) and not _is_chain(model):
         raise TypeError(
             f"{type(model).__name__} is not a chain of modules: pass an nn.Sequential, or a list of modules in the "
@@ -82,37 +84,27 @@ def _chain(model: nn.Module | Iterable[nn.Module]) -> Iterator[nn.Module]:
                 f"{type(module).__name__} does not map one tensor to one tensor of real numbers: wrap it in a module "
                 "that does, or leave it out"
             )
-        if _is_chain(module) and not has_hooks(module):
+        if _is_chain(module) and not has_hooks(module):  # a module that is opened is not called: its hooks would not be
             yield from _chain(module)
         else:
             yield module
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Whether the module runs its children one after the other (a subclass may have another forward)."""
-    return isinstance(module, nn.ModuleList) or (
-        isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    )
+    """Tell whether the module runs its children one after the other; a subclass may have another forward."""
+    plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return plain or isinstance(module, nn.ModuleList)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether there is more to the module than its forward: one that is opened is never called, nor autograd asked."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
-    for parameter in module._parameters.values():
-        if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
-            return True
-    return False
-
-
-def _has_weight_layer(module: nn.Module) -> bool:
-    return any(isinstance(part, WEIGHT_LAYERS) for part in module.modules())
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _refuse_sharing(blocks: nn.Sequential) -> None:
     owner: dict[int, tuple[int, str]] = {}
     for i, block in enumerate(blocks):
-        for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+        for name, tensor in _tensors(block):
             for key in _identities(tensor):
                 first, first_name = owner.setdefault(key, (i, name))
                 if first != i:
@@ -125,4 +117,4 @@ def _refuse_sharing(blocks: nn.Sequential) -> None:
 def _identities(tensor: Tensor) -> Iterator[int]:
     yield id(tensor)
     if tensor.device.type != "meta" and tensor.numel() and type(tensor) in (Tensor, nn.Parameter):
-        yield -tensor.data_ptr()  # two parameters over one memory; negative: apart from the ids
+        yield -tensor.data_ptr()  # two parameters over one memory; negative, so that it is no id

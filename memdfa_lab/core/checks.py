@@ -1,4 +1,4 @@
-"""Check what is given, a name, a number, a batch or a loss, and say in one line what was expected."""
+"""Checks of what is given: a name, a number, an object, a batch, a loss. Each error is a line that says what to do."""
 
 import difflib
 import math
@@ -13,8 +13,8 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def known(what: str, name: object, table: Mapping[str, T]) -> T:
-    """Return table[name]. Raises ValueError, one line with the nearest name and all there are, if it is not there."""
+def lookup(what: str, name: object, table: Mapping[str, T]) -> T:
+    """Return table[name]. Raises ValueError, with the nearest name and all there are, if there is no such name."""
     if isinstance(name, str) and name in table:
         return table[name]
     near = difflib.get_close_matches(str(name).lower(), table, n=1)
@@ -22,30 +22,30 @@ def known(what: str, name: object, table: Mapping[str, T]) -> T:
     raise ValueError(f"unknown {what} {name!r}{hint} (there are: {', '.join(table)})")
 
 
-def whole(what: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """Return the value as an int. Raises ValueError, one line, if it is no whole number from `least` on, to `most`."""
+def check_int(what: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """Return the value as an int. Raises ValueError if it is not a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most and int(value) > most):
         upper = f"to {most:,}" if most else "on"
         raise ValueError(f"{what} must be a whole number from {least} {upper}, got {value!r}")
     return int(value)
 
 
-def number(what: str, value: object, least: float = 0, or_more: bool = True) -> None:
-    """Raise ValueError, one line, if the value is not a finite number from `least` on, or above it."""
+def check_number(what: str, value: object, least: float = 0, or_more: bool = True) -> None:
+    """Raise ValueError if the value is not a finite number from `least` on; without `or_more`, above it."""
     given = float(value) if isinstance(value, Real) else math.nan
     if not math.isfinite(given) or given < least or (given == least and not or_more):
         kind = f"from {least} on" if or_more else f"above {least}"
         raise ValueError(f"{what} must be a finite number {kind}, got {value!r}")
 
 
-def of_kind(what: str, value: object, kind: Any, wanted: str) -> None:
-    """Raise TypeError, one line that says what is wanted, if the value is not an instance of the kind."""
+def check_type(what: str, value: object, kind: Any, expected: str) -> None:
+    """Raise TypeError, which names what is expected, if the value is not an instance of the kind."""
     if not isinstance(value, kind):
-        raise TypeError(f"{what} must be {wanted}, not a {type(value).__name__}")
+        raise TypeError(f"{what} must be {expected}, not a {type(value).__name__}")
 
 
-def difference(one: object, other: object) -> tuple[str, str]:
-    """Return the first lines in which two texts differ."""
+def first_difference(one: object, other: object) -> tuple[str, str]:
+    """Return the first lines in which two texts differ; "nothing" where one text has ended."""
     lines = zip_longest(str(one).splitlines(), str(other).splitlines(), fillvalue="nothing")
     return next((pair for pair in lines if pair[0] != pair[1]), (str(one), str(other)))
 
@@ -60,28 +60,10 @@ def check_batch(x: Any) -> None:
     check_finite("x holds NaN or inf", x)
 
 
-def check_data(who: str, data: object) -> None:
-    """Raise TypeError if this is no data set; `who` takes it."""
-    if not hasattr(data, "x_train"):
-        raise TypeError(f"{who} takes data as ml.datasets.load returns it, not a {type(data).__name__}")
-
-
-def scalar_loss(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any) -> Tensor:
-    """Return the loss, 0-d. Raises ValueError, one line, if there is none for these logits and y."""
-    try:
-        loss = loss_fn(logits, y)
-    except (IndexError, RuntimeError, TypeError, ValueError) as problem:
-        raise ValueError(f"{_given(logits, y)}: {' '.join(str(problem).split())}") from problem
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
-        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"the loss must be a scalar made from the logits, a mean over the batch; got {shape}")
-    return loss
-
-
 def check_finite(problem: str, *tensors: Tensor) -> None:
-    """Raise FloatingPointError if there is NaN or infinity in a tensor."""
+    """Raise FloatingPointError if a tensor holds NaN or infinity."""
     for tensor in tensors:
-        least, largest = torch.aminmax(tensor.detach())  # isfinite would make four tensors of this size
+        least, largest = torch.aminmax(tensor.detach())  # isfinite would allocate four tensors of this size
         if not (torch.isfinite(least) and torch.isfinite(largest)):
             raise FloatingPointError(
                 f"{problem}; no weight was changed: look for NaN and inf in the data, lower the learning rate, or clip "
@@ -89,10 +71,20 @@ def check_finite(problem: str, *tensors: Tensor) -> None:
             )
 
 
-def _given(logits: Tensor, y: Any) -> str:
-    """Say what the loss was given, and what it usually takes."""
-    given = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-    if isinstance(y, Tensor) and y.numel() and not (y.is_floating_point() or y.is_complex()):
-        given += f" from {y.min()} to {y.max()}"
-    labels = f"labels are int64 ({len(logits)},) from 0 to {logits.shape[-1] - 1}"
-    return f"the loss does not take logits {tuple(logits.shape)} and y {given} ({labels}); no weight was changed"
+def scalar_loss(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any) -> Tensor:
+    """Return loss_fn(logits, y), 0-d. Raises ValueError if the loss refuses them or is not a scalar of the logits."""
+    try:
+        loss = loss_fn(logits, y)
+    except (IndexError, RuntimeError, TypeError, ValueError) as problem:
+        given = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        if isinstance(y, Tensor) and y.numel() and not (y.is_floating_point() or y.is_complex()):
+            given += f" from {y.min()} to {y.max()}"
+        usual = f"labels are int64 ({len(logits)},) from 0 to {logits.shape[-1] - 1}"
+        raise ValueError(
+            f"the loss does not take logits {tuple(logits.shape)} and y {given} ({usual}); no weight was changed: "
+            f"{' '.join(str(problem).split())}"
+        ) from problem
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"the loss must be a scalar made from the logits, a mean over the batch; got {shape}")
+    return loss

@@ -4,31 +4,30 @@ DFA and MEM-DFA (Nøkland 2016; Chu et al. 2020): B_i has shape (C, n_i), C the 
 block's output, both flattened in logical order; the signal is e B_i, (N, C) @ (C, n_i). FA (Lillicrap et al. 2016): one
 B a weight, of the weight's own shape.
 
-A matrix depends on (seed, key) alone: it is drawn in float32 on the CPU by a generator of its own, then moved, so it is
-the same for every rule, storage and device, and whatever the global generator has done before.
+A matrix depends on the seed and its key alone. It is drawn in float32 on the CPU by a generator of its own, then moved,
+so it is the same for every rule, kind of feedback and device, whatever the global generator has done before.
 """
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from memdfa_lab.core.checks import known, number, whole
+from memdfa_lab.core.checks import check_int, check_number, lookup
 from memdfa_lab.core.phases import label
+from memdfa_lab.core.seeds import LARGEST_SEED, mix
 
-SMALL_BYTES = 2**16  # where calling torch takes about as long as the work
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
+KEY_NUMBERS = {"block": 0, "weight": 1}
 
 
 def _unit_he_normal(B: Tensor, generator: torch.Generator) -> Tensor:
-    # By the inverse of the distribution function, one uniform number an entry: a larger draw then begins with the
-    # smaller one. (torch's trunc_normal_ draws what falls outside again, at the end.) A normal cut at two standard
-    # deviations has a standard deviation of 0.8796: divide, so that it is 1 again.
+    # One uniform number an entry, through the inverse of the distribution function: a larger matrix then begins with
+    # the smaller one. (torch's trunc_normal_ draws what falls outside again, at the end.) A normal cut at two standard
+    # deviations has a standard deviation of 0.8796, so we divide by it.
     inside = math.erf(math.sqrt(2))  # how much of a normal lies within two standard deviations
     return B.uniform_(-inside, inside, generator=generator).erfinv_().mul_(math.sqrt(2) / 0.87962566103423978)
 
@@ -43,7 +42,7 @@ def _unit_uniform(B: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal(B: Tensor, generator: torch.Generator) -> Tensor:
-    # As torch.nn.init.orthogonal_, which draws nothing where there is no data: memory could not be predicted.
+    # As torch.nn.init.orthogonal_, which draws nothing on the meta device: memory could not be predicted.
     flat = torch.empty_like(B).flatten(1).normal_(generator=generator)
     wide = flat.shape[0] < flat.shape[1]
     q, r = torch.linalg.qr(flat.t() if wide else flat)
@@ -58,23 +57,35 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], Call
     "he_normal": (_unit_he_normal, lambda fan_in, fan_out: math.sqrt(2 / fan_in)),  # the authors' (truncated)
     "normal": (_unit_normal, lambda fan_in, fan_out: math.sqrt(1 / fan_in)),
     "uniform": (_unit_uniform, lambda fan_in, fan_out: math.sqrt(1 / fan_out)),  # Nøkland's bounds
-    "orthogonal": (_orthogonal, lambda fan_in, fan_out: 1.0),  # singular values all equal
+    "orthogonal": (_orthogonal, lambda fan_in, fan_out: 1.0),  # all singular values are equal
 }
 
 
 class Feedback(ABC):
     """A family of fixed random matrices.
 
-    `seed` gives the matrices, `distribution` is one of DISTRIBUTIONS, `scale` multiplies them. Subclasses differ in
-    what they keep between uses, not in the matrices (but for `Shared`). Raises ValueError for an unknown distribution,
-    a seed that is not a whole number from 0 on, or a scale that is not a finite positive number.
+    Subclasses differ in what they keep between uses. The matrices are the same, except those of `Shared`.
+
+    Args:
+        seed: Determines the matrices.
+        distribution: One of DISTRIBUTIONS.
+        scale: Multiplies the matrices.
+
+    Raises:
+        ValueError: For an unknown distribution, a seed that is not a whole number from 0 to 2**64 - 1, or a scale that
+            is not a finite positive number.
     """
 
     def __init__(self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0):
-        known("distribution", distribution, DISTRIBUTIONS)
-        number("scale", scale, or_more=False)
-        self.seed, self.distribution, self.scale = whole("seed", seed, 0), distribution, float(scale)
+        lookup("distribution", distribution, DISTRIBUTIONS)
+        check_number("scale", scale, or_more=False)
+        self.seed, self.distribution, self.scale = check_int("seed", seed, 0, LARGEST_SEED), distribution, float(scale)
         self.matrices: dict[Key, Tensor] = {}
+
+    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
+        """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), in the dtype and on the device of `like`."""
+        # Drawn transposed, one row an output, so that consecutive outputs are consecutive numbers of the generator.
+        return self._matrix(("block", i), (output_size, error_size), self._factor(error_size, output_size), like).t()
 
     def columns(
         self, i: int, parts: Sequence[slice], error_size: int, output_size: int, like: Tensor
@@ -84,92 +95,82 @@ class Feedback(ABC):
         for part in parts:
             yield B[:, part]
 
-    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
-        """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), dtype and device of `like`."""
-        # Drawn transposed, one row an output: a slice of the outputs is then a run of the generator.
-        return self._matrix(("block", i), (output_size, error_size), error_size, output_size, like).t()
-
     def weight(self, j: int, weight: Tensor) -> Tensor:
-        """Return FA's B for the network's j-th parameter: its shape, dtype and device."""
-        out_features, receptive_field = weight.shape[0], weight[0].numel()
+        """Return FA's B for the network's j-th parameter, of its shape and dtype, on its device."""
+        fans = weight[0].numel(), weight.shape[0]
         if weight.dim() == 2:  # dense: He's fan_in is the first dimension of W^T's stand-in, as in the authors' code
-            return self._matrix(("weight", j), tuple(weight.shape), out_features, receptive_field, weight)
-        return self._matrix(("weight", j), tuple(weight.shape), receptive_field, out_features, weight)
+            fans = fans[1], fans[0]
+        return self._matrix(("weight", j), tuple(weight.shape), self._factor(*fans), weight)
 
-    @abstractmethod
-    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
-        """Return the matrix of this key."""
-
-    def _draw(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
-        return self._drawn(self._generator(key), shape, factor, like)
-
-    def _generator(self, key: Key) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(_mix(self.seed, key))
-
-    def _drawn(self, generator: torch.Generator, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
-        unit = DISTRIBUTIONS[self.distribution][0]
-        B = unit(label("feedback", torch.empty(shape, dtype=torch.float32, device="cpu")), generator).mul_(factor)
-        return label("feedback", B.to(dtype=like.dtype, device=like.device))
-
-    def _factor(self, fan_in: int, fan_out: int) -> float:
-        return self.scale * DISTRIBUTIONS[self.distribution][1](fan_in, fan_out)
-
-    def held(self) -> "Feedback":
-        """Return the same matrices for several uses of one."""
+    def reusable(self) -> "Feedback":
+        """Return a family of the same matrices that forms none of them twice, for several uses of one."""
         return self
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to have the same matrices elsewhere."""
         settings = {"seed": self.seed, "distribution": self.distribution, "scale": self.scale}
-        matrices = {f"{kind} {index}": B for (kind, index), B in self.matrices.items()}
-        return {"kind": type(self).__name__, **settings, "matrices": matrices}
+        return {"kind": type(self).__name__, **settings, "matrices": dict(self.matrices)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the settings and matrices of `state`. Raises ValueError if it is of another kind."""
+        """Take over the settings and copies of the matrices. Raises ValueError if the state is of another kind."""
         if state["kind"] != type(self).__name__:
             raise ValueError(
-                f"this state has {state['kind']} feedback, the rule has {type(self).__name__}: build the rule with "
+                f"this state has {state['kind']} feedback, not {type(self).__name__}: build the rule with "
                 f"feedback=ml.feedback.{state['kind']}()"
             )
         self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
-        keys = [(name, name.split()) for name in state["matrices"]]
-        self.matrices = {(kind, int(index)): state["matrices"][name].clone() for name, (kind, index) in keys}
+        self.matrices = {key: B.clone() for key, B in state["matrices"].items()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r}, scale={self.scale})"
 
+    @abstractmethod
+    def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
+        """Return the matrix of this key, `factor` times one of unit scale."""
+
+    def _factor(self, fan_in: int, fan_out: int) -> float:
+        return self.scale * DISTRIBUTIONS[self.distribution][1](fan_in, fan_out)
+
+    def _generator(self, key: Key) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(mix(self.seed, KEY_NUMBERS[key[0]], key[1]))
+
+    def _draw(self, generator: torch.Generator, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
+        unit = DISTRIBUTIONS[self.distribution][0]
+        B = unit(label("feedback", torch.empty(shape, dtype=torch.float32, device="cpu")), generator).mul_(factor)
+        return label("feedback", B.to(dtype=like.dtype, device=like.device))
+
 
 class Stored(Feedback):
-    """Draw each matrix at its first use and keep it: sum of C n_i numbers at rest."""
+    """Draw each matrix at its first use and keep it: the sum of C n_i numbers stays in memory between steps."""
 
-    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
+    def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         B = self.matrices.get(key)
         if B is None or tuple(B.shape) != shape or _would_lose_bits(B, like):
-            B = self._draw(key, shape, self._factor(fan_in, fan_out), like)
+            B = self._draw(self._generator(key), shape, factor, like)
         self.matrices[key] = B.to(device=like.device)
         return self.matrices[key].to(dtype=like.dtype)
 
 
 class Regenerated(Feedback):
-    """Draw each matrix again at every use, some columns at a time: nothing at rest, the same numbers as `Stored`."""
+    """Draw each matrix again at every use, some columns at a time: no memory between steps, the numbers of `Stored`."""
 
     def columns(
         self, i: int, parts: Sequence[slice], error_size: int, output_size: int, like: Tensor
     ) -> Iterator[Tensor]:
-        """Yield B_i[:, part] as `Feedback.columns` does; no whole B_i is made (but for orthogonal ones)."""
+        """Yield B_i[:, part] as `Feedback.columns` does, without making all of B_i (except for orthogonal ones)."""
         if self.distribution == "orthogonal":
             yield from super().columns(i, parts, error_size, output_size, like)
             return
         generator, factor = self._generator(("block", i)), self._factor(error_size, output_size)
         for part in parts:
-            yield self._drawn(generator, (part.stop - part.start, error_size), factor, like).t()
+            yield self._draw(generator, (part.stop - part.start, error_size), factor, like).t()
 
-    def held(self) -> Feedback:
-        """Return the same matrices, each drawn at its first use."""
+    def reusable(self) -> Feedback:
+        """Return `Stored` feedback of the same matrices, each drawn at its first use."""
         return Stored(self.seed, self.distribution, self.scale)
 
-    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
-        return self._draw(key, shape, self._factor(fan_in, fan_out), like)
+    def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
+        return self._draw(self._generator(key), shape, factor, like)
 
 
 class Shared(Feedback):
@@ -184,72 +185,15 @@ class Shared(Feedback):
             raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
         super().__init__(seed, distribution, scale)
 
-    def _matrix(self, key: Key, shape: tuple[int, ...], fan_in: int, fan_out: int, like: Tensor) -> Tensor:
+    def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         columns = shape[1] if key[0] == "block" else 1
-        rows = math.prod(shape) // columns
-        shared = self.matrices.get((key[0], columns))
+        rows, shared_key = math.prod(shape) // columns, (key[0], columns)
+        shared = self.matrices.get(shared_key)
         if shared is None or shared.shape[0] < rows or _would_lose_bits(shared, like):
-            shared = self._draw((key[0], columns), (rows, columns), 1.0, like)  # it begins with the smaller one
-        self.matrices[key[0], columns] = shared = shared.to(device=like.device)
-        B = label("feedback", shared[:rows].view(shape) * self._factor(fan_in, fan_out))
+            shared = self._draw(self._generator(shared_key), (rows, columns), 1.0, like)  # begins with the smaller one
+        self.matrices[shared_key] = shared = shared.to(device=like.device)
+        B = label("feedback", shared[:rows].view(shape) * factor)
         return label("feedback", B.to(dtype=like.dtype))
-
-
-class Signal:
-    """What a block is taught: e B_i, or e itself if it is the last one (`feedback` None).
-
-    Whoever gets a signal may overwrite it: each is asked for once.
-    """
-
-    def __init__(self, i: int, e: Tensor, feedback: Feedback | None):
-        self.i, self.e, self.feedback = i, e, feedback
-
-    def slices(self, outputs: int, whole: int = 16) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (part, signal of these outputs, shape (N, outputs of the part)), a quarter of the outputs at a time.
-
-        A part, but for the last, has a multiple of `whole` outputs; 16 fill a processor's vectors.
-        """
-        parts = cut(outputs, 4, SMALL_BYTES / (len(self.e) * self.e.element_size()), whole)
-        if self.feedback is None:
-            yield from ((part, self.e[:, part]) for part in parts)
-            return
-        e = self.e.reshape(len(self.e), -1)
-        matrices = self.feedback.columns(self.i, parts, e.shape[1], outputs, like=e)
-        for part, B in zip(parts, matrices, strict=True):
-            yield part, e @ B
-
-    def whole(self, out: Tensor) -> Tensor:
-        """Return the signal in the shape (N, ...) and the memory layout of the block's output."""
-        return self.e.view(out.shape) if self.feedback is None else self._into(torch.empty_like(out))
-
-    def _into(self, signal: Tensor) -> Tensor:
-        pixels = signal[0, 0].numel()
-        for part, s in self.slices(signal[0].numel(), pixels if pixels > 1 else 16):
-            channels = slice(part.start // pixels, part.stop // pixels)
-            signal[:, channels] = s.view(len(s), -1, *signal.shape[2:])
-            del s  # before the next one is made
-        return signal
-
-    def of(self, examples: slice) -> "Signal":
-        """Return the signal of some examples."""
-        return type(self)(self.i, self.e[examples], self.feedback)
-
-    def held(self, outputs: int) -> "Signal":
-        """Return the same signal for several uses; what each would form again, B_i or e B_i, is formed once."""
-        if self.feedback is None:
-            return self
-        if self.e[0].numel() <= len(self.e):
-            return type(self)(self.i, self.e, self.feedback.held())
-        return type(self)(self.i, self._into(self.e.new_empty(len(self.e), outputs)), None)
-
-
-def cut(size: int, parts: int, least: float, whole: int = 1) -> list[slice]:
-    """Return slices of `size` in so many parts; fewer, where one would have less than `least`.
-
-    A part, but for the last, is a multiple of `whole`.
-    """
-    width = math.ceil(max(size / parts, least) / whole) * whole
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 KINDS: dict[str, type[Feedback]] = {"stored": Stored, "regenerated": Regenerated, "shared": Shared}
@@ -257,10 +201,3 @@ KINDS: dict[str, type[Feedback]] = {"stored": Stored, "regenerated": Regenerated
 
 def _would_lose_bits(kept: Tensor, like: Tensor) -> bool:
     return torch.promote_types(kept.dtype, like.dtype) != kept.dtype
-
-
-@functools.cache
-def _mix(seed: int, key: Key) -> int:
-    """Return 32 well-mixed bits (all that torch's CPU generator uses of a seed)."""
-    kind, index = key
-    return int(np.random.SeedSequence([seed, ("block", "weight").index(kind), index]).generate_state(1)[0])

@@ -1,7 +1,7 @@
-"""The layers behind a block's weight layer, with the way of a signal back through each.
+"""The layers behind a block's weight layer, each with the way of a signal back through it.
 
-What they hold for it is the least: an activation its output, from which its slope follows, a max-pooling the indices,
-BatchNorm its input.
+Each keeps the least that its way back needs: an activation its output, from which its slope follows; a max-pooling the
+indices; BatchNorm its input.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,53 +12,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memdfa_lab.core.compat import aten, check_input_dim
 from memdfa_lab.core.phases import label
 
-aten = torch.ops.aten
-Back = Callable[[Tensor, slice], Tensor]  # the signal behind a layer, for these outputs -> the signal before it
-Layer = Callable[[Any, Tensor, bool], tuple[Tensor, Back]]  # module, input, may its room be taken -> output, way back
+# The signal behind a layer, for these outputs -> the signal before it. It may change the signal in place.
+Backward = Callable[[Tensor, slice], Tensor]
+# Module, input, whether the input's memory may be reused -> output, way back.
+Layer = Callable[[Any, Tensor, bool], tuple[Tensor, Backward]]
 Settings = Callable[[Any], tuple[Any, ...]]
 
 
-def run(layers: Iterable[nn.Module], h: Tensor) -> tuple[Tensor, list[Back]]:
-    """Run the layers on h, whose room they may take; return their output, and the ways back from there, in order.
+def run(layers: Iterable[nn.Module], h: Tensor) -> tuple[Tensor, list[Backward]]:
+    """Run the layers on h (N, ...), which they may change; return their output and the ways back from it, in order.
 
-    A way back takes the signal for some outputs (all, behind a convolution) and may change it in place.
+    A way back takes the signal for a slice of the outputs; behind a convolution that slice must be all of them.
     """
-    backs: list[Back] = []
-    spare = True  # only an activation looks at what it put out: behind all others, that room may be taken
+    ways_back: list[Backward] = []
+    reusable = True  # only an activation's way back reads its output: behind other layers that memory may be reused
     for layer in layers:
-        h, back = LAYERS[type(layer)](layer, h, spare)
-        backs.insert(0, back)
-        spare = type(layer) not in ACTIVATIONS and (spare or type(layer) not in VIEWS)
-    return h, backs
+        h, backward = LAYERS[type(layer)](layer, h, reusable)
+        ways_back.insert(0, backward)
+        reusable = type(layer) not in ACTIVATIONS and (reusable or type(layer) not in VIEWS)
+    return h, ways_back
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Return the parameter's gradient; room for it, if it has none."""
+    """Return the parameter's gradient; an empty one, if it has none yet."""
     if parameter.grad is None:
         parameter.grad = label("gradients", torch.empty_like(parameter))
     return parameter.grad
 
 
 def _elementwise(f: Any, in_place: Any, slope: Any, given: Settings = lambda m: (), for_slope: Any = None) -> Layer:
-    """An activation whose slope follows from its output; `given`, `for_slope`: what else f and its slope take of m."""
+    """Return an activation whose slope follows from its output.
 
-    def layer(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-        out, more = (in_place if spare else f)(h, *given(m)), (for_slope or given)(m)
+    `given` and `for_slope` are the settings of the module that f and its slope take besides.
+    """
+
+    def layer(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+        out, more = (in_place if reusable else f)(h, *given(m)), (for_slope or given)(m)
         return out, lambda s, outputs: slope.grad_input(s, out[:, outputs], *more, grad_input=s)
 
     return layer
 
 
-def _gelu(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    # Two inputs have the same output: its slope cannot be told from that, and the input stays, an activation more.
+def _gelu(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+    # Two inputs have the same output, so the slope does not follow from it: the input stays in memory, too.
     how = {"approximate": m.approximate}
     return F.gelu(h, **how), lambda s, outputs: aten.gelu_backward.grad_input(s, h[:, outputs], **how, grad_input=s)
 
 
-def _batch_norm(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
-    m._check_input_dim(h)
+def _batch_norm(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+    check_input_dim(m, h)
     counted = m.training and m.track_running_stats
     if counted:
         m.num_batches_tracked.add_(1)
@@ -69,7 +74,7 @@ def _batch_norm(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
         raise ValueError(f"BatchNorm in training mode needs more than one value a channel, got {tuple(h.shape)}")
     out, mean, invstd = aten.native_batch_norm(h, m.weight, m.bias, *running, of_batch, momentum, m.eps)
 
-    def back(s: Tensor, outputs: slice) -> Tensor:
+    def backward(s: Tensor, outputs: slice) -> Tensor:
         vectors = (m.weight, *running, mean, invstd)
         sliced = [None if v is None else v[outputs] if v.numel() else v for v in vectors]
         wanted = [True, m.weight is not None, m.bias is not None]
@@ -79,40 +84,41 @@ def _batch_norm(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
                 gradient_of(parameter)[outputs] = gradient
         return s
 
-    return out, back
+    return out, backward
 
 
-def _max_pool(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
+def _max_pool(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
     settings = (*map(_pair, (m.kernel_size, m.stride, m.padding, m.dilation)), m.ceil_mode)
     out, indices = aten.max_pool2d_with_indices(h, *settings)
     return out, _unpool(aten.max_pool2d_with_indices_backward, h, *settings, indices)
 
 
-def _avg_pool(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
+def _avg_pool(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
     sizes = map(_pair, (m.kernel_size, m.stride, m.padding))
     settings = (*sizes, m.ceil_mode, m.count_include_pad, m.divisor_override)
     return aten.avg_pool2d(h, *settings), _unpool(aten.avg_pool2d_backward, h, *settings)
 
 
-def _unpool(backward: Any, h: Tensor, *settings: Any) -> Back:
-    room = _room_like(h)
+def _unpool(pool_backward: Any, h: Tensor, *settings: Any) -> Backward:
+    empty = _empty_like(h)
 
-    def back(s: Tensor, outputs: slice) -> Tensor:
-        into = room()  # of pooling's input only the shape and the layout are asked for
-        return backward.grad_input(s, into, *settings, grad_input=into)
+    def backward(s: Tensor, outputs: slice) -> Tensor:
+        into = empty()  # pooling's way back reads only the shape and layout of its input
+        return pool_backward.grad_input(s, into, *settings, grad_input=into)
 
-    return back
+    return backward
 
 
-def _view(m: Any, h: Tensor, spare: bool) -> tuple[Tensor, Back]:
+def _view(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
     out = m(h)
     if out.shape == h.shape:
         return out, lambda s, outputs: s
-    shape, room = h.shape, _room_like(h)
-    return out, lambda s, outputs: room().copy_(s.view(shape))
+    shape, empty = h.shape, _empty_like(h)
+    return out, lambda s, outputs: empty().copy_(s.view(shape))
 
 
-def _room_like(h: Tensor) -> Callable[[], Tensor]:
+def _empty_like(h: Tensor) -> Callable[[], Tensor]:
+    """Return a function that makes empty tensors as h; h itself can be freed meanwhile."""
     return partial(torch.empty_strided, h.shape, h.stride(), dtype=h.dtype, device=h.device)
 
 

@@ -1,6 +1,7 @@
-"""What a rule is doing right now, for whoever measures it: the phase, the block, and what a tensor is for.
+"""What a rule is doing right now, for a profiler that listens: the phase, the block, and what a tensor is for.
 
-Rules say it as they go; nobody listening, it costs next to nothing. Rules know no profiler, and profilers no rule.
+Rules announce it as they run. Without a listener that costs next to nothing. Rules know no profiler, and profilers no
+rule.
 """
 
 from types import TracebackType
@@ -15,7 +16,7 @@ class Listener(Protocol):
     def label(self, category: str, tensor: Tensor) -> None: ...
 
 
-listeners: list[Listener] = []  # another thread may come or go while they are told: a copy is gone through
+listeners: list[Listener] = []  # a copy is iterated over: another thread may add or remove one meanwhile
 
 
 class phase:
@@ -36,7 +37,7 @@ class phase:
 
 
 def label(category: str, tensor: Tensor) -> Tensor:
-    """Say what a tensor is for (feedback, error, gradients, ...), and return it."""
+    """Announce what a tensor is for (feedback, error, gradients, ...), and return it."""
     for listener in tuple(listeners):
         listener.label(category, tensor)
     return tensor

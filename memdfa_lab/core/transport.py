@@ -6,6 +6,7 @@ once.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from memdfa_lab.core.compat import aten, copying_view
 from memdfa_lab.core.feedback import Feedback
 
-GetB = Callable[[], Tensor]  # the matrix is asked for when it is needed, in the backward pass
+GetB = Callable[[], Tensor]  # called in the backward pass, when the matrix is needed
+CONVOLUTION = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+TRANSPOSED = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 
 
 class _Linear(torch.autograd.Function):
@@ -29,7 +33,7 @@ class _Linear(torch.autograd.Function):
         if x.dim() == 2:
             return F.linear(x, W, b)
         out = F.linear(x.flatten(0, -2), W, b)
-        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(W)))  # no view: what follows may work in place
+        return copying_view(out, (*x.shape[:-1], len(W)))  # what follows may work in place
 
     @staticmethod
     @once_differentiable
@@ -57,7 +61,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W = ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad[:3]
-        backward = torch.ops.aten.convolution_backward
+        backward = aten.convolution_backward
         dx = dW = db = None
         if need_x:
             dx = backward(grad, x, ctx.get_B(), None, *ctx.settings, [True, False, False])[0]
@@ -69,11 +73,13 @@ class _Convolution(torch.autograd.Function):
 class FeedbackTransport(TorchFunctionMode):
     """Within it, every linear and convolution of `model` sends the error back through its B of `feedback`.
 
-    Torch calls `__torch_function__` in place of each function that a module uses, so modules stay as they are.
-    Raises ValueError for a weight that is not a parameter of the model (weight_norm computes one in each forward
-    pass), for attention and bilinear layers, which have no B, and for a trained weight that is used without a graph, as
-    in a checkpoint with use_reentrant=True: they would silently learn as in BP. A module that
-    multiplies by its weight with an operator of its own (x @ self.weight) is not seen; give it a linear.
+    torch calls `__torch_function__` in place of each function that a module uses, so modules stay as they are. A module
+    that multiplies by its weight with an operator of its own (x @ self.weight) is not seen; give it a linear.
+
+    Raises:
+        ValueError: For attention and bilinear layers, which have no B; for a weight that is not a parameter of the
+            model (weight_norm computes one in each forward pass); and for a trained weight that is used without a
+            graph, as in a checkpoint with use_reentrant=True. All of these would silently learn as in BP.
     """
 
     def __init__(self, feedback: Feedback, model: nn.Module):
@@ -81,9 +87,9 @@ class FeedbackTransport(TorchFunctionMode):
         self.feedback = feedback
         self.index = {id(parameter): j for j, parameter in enumerate(model.parameters())}
         self.handlers: dict[Any, Callable[..., Tensor]] = {F.linear: self._linear}
-        self.handlers |= dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), self._conv)
+        self.handlers |= dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), partial(self._convolution, CONVOLUTION))
         transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-        self.handlers |= dict.fromkeys(transposed, self._conv_transpose)
+        self.handlers |= dict.fromkeys(transposed, partial(self._convolution, TRANSPOSED))
         self.handlers |= dict.fromkeys((F.multi_head_attention_forward, F.bilinear), self._refuse)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,43 +117,22 @@ class FeedbackTransport(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _Linear.apply(input, weight, bias, self._get_B(weight))
 
-    def _conv(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
+    def _convolution(self, defaults: dict[str, Any], input: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
+        """Run a convolution; `defaults` are the settings that torch's function takes after the weight, in order."""
+        given = {**defaults, **dict(zip(defaults, args, strict=False)), **named}
         dims = weight.dim() - 2
-        dilation = _per_axis(dilation, dims)
+        stride, dilation = (_per_axis(given[name], dims) for name in ("stride", "dilation"))
+        padding = given["padding"]
         if padding == "valid":
             padding = 0
         elif padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
             padding = [t // 2 for t in total]
-            if any(t % 2 for t in total):  # an odd total: one more on the far side, as torch does it
+            if any(t % 2 for t in total):  # an odd total: one more on the far side, as in torch
                 input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
-        settings = (_per_axis(stride, dims), _per_axis(padding, dims), dilation, False, [0] * dims, groups)
-        return _Convolution.apply(input, weight, bias, self._get_B(weight), settings)
-
-    def _conv_transpose(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Tensor:
-        dims = weight.dim() - 2
-        per_axis = [_per_axis(value, dims) for value in (stride, padding, dilation, output_padding)]
-        settings = (*per_axis[:3], True, per_axis[3], groups)
-        return _Convolution.apply(input, weight, bias, self._get_B(weight), settings)
+        output_padding = _per_axis(given.get("output_padding", 0), dims)
+        settings = (stride, _per_axis(padding, dims), dilation, defaults is TRANSPOSED, output_padding, given["groups"])
+        return _Convolution.apply(input, weight, given["bias"], self._get_B(weight), settings)
 
 
 def _per_axis(value: int | Sequence[int], dims: int) -> list[int]:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from memdfa_lab.core.checks import known, number
+from memdfa_lab.core.checks import check_number, lookup
 from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.style import BELOW, HATCHED, MIB, SETTINGS, STYLES
 
@@ -58,9 +58,9 @@ def pipelines(simulations: Mapping[str, pd.DataFrame], batch: int = 1) -> Figure
     ends when the next one is done. Raises ValueError where one of the two is missing.
     """
     for rule, table in simulations.items():
-        known("rule", rule, STYLES)
+        lookup("rule", rule, STYLES)
         for task in table["task"].unique():
-            known("task", task, TASKS)
+            lookup("task", task, TASKS)
         if not {batch, batch + 1} <= set(table["batch"]):
             raise ValueError(f"batch {batch!r} or the one after it is not in simulations[{rule!r}]: choose another")
     with plt.rc_context(HATCHED):
@@ -101,7 +101,7 @@ def utilisation(tables: Mapping[str, pd.DataFrame], ideal: float = 1 / 3) -> Fig
 
     A table has the columns rule, x, busy and rate; `ideal` is the rate of BP that never waits.
     """
-    number("ideal", ideal, or_more=False)
+    check_number("ideal", ideal, or_more=False)
     with plt.rc_context(SETTINGS):
         size = (8, 5.2)
         figure, panels = plt.subplots(2, len(tables), figsize=size, layout="constrained", squeeze=False, sharey="row")

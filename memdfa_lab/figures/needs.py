@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from memdfa_lab.core.checks import known, of_kind
+from memdfa_lab.core.checks import check_type, lookup
 from memdfa_lab.figures.style import STYLES
 
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ def check_table(
     Nor may there be text in place of numbers, or a rule that is none of `rules`, if there are any.
     """
     wanted = ", ".join(columns) + " and one or more of " * bool(one_of) + ", ".join(one_of)
-    of_kind(what, table, pd.DataFrame, f"a pandas table with the columns {wanted}")
+    check_type(what, table, pd.DataFrame, f"a pandas table with the columns {wanted}")
     lacking, chosen = [name for name in columns if name not in table], [name for name in one_of if name in table]
     if lacking or (one_of and not chosen):
         there = ", ".join(map(str, table)) or "none"
@@ -66,7 +66,7 @@ def check_table(
     if not len(table):
         raise ValueError(f"{what} has no row, so there is nothing to draw: it needs one or more")
     for rule in table["rule"].unique() if "rule" in columns and rules else ():
-        known("rule", rule, rules)
+        lookup("rule", rule, rules)
     for name in [*columns, *chosen]:
         if name not in NAMES and not is_numeric_dtype(table[name]):
             for text in (value for value in table[name] if isinstance(value, str)):
@@ -75,7 +75,7 @@ def check_table(
 
 def labelled(what: str, things: Any) -> Mapping[str, Any]:
     """Return the mapping. Raises TypeError if it is none, ValueError if it is empty."""
-    of_kind(what, things, Mapping, "a dict, label -> what is drawn")
+    check_type(what, things, Mapping, "a dict, label -> what is drawn")
     if not things:
         raise ValueError(f"{what} is empty, so there is nothing to draw: it needs one label or more")
     return things

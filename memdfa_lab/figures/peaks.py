@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from memdfa_lab.core.checks import number
+from memdfa_lab.core.checks import check_number
 from memdfa_lab.figures.needs import check_table, needs
 from memdfa_lab.figures.style import (
     BELOW,
@@ -150,9 +150,9 @@ def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: in
 
     `table` has the columns rule, depth and bytes, and a row a rule at `depth`.
     """
-    number("depth", depth, or_more=False)
+    check_number("depth", depth, or_more=False)
     if budget_bytes is not None:
-        number("budget_bytes", budget_bytes, or_more=False)
+        check_number("budget_bytes", budget_bytes, or_more=False)
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
         for rule, rows in table.groupby("rule", sort=False):

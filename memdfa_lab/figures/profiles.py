@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from memdfa_lab.core.checks import known
+from memdfa_lab.core.checks import lookup
 from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.style import FILLS, FILLS_AT_REST, HATCHED, MIB, legend_below, two_a_row, visible
 from memdfa_lab.memory.trace import readable
@@ -48,7 +48,7 @@ def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
     `steps`: label -> a row a moment, with the column phase and a column of bytes a category, the lowest first.
     """
     for name in {name: None for table in steps.values() for name in table.columns.drop("phase")}:
-        known("category", name, {**FILLS_AT_REST, **FILLS})
+        lookup("category", name, {**FILLS_AT_REST, **FILLS})
     top = max(table.drop(columns="phase").sum(axis=1).max() for table in steps.values()) / MIB
     with plt.rc_context(HATCHED):
         columns = min(len(steps), 2)

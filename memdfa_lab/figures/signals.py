@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from memdfa_lab.core.checks import number, of_kind, whole
+from memdfa_lab.core.checks import check_int, check_number, check_type
 from memdfa_lab.figures.needs import check_numbers, check_table, labelled, needs
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
 
@@ -160,8 +160,8 @@ def spectrum(table: pd.DataFrame, classes: int, width: int) -> Figure:
     Left, how they are spread at n = `width`; right, the least and the largest (means over the draws) against n.
     `table` has the columns distribution, width, draw and value. Raises ValueError if a distribution lacks that width.
     """
-    whole("classes", classes)
-    whole("width", width)
+    check_int("classes", classes)
+    check_int("width", width)
     for name, drawn in table.groupby("distribution"):
         if width not in set(drawn["width"]):
             raise ValueError(f"table has no row of {name} with width {width}: choose a width that all are drawn at")
@@ -218,7 +218,7 @@ def feedback(
     """
     for what, numbers in (("values", values), ("own", own), ("grid", grid)):
         check_numbers(what, numbers, "N")
-    of_kind("angles", angles, pd.DataFrame, "a pandas table")
+    check_type("angles", angles, pd.DataFrame, "a pandas table")
     if len(angles):
         check_table("angles", angles, ["run", "step", "angle_deg"])
     with plt.rc_context(SETTINGS):
@@ -254,9 +254,9 @@ def against_scale(table: pd.DataFrame, references: Mapping[str, float]) -> Figur
     Means over seeds, in a band from the least to the largest. `table` has the columns scale, seed, block, gradient_deg
     and accuracy, the same in all rows of a run; `references`: label -> accuracy, drawn as level lines.
     """
-    of_kind("references", references, Mapping, "a dict, label -> accuracy")
+    check_type("references", references, Mapping, "a dict, label -> accuracy")
     for label, accuracy in references.items():
-        number(f"references[{label!r}]", accuracy)
+        check_number(f"references[{label!r}]", accuracy)
     with plt.rc_context(SETTINGS):
         figure, (right, angle) = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
         runs = table.drop_duplicates(["scale", "seed"])

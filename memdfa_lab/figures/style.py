@@ -5,6 +5,7 @@ grey print can be read."""
 
 import io
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 
-from memdfa_lab.core.checks import of_kind
-from memdfa_lab.lab.files import written_whole
+from memdfa_lab.core.checks import check_type
+from memdfa_lab.lab.files import write_whole
 
 # rule -> name in a legend, colour, line style, marker. DFA is wide and pale, so that MEM-DFA is seen on top of it.
 STYLES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,14 +75,14 @@ MIB = 2**20
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
     """Write the figure beside each other as svg and png, whole or not at all; `path` has no suffix."""
-    of_kind("figure", figure, Figure, "a matplotlib Figure")
+    check_type("figure", figure, Figure, "a matplotlib Figure")
     written = [Path(path).with_suffix(f".{kind}") for kind in ("svg", "png")]
     with plt.rc_context(SETTINGS):
         for file in written:
             kind = file.suffix[1:]
-            with written_whole(file) as out:
-                # A date would make the same figure another file each day.
-                figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            # A date would make the same figure another file each day.
+            given: Any = {"format": kind, "dpi": 150, "metadata": {"Date": None} if kind == "svg" else None}
+            write_whole(file, partial(figure.savefig, **given))
     return written
 
 
@@ -89,7 +90,7 @@ def picture(figure: Figure, alt: str) -> Any:
     """Return the figure as a picture for a notebook, sharp on any screen, with a text in place of it."""
     from IPython.display import Image
 
-    of_kind("figure", figure, Figure, "a matplotlib Figure")
+    check_type("figure", figure, Figure, "a matplotlib Figure")
     drawn, data = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     pixels = PIL.Image.open(drawn).convert("RGB")

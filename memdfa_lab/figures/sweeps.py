@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from pandas.api.types import is_numeric_dtype
 
-from memdfa_lab.core.checks import known, of_kind
+from memdfa_lab.core.checks import check_type, lookup
 from memdfa_lab.figures.needs import needs
 from memdfa_lab.figures.signals import LOOKS, _draw_band
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
@@ -26,7 +26,7 @@ def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
     seed), a line for each rule, or for each value of another parameter. Means over the rest, in a band from the least
     to the largest.
     """
-    of_kind("varied", varied, (list, tuple), "a list of parameters' names, such as ['lr', 'rule']")
+    check_type("varied", varied, (list, tuple), "a list of parameters' names, such as ['lr', 'rule']")
     named = (f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied)
     varied = [name for name in named if name in table]  # else no run that was given it was finished
     numbers = [str(name) for name in table if is_numeric_dtype(table[name]) and name not in varied]
@@ -46,7 +46,7 @@ def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
     by = next((name for name in lines if 1 < table[name].nunique() <= MOST_LINES), None)
     table = table.assign(value=table[value] * 100 if value.endswith("accuracy") else table[value])
     for rule in table["rule"].unique() if by == "rule" else ():
-        known("rule", rule, STYLES)
+        lookup("rule", rule, STYLES)
     ylabel = value.replace("_", " ") + " (%)" * value.endswith("accuracy")
 
     with plt.rc_context(SETTINGS):

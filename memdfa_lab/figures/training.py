@@ -10,10 +10,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from memdfa_lab.core.checks import check_data, known
+from memdfa_lab.core.checks import lookup
 from memdfa_lab.figures.needs import check_numbers, labelled, needs
 from memdfa_lab.figures.signals import _draw_band
 from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
+from memdfa_lab.lab.datasets import check_data
 
 
 def images(data: Any) -> Figure:
@@ -132,7 +133,7 @@ def confusion(matrices: Mapping[str, np.ndarray]) -> Figure:
     `matrices`: rule -> whole numbers (classes, classes).
     """
     for rule, matrix in labelled("matrices", matrices).items():
-        known("rule", rule, STYLES)
+        lookup("rule", rule, STYLES)
         counts = check_numbers(f"matrices[{rule!r}]", matrix, "classes", "classes")
         if counts.dtype.kind not in "iu" or len(set(counts.shape)) > 1:
             raise ValueError(f"matrices[{rule!r}] must be square and of counts, got {counts.dtype} of {counts.shape}")

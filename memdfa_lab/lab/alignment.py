@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core.checks import check_batch, check_data, known, of_kind, whole
-from memdfa_lab.core.recompute import buffers_put_back, forward_without_trace, generators_put_back
-from memdfa_lab.core.rules import BP, Rule
+from memdfa_lab.core.checks import check_batch, check_int, check_type, lookup
+from memdfa_lab.core.recompute import buffers_restored, forward_without_trace, generators_restored
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import BP
+from memdfa_lab.lab.datasets import check_data
 from memdfa_lab.lab.fit import _order
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float
     Raises ValueError for another `of`, TypeError for what is no rule, and what `rule.step` raises.
     """
     _check(rule, x)
-    directions = known("angle of", of, {"gradient": _gradients, "signal": _signals})
+    directions = lookup("angle of", of, {"gradient": _gradients, "signal": _signals})
     ours, exact = (directions(step, rule, x, y) for step in (type(rule).step, BP.step))
     return [_angle(one, other) for one, other in zip(ours, exact, strict=True)]
 
@@ -70,16 +72,16 @@ def follow(
     """
     import pandas as pd
 
-    of_kind("rule", rule, Rule, RULE)
+    check_type("rule", rule, Rule, RULE)
     check_data("follow", data)
-    of_kind("at", at, Iterable, "a list of numbers of steps, such as [0, 100]")
-    at = {whole("a number of steps in at", step, 0) for step in at}
+    check_type("at", at, Iterable, "a list of numbers of steps, such as [0, 100]")
+    at = {check_int("a number of steps in at", step, 0) for step in at}
     if not at:
         raise ValueError("at is empty: name the numbers of steps after which to take angles, such as [0, 100]")
     for name, value, least in (("batch_size", batch_size, 1), ("probe", probe, 1), ("seed", seed, 0)):
-        whole(name, value, least)
+        check_int(name, value, least)
     if before_step is not None:
-        of_kind("before_step", before_step, Callable, "a function of the rule and the step")
+        check_type("before_step", before_step, Callable, "a function of the rule and the step")
     rule.blocks.train()
     like = next(rule.blocks.parameters())
     x, y = data.x_train[:probe].to(like), data.y_train[:probe].to(like.device)
@@ -97,7 +99,7 @@ def follow(
 
 
 def _check(rule: object, x: object) -> None:
-    of_kind("rule", rule, Rule, RULE)
+    check_type("rule", rule, Rule, RULE)
     check_batch(x)
 
 
@@ -137,7 +139,7 @@ def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
     twin.optimizers = [None for _ in rule.optimizers]
     twin.feedback = _apart(rule.feedback)
     gradients = [(p, p.grad) for p in rule.blocks.parameters()]
-    with torch.enable_grad(), generators_put_back(x.device), buffers_put_back(rule.blocks):
+    with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
         try:
             yield twin
         finally:
@@ -171,13 +173,13 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
     """
     _check(rule, x)
     found, h = [], x
-    with torch.enable_grad(), generators_put_back(x.device), buffers_put_back(rule.blocks):
+    with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
         _, e = rule.error(forward_without_trace(rule.chain, x), y)
         twin = _apart(rule)
         twin.feedback = _apart(rule.feedback)
         for i, (block, weights) in enumerate(zip(rule.blocks, rule.parameters, strict=True)):
             out = block(h)
-            told, u = twin.signal(i, e).whole(out.detach()), torch.zeros_like(out, requires_grad=True)
+            told, u = twin.signal(i, e).shaped_like(out.detach()), torch.zeros_like(out, requires_grad=True)
             if weights:
                 step = torch.autograd.grad(out, weights, told, retain_graph=True)
                 pulled = torch.autograd.grad(out, weights, u, create_graph=True)  # J^T u, of which u is the variable

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from memdfa_lab.core import feedback, local
-from memdfa_lab.core.checks import known, whole
+from memdfa_lab.core import feedback
+from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import models
 from memdfa_lab.memory import measure
 from memdfa_lab.memory.predict import kept_bytes
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +53,9 @@ def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
     """Return BP and the rules, those that use feedback once with each kind. Raises ValueError for unknown names."""
     found = [Contender("bp")]
     for kind in kinds:
-        known("feedback", kind, feedback.KINDS)
+        lookup("feedback", kind, feedback.KINDS)
     for rule in dict.fromkeys(rules):
-        known("rule", rule, ALL)
+        lookup("rule", rule, ALL)
         uses_feedback = rule in RULES and rule != "bp"
         for kind in kinds if uses_feedback else ["none"]:
             found.append(Contender(rule, kind))
@@ -65,10 +65,10 @@ def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
 def frontier(network: str, batch_size: int, kind: str = "regenerated", points: int = 5) -> list[Contender]:
     """Return BP, MEM-DFA keeping from nothing to everything, and checkpointing with more and more segments."""
     blocks = models.build(network)
-    whole("batch size", batch_size)
-    whole("points", points, 2)
+    check_int("batch size", batch_size)
+    check_int("points", points, 2)
     x = torch.empty(batch_size, *models.get(network).input_shape, device="meta")
-    everything = sum(kept_bytes(local.forward, blocks, x))
+    everything = sum(kept_bytes(blocks, x))
     found = [Contender("bp")]
     for k in range(points):
         part = k / (points - 1)
@@ -101,7 +101,7 @@ def bench(
     import pandas as pd
 
     for name, value, least in (("batch size", batch_size, 1), ("rounds", rounds, 1), ("warm_up", warm_up, 0)):
-        whole(name, value, least)
+        check_int(name, value, least)
     every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL), ["regenerated"]))]))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (batch_size, *models.get(network).input_shape)
@@ -114,8 +114,8 @@ def bench(
     made = []
     for one in every:
         net = models.build(network).to(memory_format=layout)
-        B = None if one.feedback == "none" else known("feedback", one.feedback, feedback.KINDS)(seed)
-        made.append(known("rule", one.rule, ALL)(net, optimizer=make, feedback=B, **one.options))
+        B = None if one.feedback == "none" else lookup("feedback", one.feedback, feedback.KINDS)(seed)
+        made.append(lookup("rule", one.rule, ALL)(net, optimizer=make, feedback=B, **one.options))
     seconds: list[list[float]] = [[] for _ in every]
     gc.collect()
     gc.freeze()  # what is here stays: the collections between steps need not look at it again

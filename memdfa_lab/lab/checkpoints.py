@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from memdfa_lab.core.checks import difference
-from memdfa_lab.core.rules import Rule
+from memdfa_lab.core.checks import first_difference
+from memdfa_lab.core.rule import Rule
 from memdfa_lab.lab.distributed import digest
-from memdfa_lab.lab.files import written_whole
+from memdfa_lab.lab.files import write_whole
 
 if TYPE_CHECKING:
     from memdfa_lab.lab.datasets import Data
@@ -36,8 +36,7 @@ def write(
     }
     # numpy's numbers, such as a learning rate out of a logspace, would be refused when they are read back.
     state = tree_map_only(np.generic, np.generic.item, state, lambda part: isinstance(part, OrderedDict))
-    with written_whole(path) as file:
-        torch.save(state, file)
+    write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
 def read(path: Path, settings: dict[str, Any], epochs: int) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def read(path: Path, settings: dict[str, Any], epochs: int) -> dict[str, Any]:
     for name, ours in settings.items():
         theirs = state["settings"].get(name)
         if theirs != ours:
-            theirs, ours = difference(theirs, ours)
+            theirs, ours = first_difference(theirs, ours)
             raise ValueError(
                 f"{path} belongs to a run with {name} {theirs}, this one has {ours}: choose "
                 "another file, or start anew with overwrite=True"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdfa_lab.core.checks import known, whole
+from memdfa_lab.core.checks import check_int, lookup
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x_train, y_train, x_test, y_test
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -64,10 +64,16 @@ class Data:
     def subset(self, train: int | None = None, test: int | None = None) -> "Data":
         """Keep the first images (None: all), for quick runs; raises ValueError if there are fewer."""
         for n, x in ((train, self.x_train), (test, self.x_test)):
-            if n is not None and whole("a subset", n) > len(x):
+            if n is not None and check_int("a subset", n) > len(x):
                 raise ValueError(f"subset of {n} images: {self.name} has 1 to {len(x)} to give")
         parts = {key: getattr(self, key)[: train if key.endswith("train") else test] for key in KEYS}
         return replace(self, test_exact=None if self.test_exact is None else self.test_exact[:test], **parts)
+
+
+def check_data(who: str, data: object) -> None:
+    """Raise TypeError if this is no data set; `who` takes it."""
+    if not hasattr(data, "x_train"):
+        raise TypeError(f"{who} takes data as ml.datasets.load returns it, not a {type(data).__name__}")
 
 
 def names() -> list[str]:
@@ -94,7 +100,7 @@ def load(
     if text.lower().endswith(".npz"):
         path = Path(text).expanduser()
         return replace(_normalised(path.stem, _read_npz(path), shape), test_exact=_test_exact(path))
-    known("data set", text or name, {**LOADERS, "the path of an .npz": None})
+    lookup("data set", text or name, {**LOADERS, "the path of an .npz": None})
     folder = Path(root or os.environ.get("MEMDFA_DATA") or _cache()).expanduser()
     path = folder / f"{text}.npz"
     if text not in WHOLE or not path.exists():
@@ -117,7 +123,7 @@ def _cache() -> Path:
 
 def _split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Shuffle the indices and take round(fraction * count) of each class: (rest, taken)."""
-    whole("seed", seed, 0)
+    check_int("seed", seed, 0)
     # numpy never changes RandomState's stream (NEP 19): the split stays the same in every version.
     order = np.random.RandomState(seed).permutation(len(labels))
     taken = np.zeros(len(labels), dtype=bool)

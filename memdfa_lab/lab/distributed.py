@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memdfa_lab.core.checks import difference
+from memdfa_lab.core import group as core
+from memdfa_lab.core.checks import first_difference
 from memdfa_lab.core.phases import label
 
 TIMEOUT_S = 60.0
@@ -32,7 +33,7 @@ class RankLost(RuntimeError):
     """Another process has ended, or answers no more."""
 
 
-class Group:
+class Group(core.Group):
     """The ranks that train together; `Group()` is one process alone, and changes nothing.
 
     `idle`: this rank has no example of its own in the batch; what it computes counts for nothing. `asked`: it wants to
@@ -52,7 +53,7 @@ class Group:
 
     # What a rule needs.
 
-    def whole(self, loss: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce_loss(self, loss: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole batch's loss, 0-d, and this rank's rows of its e, (n, C), from those of its own part."""
         if self.size == 1:
             return loss, e
@@ -62,15 +63,15 @@ class Group:
         self.stop = asked > 0
         return loss.new_tensor(total / N), e.mul_(n / N)
 
-    def start(self, parameters: Sequence[Tensor], then: Callable[[], None]) -> None:
-        """Begin to sum these parameters' gradients over ranks; `finish` calls `then`. Alone: call it now."""
-        self._then = then
+    def start_sum(self, parameters: Sequence[Tensor], update: Callable[[], None]) -> None:
+        """Begin to sum these parameters' gradients over ranks; `finish_sum` calls `update`. Alone: call it now."""
+        self._then = update
         if self.size == 1:
-            self.finish()
+            self.finish_sum()
         else:
             self._begin(parameters)
 
-    def finish(self) -> None:
+    def finish_sum(self) -> None:
         """Do what `start` was told to do then, if it has not been done."""
         then, self._then = self._then, None
         if then is not None:
@@ -107,7 +108,7 @@ class Group:
         return room[:n]
 
     @property
-    def rooms(self) -> list[Tensor]:
+    def send_buffers(self) -> list[Tensor]:
         """What is kept to send from: as much as the largest block's gradients, and as the longest vector."""
         return list(self._rooms.values())
 
@@ -151,7 +152,7 @@ class Group:
         self._call("the settings", dist.all_gather_object, everyone, texts)
         for rank, theirs in enumerate(everyone):
             for name in (name for name in everyone[0] if theirs.get(name) != everyone[0][name]):
-                first, other = difference(everyone[0][name], theirs.get(name))
+                first, other = first_difference(everyone[0][name], theirs.get(name))
                 raise ValueError(
                     f"ranks differ in {name}: {first} on rank 0, {other} on rank {rank}; start all of them with the "
                     "same arguments"

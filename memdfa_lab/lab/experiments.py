@@ -12,14 +12,15 @@ from memdfa_lab import memory
 from memdfa_lab.batch.report import Report as Report
 from memdfa_lab.batch.report import check_parameters as check_parameters  # notebooks find both here
 from memdfa_lab.core import feedback
-from memdfa_lab.core.checks import known, number, whole
-from memdfa_lab.core.losses import LOSSES
-from memdfa_lab.core.rules import RULES, Rule
+from memdfa_lab.core.checks import check_int, check_number, lookup
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import datasets, models
 from memdfa_lab.lab.distributed import Group
 from memdfa_lab.lab.fit import History, fit
+from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.sync_batchnorm import synchronise
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,20 +70,20 @@ def make_rule(
         raise ValueError(f"device {device!r} is not there: use cpu, or install a torch that finds your GPU")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if value is not None:
-            number(name, value)
+            check_number(name, value)
     setting = models.get(network)
     as_rule = rule if rule in setting.lr else "bp"  # baselines are set as BP is
     how = initialisation or setting.initialisation[as_rule]
     decay = setting.weight_decay if weight_decay is None else weight_decay
-    return known("rule", rule, {**RULES, **BASELINES})(
+    return lookup("rule", rule, {**RULES, **BASELINES})(
         models.build(network, data.input_shape, data.classes, seed, how).to(device),
         optimizer=partial(
-            known("optimizer", optimizer or setting.optimizer, OPTIMIZERS),
+            lookup("optimizer", optimizer or setting.optimizer, OPTIMIZERS),
             lr=setting.lr[as_rule] if lr is None else lr,
             **({} if decay is None else {"weight_decay": decay}),
         ),
-        loss_fn=known("loss", loss or setting.loss, LOSSES),
-        feedback=known("feedback", feedback_kind, feedback.KINDS)(seed, distribution or setting.distribution, scale),
+        loss_fn=lookup("loss", loss or setting.loss, LOSSES),
+        feedback=lookup("feedback", feedback_kind, feedback.KINDS)(seed, distribution or setting.distribution, scale),
         clip_norm=clip_norm,
     )
 
@@ -111,7 +112,7 @@ def train(
     made = make_rule(rule, network, data, seed=seed, **settings)
     made.group = group or made.group
     if sync_batchnorm:
-        synchronise(made.blocks, made.group)
+        synchronise(made.blocks, group or Group())
     history = fit(
         made,
         data,
@@ -189,13 +190,13 @@ def profile(
     Raises ValueError for unknown names and a batch size below 1.
     """
     setting = models.get(network)
-    shape, loss_fn = (whole("the batch size", batch_size), *setting.input_shape), LOSSES[setting.loss]
-    make = partial(known("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
-    storage = known("feedback", feedback_kind, feedback.KINDS)(seed)
+    shape, loss_fn = (check_int("the batch size", batch_size), *setting.input_shape), LOSSES[setting.loss]
+    make = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
+    storage = lookup("feedback", feedback_kind, feedback.KINDS)(seed)
     build = partial(models.build, network)
     if not measured:
         return memory.predict(rule, build, shape, make, storage, loss_fn=loss_fn)
-    made = known("rule", rule, {**RULES, **BASELINES})(build(), make, loss_fn, storage)
+    made = lookup("rule", rule, {**RULES, **BASELINES})(build(), make, loss_fn, storage)
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(shape, generator=generator), torch.randint(10, (batch_size,), generator=generator)
     return memory.measure(made, x, y, warm_up=1)
@@ -206,7 +207,7 @@ def confusion(y: Tensor, predicted: Tensor, classes: int) -> "np.ndarray":
 
     Raises ValueError if y and predicted are not as many whole numbers from 0 to classes - 1.
     """
-    whole("classes", classes)
+    check_int("classes", classes)
     both = [z.cpu().long() for z in (y, predicted) if not z.is_floating_point()]  # a byte would not hold their pairs
     good = len(both) == 2 and y.shape == predicted.shape
     if not good or any(z.numel() and not 0 <= z.min() <= z.max() < classes for z in both):

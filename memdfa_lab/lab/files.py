@@ -1,54 +1,26 @@
-"""Files that are whole or not there: each is written under a temporary name and then renamed."""
+"""Files that are whole or not there, and locks that keep two runs out of one folder."""
 
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-
-@contextmanager
-def written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file to be written in binary; it gets its name when the block ends, and never if that fails.
-
-    Raises ValueError if nothing can be written in its folder.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # tempfile's are readable by their owner alone
-    with _folder_of(path):
-        opened = temporary.open("xb")
-    try:
-        with opened as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as problem:
-        temporary.unlink(missing_ok=True)
-        if isinstance(problem, OSError) and problem.filename is None:
-            problem.filename = str(path)  # a full disk does not say which file it was for
-        raise
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, in UTF-8."""
-    with written_whole(path) as file:
-        file.write(text.encode())
+from memdfa_lab.memory.files import folder_made_for
+from memdfa_lab.memory.files import write_text as write_text
+from memdfa_lab.memory.files import write_whole as write_whole
 
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Keep other processes from writing this file within; it need not be there. Raises ValueError if one does so now.
+    """Keep other processes from writing this file within; it need not exist. Raises ValueError if one does so now.
 
-    The lock is on a hidden file beside it, and the system lets go of it when its process ends, however that comes.
+    The lock is on a hidden file beside it. The system releases it when its process ends, however that happens.
     """
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    with _folder_of(path):
-        Path(lock.lock_file).touch()  # where that fails, the lock would only be waited for
+    with folder_made_for(path):
+        Path(lock.lock_file).touch()  # where that fails, FileLock would wait for ever
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -57,14 +29,3 @@ def locked(path: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _folder_of(path: Path) -> Iterator[None]:
-    """Make the folder of a file that is opened within."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as problem:
-        reason = problem.strerror or problem
-        raise ValueError(f"cannot write into {path.parent} ({reason}): choose another folder") from problem

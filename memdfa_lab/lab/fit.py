@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from memdfa_lab.core.checks import check_data, of_kind, whole
-from memdfa_lab.core.rules import Rule
+from memdfa_lab.core.checks import check_int, check_type
+from memdfa_lab.core.rule import Rule
 from memdfa_lab.lab import checkpoints
 from memdfa_lab.lab.checkpoints import Scheduler
-from memdfa_lab.lab.distributed import digest
+from memdfa_lab.lab.datasets import check_data
+from memdfa_lab.lab.distributed import Group, digest
 from memdfa_lab.lab.files import locked, write_text
 from memdfa_lab.lab.interrupt import interrupt_after_step
 
@@ -84,21 +85,21 @@ def fit(
     differ in settings or weights; RankLost if another rank ends; and whatever `rule.step` raises.
     """
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        whole(name, value, least)
+        check_int(name, value, least)
     if not isinstance(rule, Rule):
         raise TypeError(f"fit takes a rule, such as ml.MemDFA(model, optimizer), not a {type(rule).__name__}")
     check_data("fit", data)
     for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
-    run = _Run(rule, [scheduler(made) for made in rule.optimizers if made is not None] if scheduler else [])
+    group = rule.group if isinstance(rule.group, Group) else Group()
+    run = _Run(rule, group, [scheduler(made) for made in rule.optimizers if made is not None] if scheduler else [])
     for made in run.schedulers:
-        of_kind("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
+        check_type("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
     settings = checkpoints.settings_of(rule, run.schedulers, data, batch_size, seed)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
-    group = rule.group
     group.agree(**settings, epochs=epochs)
     if path is not None and path.exists() and not overwrite:
         run.load(path, settings, epochs)
@@ -148,7 +149,7 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
     """Return the network's output (N, C) for x (N, ...), in eval mode and in batches; the mode is put back."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor (N, ...), not a {type(x).__name__}: use torch.as_tensor")
-    whole("batch_size", batch_size)
+    check_int("batch_size", batch_size)
     blocks = model.blocks if isinstance(model, Rule) else model
     like = next(blocks.parameters())
     modes = [(module, module.training) for module in blocks.modules()]
@@ -177,6 +178,7 @@ class _Run:
     """Where a training run is, and all that it takes to go on from there."""
 
     rule: Rule
+    group: Group
     schedulers: list[Scheduler]
     epoch: int = 0
     batch: int = 0
@@ -192,7 +194,7 @@ class _Run:
             else:
                 scheduler.step()
         self.epoch += 1
-        self.rule.group.share_buffers(self.rule.blocks)
+        self.group.share_buffers(self.rule.blocks)
         seen = slice(TRAIN_ACCURACY_ON)
         row = {
             "epoch": self.epoch,
@@ -208,7 +210,7 @@ class _Run:
 
     def _accuracy(self, x: Tensor, y: Tensor) -> float:
         """Return the accuracy on all examples, of which each rank looks at a part."""
-        group = self.rule.group
+        group = self.group
         x, y = (tensor.tensor_split(group.size)[group.rank] for tensor in (x, y))
         return group.mean(accuracy(self.rule, x, y) if len(x) else 0.0, len(x))
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from memdfa_lab.core.blocks import as_blocks, parts_of
-from memdfa_lab.core.checks import known, whole
+from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, convolutions, dense
 from memdfa_lab.lab.architectures import mlp as mlp_layers
 
@@ -91,8 +91,8 @@ def get(name: str) -> Network:
     """Return the network of that name. Raises ValueError, with the nearest name, if there is none."""
     spelt = re.fullmatch(r"(\d+)-\[(\d+)\]x(\d+)-10", str(name))
     if spelt is None:
-        return known("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
-    inputs, width, depth = (whole(f"each size in {name}", int(size)) for size in spelt.groups())
+        return lookup("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
+    inputs, width, depth = (check_int(f"each size in {name}", int(size)) for size in spelt.groups())
     return Network(mlp_layers([width] * depth, "relu"), (1, 1, inputs))
 
 
@@ -110,7 +110,7 @@ def build(
     """
     network = get(name)
     shape = network.input_shape if input_shape is None else _shape(input_shape)
-    whole("classes", classes)
+    check_int("classes", classes)
     how = initialisation or network.initialisation["bp"]
     return _initialised(lambda: network.layers(shape, classes), seed, how)
 
@@ -129,12 +129,12 @@ def mlp(
     Takes (N, in_features), or anything that flattens to it. `output` is the last block's activation. Raises
     ValueError for an activation that is not in ACTIVATIONS and for widths below 1.
     """
-    known("activation", activation, ACTIVATIONS)
-    known("activation", output, ACTIVATIONS)
+    lookup("activation", activation, ACTIVATIONS)
+    lookup("activation", output, ACTIVATIONS)
     if not isinstance(hidden, Sequence):
         raise TypeError(f"hidden must be a list of widths, such as [800, 800], got {hidden!r}")
     for width in (in_features, *hidden, classes):
-        whole("a width", width)
+        check_int("a width", width)
     return _initialised(lambda: dense(in_features, hidden, classes, activation, batch_norm, output), seed)
 
 
@@ -151,12 +151,12 @@ def convnet(
     Takes (N, *input_shape); height and width stay. Raises ValueError for an activation that is not in ACTIVATIONS,
     an input shape that is not (C, H, W), and numbers below 1.
     """
-    known("activation", activation, ACTIVATIONS)
+    lookup("activation", activation, ACTIVATIONS)
     shape = _shape(input_shape)
     if not isinstance(filters, Sequence):
         raise TypeError(f"filters must be a list of numbers of filters, such as [32, 64], got {filters!r}")
     for number in (*filters, classes):
-        whole("a number of filters or classes", number)
+        check_int("a number of filters or classes", number)
     return _initialised(lambda: convolutions(shape, filters, classes, activation, batch_norm), seed)
 
 
@@ -189,7 +189,7 @@ def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> "pd
 def _shape(given: object) -> Shape:
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
         raise ValueError(f"the input shape must be (C, H, W), such as (1, 28, 28), got {given!r}")
-    channels, height, width = (whole("a size in the input shape", size) for size in given)
+    channels, height, width = (check_int("a size in the input shape", size) for size in given)
     return channels, height, width
 
 
@@ -210,8 +210,8 @@ INITIALISATIONS: dict[str, Callable[[nn.Linear | nn.Conv2d], object]] = {
 
 
 def _initialised(make: Callable[[], list[nn.Module]], seed: int, how: str = "he_normal") -> nn.Sequential:
-    initialise = known("initialisation", how, INITIALISATIONS)
-    whole("seed", seed, 0)
+    initialise = lookup("initialisation", how, INITIALISATIONS)
+    check_int("seed", seed, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         blocks = as_blocks(make())

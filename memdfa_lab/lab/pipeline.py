@@ -12,7 +12,7 @@ BP's schedule is GPipe's (Huang et al. 2019): all forward, then all backward.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from memdfa_lab.core.checks import known
+from memdfa_lab.core.checks import lookup
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ def simulate(
     """
     import pandas as pd
 
-    order = known("rule", rule, ORDERS)
+    order = lookup("rule", rule, ORDERS)
     for name, number in (("machines", machines), ("micro_batches", micro_batches), ("batches", batches)):
         if number < 1:
             raise ValueError(f"{name} must be 1 or more, got {number!r}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from memdfa_lab.core.checks import known
+from memdfa_lab.core.checks import lookup
 
 # glibc's malloc gives back what is freed: a block of 64 KiB or more has its own pages, the others one trimmed heap.
 GIVING_BACK = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"), "0") | {
@@ -71,17 +71,19 @@ def _status(name: str) -> int:
 
 def _from_names(rule: str, network: str | list[int], batch_size: int, optimizer: str, feedback: str) -> Any:
     from memdfa_lab.core.feedback import KINDS
-    from memdfa_lab.core.losses import LOSSES
     from memdfa_lab.core.rules import RULES
     from memdfa_lab.lab import models  # here alone: nothing else in this module knows a rule
     from memdfa_lab.lab.experiments import OPTIMIZERS
-    from memdfa_lab.rivals.baselines import BASELINES
+    from memdfa_lab.lab.losses import LOSSES
+    from memdfa_lab.rivals import BASELINES
 
     if isinstance(network, str):
         setting = models.get(network)
         model, loss, x = models.build(network), setting.loss, torch.rand(1, *setting.input_shape)
     else:
         model, loss, x = models.mlp(network[0], network[1:-1], network[-1]), "cross_entropy", torch.rand(1, network[0])
-    make = functools.partial(known("optimizer", optimizer, OPTIMIZERS), lr=1e-3)
-    made = known("rule", rule, {**RULES, **BASELINES})(model, make, LOSSES[loss], known("feedback", feedback, KINDS)())
+    make = functools.partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-3)
+    made = lookup("rule", rule, {**RULES, **BASELINES})(
+        model, make, LOSSES[loss], lookup("feedback", feedback, KINDS)()
+    )
     return made, x.repeat(batch_size, *[1] * (x.dim() - 1)), torch.zeros(batch_size, dtype=torch.long)

@@ -17,11 +17,11 @@ import torch
 
 from memdfa_lab import memory
 from memdfa_lab.core import feedback
-from memdfa_lab.core.checks import known
+from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import experiments, models
 from memdfa_lab.lab.distributed import Group, ranks
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +66,7 @@ def _rows(group: Group, cases: Sequence[Sequence[str]], batch: int, optimizer: s
     for name, network in cases:
         x = torch.randn(batch, *models.get(network).input_shape, generator=torch.Generator().manual_seed(0))
         mine = group.part(torch.arange(batch))
-        made = known("rule", name, {**RULES, **BASELINES})(
+        made = lookup("rule", name, {**RULES, **BASELINES})(
             models.build(network),
             lambda parameters: experiments.OPTIMIZERS[optimizer](parameters, lr=1e-6),
             feedback=feedback.Regenerated(),

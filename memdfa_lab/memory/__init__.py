@@ -1,13 +1,11 @@
-"""Memory of a training step: measured per tensor, predicted before running, as a formula, as the system saw it."""
+"""Memory of a training step: measured per tensor, predicted before running, as a formula, as the allocator saw it."""
 
 import importlib
 from typing import Any
 
-from memdfa_lab.lab.resident import resident_peak
-from memdfa_lab.memory.allocator import allocator_peak
+from memdfa_lab.memory.crosscheck import allocator_peak, compare, cuda_peak, cuda_snapshot
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.predict import predict
-from memdfa_lab.memory.process import compare, cuda_peak, cuda_snapshot
 from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
 
 __all__ = [
@@ -22,11 +20,10 @@ __all__ = [
     "measure",
     "predict",
     "readable",
-    "resident_peak",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "formula":  # it needs sympy, which takes a while to load
+    if name == "formula":  # sympy takes a while to import
         return importlib.import_module("memdfa_lab.memory.formula")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,21 +11,23 @@ with L from 2 on, unless given one by one, as numbers or symbols. Each expressio
 in L, but for signals so small that they are formed in one piece: to solve it is one division.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import sympy as sp
 
-from memdfa_lab.core.checks import known, whole
-from memdfa_lab.core.feedback import SMALL_BYTES
+from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.rules import RULES
+from memdfa_lab.core.signal import SMALL_BYTES
+from memdfa_lab.memory.deep import largest
 from memdfa_lab.memory.trace import readable
 
 # s: the bytes of a number; k: those of a signal so small that it is formed in one piece.
 N, n, L, C, n_0, s, k = sp.symbols("N n L C n_0 s k", integer=True, positive=True)
 Terms = dict[str, sp.Expr]
-RULES = dict.fromkeys(("bp", "fa", "dfa", "memdfa"))
-FEEDBACK = dict.fromkeys(("stored", "regenerated", "shared"))
+DEEPEST = 10**9  # layers that are tried
 # Numbers that rest a parameter, float32 scalars that rest a tensor (Adam's step), workspace a weight in an update.
 OPTIMIZERS = {"sgd": (0, 0, 0), "momentum": (1, 0, 0), "adam": (2, 1, 2)}
 
@@ -74,9 +76,9 @@ def terms(rule: str, widths: Sequence[Any] | None = None, feedback: str = "store
     "parameters", "optimizer state" and "feedback" rest; "activations" are those at the end of the forward pass, the
     logits with them; "gradients" those at the end of the backward pass (DFA and MEM-DFA have freed theirs by then).
     """
-    known("rule", rule, RULES)
-    known("feedback", feedback, FEEDBACK)
-    per_parameter, per_tensor, _ = known("optimizer", optimizer, OPTIMIZERS)
+    lookup("rule", rule, RULES)
+    lookup("feedback", feedback, KINDS)
+    per_parameter, per_tensor, _ = lookup("optimizer", optimizer, OPTIMIZERS)
     every = blocks(widths)
     first, last, blocks_in_all = every[0], every[-1], L + 1 if widths is None else len(every)
     P = first.parameters + first.parameters_after
@@ -147,60 +149,57 @@ def resting(rule: str, widths: Sequence[Any] | None = None, **how: str) -> sp.Ex
 
 
 def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: str) -> int:
-    """Return the largest N with which all that rests and the peak fit, in float32; ValueError if not even 1 does."""
-    widths = [whole("a width", width) for width in widths]
-    alike = len(widths) > 3 and len(set(widths[1:-1])) == 1  # then a handful of moments will do
+    """Return the largest N for which peak and rest fit into the budget, in float32.
+
+    `how`: feedback and optimizer, as in `terms`. Raises ValueError if not even one example fits.
+    """
+    widths = [check_int("a width", width) for width in widths]
+    alike = len(widths) > 3 and len(set(widths[1:-1])) == 1  # then a handful of moments is enough
     equal = {n_0: widths[0], n: widths[1], L: len(widths) - 2, C: widths[-1]} if alike else {}
-    given = None if alike else widths
-    lines = _lines(N, {s: 4, k: 0, **equal}, rule, given, how)  # never in one piece: at most too large an answer
-    found = min(int((budget_bytes - at_zero) // slope) for slope, at_zero in lines)  # the batch grows: slope > 0
-    held = sp.lambdify(N, _totals({s: 4, k: SMALL_BYTES, **equal}, rule, given, how), "math")
-    for batch in range(found, 0, -1):
-        if max(held(batch)) <= budget_bytes:
-            return batch
-    raise ValueError(f"not even one example fits into {readable(budget_bytes)}: it takes {readable(max(held(1)))}")
+    held = _held(N, rule, None if alike else widths, {s: 4, k: SMALL_BYTES, **equal}, how)
+    found = largest(held, budget_bytes)
+    if not found:
+        raise ValueError(f"not even one example fits into {readable(budget_bytes)}: it takes {readable(held(1))}")
+    return found
 
 
 def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int, classes: int, **how: str) -> int:
-    """Return the largest L with which all that rests and the peak fit, in float32; ValueError if not even 1 does."""
-    values = _values(batch, width, inputs, classes)
-    need = max(at_zero for _, at_zero in _lines(L, values, rule, (n_0, n, C), how))
-    if need > budget_bytes:
-        raise ValueError(f"not even one hidden layer fits into {readable(budget_bytes)}: it takes {readable(need)}")
-    lines = _lines(L, values, rule, None, how)
-    return max(1, min(int((budget_bytes - at_zero) // slope) for slope, at_zero in lines))  # what rests grows
+    """Return the largest L for which peak and rest fit into the budget, in float32.
+
+    `how`: feedback and optimizer, as in `terms`. Raises ValueError if not even one hidden layer fits.
+    """
+    held = _held_at_depth(rule, batch, width, inputs, classes, how)
+    found = largest(held, budget_bytes)
+    if not found:
+        raise ValueError(f"not even one hidden layer fits into {readable(budget_bytes)}: it takes {readable(held(1))}")
+    return found
 
 
 def depth_from_which(*, batch: int, width: int, inputs: int, classes: int, against: str = "bp", **how: str) -> int:
-    """Return the L from which on MEM-DFA holds less than another rule, rest and peak; ValueError if it never does."""
-    values = _values(batch, width, inputs, classes)
+    """Return the L from which on MEM-DFA holds less than another rule, peak and rest together, in float32.
 
-    def lead(widths: Any) -> list[tuple[int, int]]:  # the lines of the other's total less ours
-        ours, theirs = (_lines(L, values, rule, widths, how) for rule in ("memdfa", against))
-        slope = ours[0][0]  # MEM-DFA's peak does not grow, so this is what rests
-        return [(their_slope - slope, at_zero - max(b for _, b in ours)) for their_slope, at_zero in theirs]
-
-    lines = lead(None)
-    roots = [-at_zero // slope for slope, at_zero in lines if slope > 0]
-    if not roots:
+    `how`: feedback and optimizer, as in `terms`. Raises ValueError if that is never so.
+    """
+    ours, theirs = (_held_at_depth(rule, batch, width, inputs, classes, how) for rule in ("memdfa", against))
+    last = largest(lambda depth: theirs(depth) - ours(depth), 0, least=2, most=DEEPEST)  # where it does not hold less
+    if last == DEEPEST:
         raise ValueError(f"MEM-DFA never holds less than {against} here: kept feedback grows as fast; regenerate it")
-    found = max(2, min(roots) + 1)
-    while found > 2 and max(slope * (found - 1) + at_zero for slope, at_zero in lines) > 0:
-        found -= 1
-    return 1 if found == 2 and max(at_zero for _, at_zero in lead((n_0, n, C))) > 0 else found
+    return last + 1 if last else 1 if theirs(1) > ours(1) else 2
 
 
-def _totals(values: dict[sp.Symbol, int], rule: str, widths: Any, how: dict[str, str]) -> list[sp.Expr]:
-    """Return all that is held at each moment, rest included, with these values."""
-    rest = resting(rule, widths, **how)
-    return [sp.expand((rest + held).subs(values)) for held in moments(rule, widths, **how).values()]
-
-
-def _lines(symbol: sp.Symbol, *setting: Any) -> list[tuple[int, int]]:
-    """Return slope and value at 0 of `_totals(*setting)`, which are linear in the symbol."""
-    return [(int(total.coeff(symbol, 1)), int(total.coeff(symbol, 0))) for total in _totals(*setting)]
-
-
-def _values(batch: int, width: int, inputs: int, classes: int) -> dict[sp.Symbol, int]:
+def _held_at_depth(
+    rule: str, batch: int, width: int, inputs: int, classes: int, how: dict[str, str]
+) -> Callable[[int], int]:
+    """Return peak and rest together as a function of L; one hidden layer has widths of its own."""
     sizes = {N: ("batch", batch), n: ("width", width), n_0: ("inputs", inputs), C: ("classes", classes)}
-    return {symbol: whole(*size) for symbol, size in sizes.items()} | {s: 4, k: SMALL_BYTES}
+    values = {symbol: check_int(*size) for symbol, size in sizes.items()} | {s: 4, k: SMALL_BYTES}
+    one, more = (_held(L, rule, widths, values, how) for widths in ((n_0, n, C), None))
+    return lambda depth: one(1) if depth == 1 else more(depth)
+
+
+def _held(symbol: sp.Symbol, rule: str, widths: Any, values: Any, how: dict[str, str]) -> Callable[[int], int]:
+    """Return peak and rest together as a function of one symbol, the others having these values."""
+    rest, symbols = resting(rule, widths, **how), (N, n, L, C, n_0, s, k)
+    totals = [rest + held for held in moments(rule, widths, **how).values()]
+    at = sp.lambdify(symbols, totals, "math")  # subs would simplify Max(150, 16384 / N) to 16384 / N
+    return lambda number: int(max(at(*({**values, symbol: number}.get(each, 0) for each in symbols))))

@@ -5,14 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
-from memdfa_lab.lab.files import write_text
-
-if TYPE_CHECKING:
-    import pandas as pd
+from memdfa_lab.memory.files import write_text
 
 CATEGORIES = (
     "parameters",
@@ -35,7 +32,7 @@ class Storage:
     size_bytes: int
     shape: tuple[int, ...]  # of the first tensor seen on it
     dtype: str
-    kind: str  # "born" in the step, "resting" before it, or from "outside": not counted
+    kind: str  # "born" in the step, "resting" before it, or from "outside", which is not counted
 
 
 @dataclass(slots=True)
@@ -52,7 +49,7 @@ class Event:
 
 
 class Trace:
-    """What a step held, event by event. Bytes are above what rested before it, unless said otherwise."""
+    """What a step held, event by event. Bytes are above what was in memory before the step, unless said otherwise."""
 
     def __init__(self, events: Sequence[Event], resting: dict[str, int]):
         self.events = list(events)
@@ -60,91 +57,79 @@ class Trace:
 
     @property
     def resting_bytes(self) -> int:
-        """What was there before the step: parameters, buffers, optimizer state, stored feedback, the batch."""
+        """The bytes in memory before the step: parameters, buffers, optimizer state, stored feedback, the batch."""
         return sum(self.resting_by_category.values())
 
     @cached_property
-    def _totals(self) -> np.ndarray:
-        return np.cumsum([0, *(event.change_bytes for event in self.events)])
+    def changes(self) -> np.ndarray:
+        """The bytes of each event, negative where memory is freed; int64."""
+        return np.array([event.change_bytes for event in self.events], dtype=np.int64)
 
-    @property
-    def _peak_at(self) -> int:
-        """How many events it took to reach the peak."""
-        return int(self._totals.argmax())
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """The bytes alive before the step (0), and after each event; int64."""
+        return np.concatenate([[0], self.changes.cumsum()])
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was held at once, above what rests."""
-        return int(self._totals.max())
+        """The most bytes alive at once."""
+        return int(self.totals.max())
 
     @property
     def end_bytes(self) -> int:
-        """What the step left behind: 0, but for a first step, which makes the optimizer's state and stored feedback."""
-        return int(self._totals[-1])
+        """The bytes that the step leaves behind. Only a first step does: the optimizer's state and stored feedback."""
+        return int(self.totals[-1])
 
     @property
     def peak_by_category(self) -> dict[str, int]:
         """What `peak_bytes` is made of; the values sum to it."""
         sums = dict.fromkeys(CATEGORIES, 0)
-        for event in self.events[: self._peak_at]:
+        for event in self.events[: int(self.totals.argmax())]:
             sums[event.storage.category] += event.change_bytes
         return {name: value for name, value in sums.items() if value}
 
     @cached_property
-    def timeline(self) -> "pd.DataFrame":
+    def timeline(self) -> pd.DataFrame:
         """A row an event: time_s, operation (its number), name, phase, block, category, bytes, total_bytes.
 
-        `bytes` is what the event adds (a birth) or takes away; `total_bytes` what is alive after it.
-        `storage` numbers the storages in order of birth; `shape` and `dtype` are those of the first tensor on it.
+        `bytes` is what the event adds, or frees where it is negative; `total_bytes` is alive after it. `storage`
+        numbers the storages in order of birth; `shape` and `dtype` are those of the first tensor on it.
         """
-        import pandas as pd
-
         numbers: dict[int, int] = {}
         rows = [
-            (
-                event.time_s,
-                event.operation,
-                event.name,
-                event.phase,
-                event.block,
-                event.storage.category,
-                event.change_bytes,
-                numbers.setdefault(id(event.storage), len(numbers)),
-                "x".join(map(str, event.storage.shape)),
-                event.storage.dtype,
-            )
+            {
+                "time_s": event.time_s,
+                "operation": event.operation,
+                "name": event.name,
+                "phase": event.phase,
+                "block": event.block,
+                "category": event.storage.category,
+                "bytes": event.change_bytes,
+                "storage": numbers.setdefault(id(event.storage), len(numbers)),
+                "shape": "x".join(map(str, event.storage.shape)),
+                "dtype": event.storage.dtype,
+            }
             for event in self.events
         ]
-        columns = ["time_s", "operation", "name", "phase", "block", "category", "bytes", "storage", "shape", "dtype"]
-        table = pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})
-        return table.assign(total_bytes=self._totals[1:])
+        names = ["time_s", "operation", "name", "phase", "block", "category", "bytes", "storage", "shape", "dtype"]
+        return pd.DataFrame(rows, columns=names).astype({"block": "Int64"}).assign(total_bytes=self.totals[1:])
 
     @property
-    def by_category(self) -> "pd.DataFrame":
+    def by_category(self) -> pd.DataFrame:
         """A row an event, a column a category: the bytes alive after it. The columns sum to `total_bytes`."""
-        import pandas as pd
+        categories = self.timeline["category"]
+        present = [name for name in CATEGORIES if (categories == name).any()]
+        return pd.DataFrame({name: self.timeline["bytes"].where(categories == name, 0).cumsum() for name in present})
 
-        table = self.timeline
-        present = [name for name in CATEGORIES if (table["category"] == name).any()]
-        changes = {name: table["bytes"].where(table["category"] == name, 0) for name in present}
-        return pd.DataFrame(changes, index=table.index).cumsum()
-
-    def at_peak(self) -> "pd.DataFrame":
-        """What was alive at the peak, the largest first: bytes, category, shape, dtype, and where it was born."""
-        table = self.timeline.head(self._peak_at)
-        alive = table.groupby("storage").agg(
-            bytes=("bytes", "sum"),
-            category=("category", "first"),
-            shape=("shape", "first"),
-            dtype=("dtype", "first"),
-            name=("name", "first"),
-            phase=("phase", "first"),
-            block=("block", "first"),
-        )
+    def at_peak(self) -> pd.DataFrame:
+        """Return what was alive at the peak, the largest first: bytes, category, shape, dtype, and its birth."""
+        table = self.timeline.head(int(self.totals.argmax())).groupby("storage")
+        first = table[["category", "shape", "dtype", "name", "phase", "block"]].first()
+        alive = table["bytes"].sum().to_frame().join(first)
         return alive[alive["bytes"] > 0].sort_values("bytes", ascending=False, kind="stable").reset_index(drop=True)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the timeline, whole or not at all."""
+        """Write the timeline, whole or not at all. Raises ValueError if the folder cannot be written to."""
         write_text(path, self.timeline.to_csv(index=False))
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ipywidgets
 from matplotlib.figure import Figure
 
-from memdfa_lab.core import checks as names
+from memdfa_lab.core import checks
 from memdfa_lab.memory.predict import without_collection
 from memdfa_lab.widgets.background import BUSY
 
@@ -89,9 +89,9 @@ class Explorer(ipywidgets.VBox):
 def changed(what: str, start: T | None, kind: Any, changes: Mapping[str, Any]) -> T:
     """Return start, or the kind's own, with what is changed. Raises TypeError or ValueError for what is none."""
     start = kind() if start is None else start
-    names.of_kind(what, start, kind, f"an ml.widgets.{kind.__name__}")
+    checks.check_type(what, start, kind, f"an ml.widgets.{kind.__name__}")
     for name in changes:
-        names.known(what, name, vars(start))
+        checks.lookup(what, name, vars(start))
     return replace(start, **changes)  # type: ignore[type-var]
 
 
@@ -99,7 +99,7 @@ def chosen(rules: Any, table: Mapping[str, T]) -> dict[str, T]:
     """Return the table's part of these rules, in their order. Raises TypeError or ValueError for what is no list."""
     if isinstance(rules, str) or not isinstance(rules, Iterable):
         raise TypeError(f"rules must be a list of names, such as ['bp', 'memdfa'], got {rules!r}")
-    found = {rule: names.known("rule", rule, table) for rule in rules}
+    found = {rule: checks.lookup("rule", rule, table) for rule in rules}
     if not found:
         raise ValueError("no rule is chosen: tick one or more")
     return found
@@ -116,11 +116,11 @@ def menu(options: Any, value: Any, name: str) -> Any:
 
 
 def seed(value: int) -> Any:
-    return whole(value, 0, max(20, names.whole("seed", value, 0)), "seed")
+    return whole(value, 0, max(20, checks.check_int("seed", value, 0)), "seed")
 
 
 def whole(value: int, least: int, most: int, name: str, **options: Any) -> Any:
-    names.whole(name, value, least, most)
+    checks.check_int(name, value, least, most)
     return ipywidgets.IntSlider(value, least, most, description=name, **options, **WIDE)
 
 

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from memdfa_lab import figures
-from memdfa_lab.core.checks import known, whole
+from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS, Feedback, Stored
-from memdfa_lab.core.rules import RULES, Rule
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import alignment, models
 from memdfa_lab.lab.fit import _order, accuracy
 from memdfa_lab.memory.trace import readable
@@ -55,9 +56,9 @@ class Matrix:
     rule: str = "dfa"
 
     def __post_init__(self) -> None:
-        known("rule", self.rule, TAUGHT)
-        whole("outputs (C)", self.outputs, 1, LIMITS["classes"])
-        whole("width (n)", self.width, 1, LIMITS["width"])
+        lookup("rule", self.rule, TAUGHT)
+        check_int("outputs (C)", self.outputs, 1, LIMITS["classes"])
+        check_int("width (n)", self.width, 1, LIMITS["width"])
         self.feedback()
 
     @property
@@ -75,7 +76,7 @@ class Matrix:
 
     def feedback(self, more: int = 0) -> Feedback:
         """Return the family, of the seed and `more`."""
-        return known("storage", self.storage, KINDS)(self.seed + more, self.distribution, self.scale)
+        return lookup("storage", self.storage, KINDS)(self.seed + more, self.distribution, self.scale)
 
     def singular_values(self, more: int = 0) -> np.ndarray:
         """Return those of the first block's B, the largest first: min(C, n) of them, float64."""

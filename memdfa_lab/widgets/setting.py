@@ -7,7 +7,7 @@ import html
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,15 +17,15 @@ import torch
 from matplotlib.figure import Figure
 
 from memdfa_lab import figures, memory
-from memdfa_lab.core.checks import known, of_kind, whole
-from memdfa_lab.core.feedback import KINDS, SMALL_BYTES, Regenerated
+from memdfa_lab.core.checks import check_int, check_type, lookup
+from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import models
 from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.lab.experiments import OPTIMIZERS
-from memdfa_lab.memory.deep import Chain, Step
+from memdfa_lab.memory.deep import Chain, largest
 from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 from memdfa_lab.widgets.base import changed, chosen
 from memdfa_lab.widgets.base import table as html_table
 
@@ -66,20 +66,20 @@ class Setting:
     count_rest: bool = False  # draw what rests, too, and not only what a step adds to it
 
     def __post_init__(self) -> None:
-        for name, largest in LIMITS.items():
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1, largest))
-        known("activation", self.activation, ACTIVATIONS)
-        known("optimizer", self.optimizer, OPTIMIZERS)
-        known("feedback", self.feedback, KINDS)
-        known("family", self.family, FAMILIES)
-        known("precision", self.precision, PRECISIONS)
+        for name, most in LIMITS.items():
+            object.__setattr__(self, name, check_int(name, getattr(self, name), 1, most))
+        lookup("activation", self.activation, ACTIVATIONS)
+        lookup("optimizer", self.optimizer, OPTIMIZERS)
+        lookup("feedback", self.feedback, KINDS)
+        lookup("family", self.family, FAMILIES)
+        lookup("precision", self.precision, PRECISIONS)
         if self.family == "convnet" and self.inputs not in IMAGES:
             sizes = ", ".join(f"{inputs:,} ({'x'.join(map(str, shape))})" for inputs, shape in IMAGES.items())
             raise ValueError(f"a convnet takes images, of {sizes} inputs, got {self.inputs:,}: choose an mlp")
         object.__setattr__(self, "rules", tuple(chosen(self.rules, ALL_RULES)))
         for name in ("batch_norm", "count_rest"):
-            of_kind(name, getattr(self, name), bool, "True or False")
-        of_kind("budget", self.budget, str, "a size with its unit, such as '8 GiB'")
+            check_type(name, getattr(self, name), bool, "True or False")
+        check_type("budget", self.budget, str, "a size with its unit, such as '8 GiB'")
         if self.batch_norm and self.batch == 1:
             raise ValueError("BatchNorm needs two examples or more to train: choose a larger batch, or leave it out")
         bytes_of(self.budget)
@@ -115,8 +115,7 @@ class Explored:
     """What follows from a setting; in bytes, but for `largest_batch` (examples) and `deepest` (hidden layers).
 
     `table`: a row a rule: its peak above rest and what that is made of; what rests, and both together; what fits the
-    budget, while one example or one layer more does not (0: nothing fits; MOST_LAYERS: as many, or more); of examples
-    that a convnet takes in eighths, eight more.
+    budget, while one example or one layer more does not (0: nothing fits; MOST_LAYERS: as many, or more).
     `curve`: the columns rule, depth and bytes. `steps`: label -> moments of a step, a column of bytes a category.
     """
 
@@ -153,14 +152,12 @@ class Explored:
             for _, row in table.iterrows()
         ]
         batch, depth = f"largest batch, at {setting.depth:,} layers", f"most hidden layers, at batch {setting.batch:,}"
-        eighths = setting.family == "convnet" and not setting.batch_norm
-        more = "one more layer or eight more images do" if eighths else "one more does"
         return (
             # In a grid, so that wide tables scroll by themselves.
             "<div style='line-height:1.4;display:grid;grid-template-columns:minmax(0,1fr)'>"
             f"<p><b>One step</b> ({html.escape(setting.title)}; point at a number for its bytes)</p>"
             f"{html_table(['rule', *names.values()], held)}"
-            f"<p><b>What fits into {html.escape(setting.budget)}</b>, peak and rest together; {more} not</p>"
+            f"<p><b>What fits into {html.escape(setting.budget)}</b>, peak and rest together; one more does not</p>"
             f"{html_table(['rule', batch, depth], fits)}</div>"
         )
 
@@ -189,22 +186,24 @@ def _of_one_rule(setting: Setting) -> tuple[dict[str, Any], pd.DataFrame, pd.Dat
     """Return a row of the table, a line of the curve and the moments of a step for the setting's only rule."""
     (rule,) = setting.rules
     chain, depth, budget = chain_of(rule, setting), setting.depth, bytes_of(setting.budget)
-    step = chain.step(depth + 1, setting.batch)
+    trace = chain.trace(depth + 1)
+    deepest = largest(chain.held_bytes, budget, 2, MOST_LAYERS + 1)
     row = {
         "rule": rule,
-        "peak_bytes": step.peak_bytes,
-        **step.peak_by_category,
-        "resting_bytes": step.resting_bytes,
-        **{f"resting {name}": value for name, value in step.resting_by_category.items()},
-        "held_bytes": step.peak_bytes + step.resting_bytes,
-        "largest_batch": chain.largest_batch(budget, depth + 1),
-        "deepest": max(0, chain.deepest(budget, setting.batch, MOST_LAYERS + 1) - 1),
+        "peak_bytes": trace.peak_bytes,
+        **trace.peak_by_category,
+        "resting_bytes": trace.resting_bytes,
+        **{f"resting {name}": value for name, value in trace.resting_by_category.items()},
+        "held_bytes": trace.peak_bytes + trace.resting_bytes,
+        "largest_batch": largest(
+            lambda batch: chain_of(rule, setting, batch).held_bytes(depth + 1), budget, 2 if setting.batch_norm else 1
+        ),
+        "deepest": max(0, deepest - 1),
     }
     depths = sorted({*CURVE, depth})
-    counted = chain.held_bytes if setting.count_rest else chain.peak_bytes
-    held = [counted(layers + 1, setting.batch) for layers in depths]
-    curve = pd.DataFrame({"rule": rule, "depth": depths, "bytes": held})
-    return row, curve, _moments(step, setting.count_rest)
+    counted = chain.held_bytes if setting.count_rest else lambda blocks: chain.trace(blocks).peak_bytes
+    curve = pd.DataFrame({"rule": rule, "depth": depths, "bytes": [counted(layers + 1) for layers in depths]})
+    return row, curve, _moments(trace, setting.count_rest)
 
 
 def bytes_of(text: str) -> int:
@@ -216,67 +215,42 @@ def bytes_of(text: str) -> int:
     return int(size)
 
 
-def chain_of(rule: str, setting: Setting) -> Chain:
-    """Return the steps of a rule in networks of this kind, at any depth and batch."""
-    return _chain(rule, Setting(**{name: getattr(setting, name) for name in OF_A_CHAIN}, batch=2))
+def chain_of(rule: str, setting: Setting, batch: int | None = None) -> Chain:
+    """Return the steps of a rule in networks of this kind at any depth, at another batch if given."""
+    kind = Setting(**{name: getattr(setting, name) for name in OF_A_CHAIN}, batch=2)
+    return _chain(rule, kind, setting.batch if batch is None else batch)
 
 
 @lru_cache(maxsize=1000)
-def _chain(rule: str, setting: Setting) -> Chain:
-    s, image = setting, setting.x_shape[1:]
-    # What rests is the same for all rules, but for B where it is kept, and for layers that are not taught.
-    alike = KINDS[s.feedback] is Regenerated and rule != "last_layer"
-    linear_from = period = 1
-    if rule in ("dfa", "memdfa"):
-        # A signal e B_i is formed in quarters, but never in pieces smaller than SMALL_BYTES; and filters, 3x3, that
-        # outweigh the batch are not copied. Without BatchNorm, this is so for each eighth of the examples; for all
-        # of them B is held, or a signal that is smaller.
-        pixels = math.prod(image[1:])
-        convolutions = s.family == "convnet"
-        outputs = s.width * (pixels if convolutions else 1)
-        linear_from = math.ceil(4 * SMALL_BYTES / (outputs * PRECISIONS[s.precision].itemsize))
-        if convolutions:
-            linear_from = max(linear_from, math.ceil(9 * max(image[0], s.width) / pixels))
-            if not s.batch_norm:
-                period = 8
-                linear_from = 8 * max(linear_from, math.ceil(s.classes / 8))
-    least = 2 if s.batch_norm else 1
-    segmented = rule.startswith("checkpoint")
-    resting = partial(_resting, "bp" if alike else rule, s)
-    return Chain(partial(_predicted, rule, s), resting, linear_from, period, segmented, least)
-
-
-def _predicted(rule: str, setting: Setting, blocks: int, batch: int, steps: int = 1) -> Trace:
+def _chain(rule: str, setting: Setting, batch: int) -> Chain:
     s, image = setting, setting.x_shape[1:]
     size: Any = image if s.family == "convnet" else s.inputs
     make: Any = {"mlp": models.mlp, "convnet": models.convnet}[s.family]
-    hidden = [s.width] * (blocks - 1)
 
-    def network() -> torch.nn.Module:
-        return make(size, hidden, s.classes, s.activation, s.batch_norm).to(PRECISIONS[s.precision])
+    def predict(blocks: int) -> Trace:
+        def network() -> torch.nn.Module:
+            net = make(size, [s.width] * (blocks - 1), s.classes, s.activation, s.batch_norm)
+            return net.to(PRECISIONS[s.precision])
 
-    return memory.predict(rule, network, (batch, *image), OPTIMIZERS[s.optimizer], KINDS[s.feedback](), steps=steps)
+        return memory.predict(rule, network, (batch, *image), OPTIMIZERS[s.optimizer], KINDS[s.feedback]())
 
-
-@lru_cache(maxsize=1000)
-def _resting(rule: str, setting: Setting, blocks: int) -> dict[str, int]:
-    return _predicted(rule, setting, blocks, setting.batch, steps=0).resting_by_category
+    return Chain(predict, segmented=rule.startswith("checkpoint"))
 
 
-def _moments(step: Step, count_rest: bool) -> pd.DataFrame:
+def _moments(trace: Trace, count_rest: bool) -> pd.DataFrame:
     """Return what is held at up to MOMENTS moments of a step, a column a category; of each stretch, the fullest."""
-    totals = step.changes.cumsum()
+    totals, categories = trace.totals[1:], np.array([event.storage.category for event in trace.events])
     edges = np.unique(np.linspace(0, len(totals), min(MOMENTS, len(totals)) + 1, dtype=int))
     at = np.array([start + totals[start:stop].argmax() for start, stop in pairwise(edges)])
     held = {}
-    for place, name in enumerate(CATEGORIES):
-        alive = np.where(step.categories == place, step.changes, 0).cumsum()[at]
-        rest = step.resting_by_category.get(name, 0) if count_rest else 0
+    for name in CATEGORIES:
+        alive = np.where(categories == name, trace.changes, 0).cumsum()[at]
+        rest = trace.resting_by_category.get(name, 0) if count_rest else 0
         if alive.any() or rest:
             held[name] = alive + rest
     # The fullest moment is in the same phase for every block; these go through all of them.
     anywhere = [start + i % (stop - start) for i, (start, stop) in enumerate(pairwise(edges))]
-    return pd.DataFrame({"phase": step.phases[anywhere], **held})
+    return pd.DataFrame({"phase": [trace.events[i].phase for i in anywhere], **held})
 
 
 def _size(value: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import ipywidgets
 
 from memdfa_lab import figures, memory
-from memdfa_lab.core.checks import known, whole
+from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import models
@@ -65,12 +65,12 @@ def film(
     rule: str, layers: int = 5, width: int = 200, batch: int = 64, optimizer: str = "sgd", feedback: str = "stored"
 ) -> list[Moment]:
     """Return the moments of one step of a rule in an MLP for MNIST. Raises ValueError for what cannot be."""
-    known("rule", rule, ALL_RULES)
-    known("optimizer", optimizer, OPTIMIZERS)
-    known("feedback", feedback, KINDS)
-    whole("layers", layers, 1, LIMITS["depth"])
+    lookup("rule", rule, ALL_RULES)
+    lookup("optimizer", optimizer, OPTIMIZERS)
+    lookup("feedback", feedback, KINDS)
+    check_int("layers", layers, 1, LIMITS["depth"])
     for name, value in (("width", width), ("batch", batch)):
-        whole(name, value, 1, LIMITS[name])
+        check_int(name, value, 1, LIMITS[name])
     return _film(rule, layers, width, batch, optimizer, feedback)
 
 

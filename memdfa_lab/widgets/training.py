@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from memdfa_lab import figures
-from memdfa_lab.core.checks import check_data, known, number, whole
+from memdfa_lab.core.checks import check_int, check_number, lookup
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
-from memdfa_lab.core.rules import RULES, Rule
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import alignment, datasets, models
 from memdfa_lab.lab.architectures import ACTIVATIONS
+from memdfa_lab.lab.datasets import check_data
 from memdfa_lab.lab.fit import _order, accuracy, predict
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background
@@ -55,13 +57,13 @@ class Race:
         every: int = 20,
     ):
         check_data("Race", data)
-        whole("every", every)
-        whole("layers", layers, 1, LIMITS["depth"])
+        check_int("every", every)
+        check_int("layers", layers, 1, LIMITS["depth"])
         for what, value in (("width", width), ("batch", batch)):
-            whole(what, value, 1, LIMITS[what])
-        number("lr", lr)
+            check_int(what, value, 1, LIMITS[what])
+        check_number("lr", lr)
         inputs = data.x_train[0].numel()
-        feedback = partial(known("feedback", storage, KINDS), seed, distribution, scale)
+        feedback = partial(lookup("feedback", storage, KINDS), seed, distribution, scale)
         self.rules: dict[str, Rule] = {
             rule: make(
                 models.mlp(inputs, [width] * layers, data.classes, activation, seed=seed),
@@ -143,7 +145,7 @@ class LiveTraining(base.Explorer):
         seed: int = 0,
     ):
         activations = [name for name in ACTIVATIONS if name != "none"]
-        known("activation", activation, dict.fromkeys(activations))
+        lookup("activation", activation, dict.fromkeys(activations))
         slider = base.whole(layers, 1, 8, "hidden layers")
         race = Race(digits(), layers, width, lr, batch, activation, distribution, seed=seed)
         super().__init__(

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from memdfa_lab import memory
-from memdfa_lab.core import feedback
+from memdfa_lab.core import feedback, signal
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import architectures, experiments, models
 from memdfa_lab.lab.files import write_text
-from memdfa_lab.rivals.baselines import BASELINES
+from memdfa_lab.rivals import BASELINES
 
 PROFILED = {"long_fc2": 10, "mnist_conv": 100, "liao_cifar": 100, "vgg_16": 100}  # network -> batch size
 DEPTHS = (2, 3, 5, 10, 20, 50, 100, 200)
@@ -60,7 +60,7 @@ def _against_depth(rules: list[str]) -> Iterator[dict[str, Any]]:
 
     for (name, make), rule in product(_chains().items(), rules):
         theory = f.peak(rule, feedback="regenerated") if name == FROM_FORMULA and rule in RULES else None
-        equal = {f.N: DEEP_BATCH, f.n_0: 784, f.n: WIDTH, f.C: 10, f.s: 4, f.k: feedback.SMALL_BYTES}
+        equal = {f.N: DEEP_BATCH, f.n_0: 784, f.n: WIDTH, f.C: 10, f.s: 4, f.k: signal.SMALL_BYTES}
         for depth in DEPTHS:
             shape = (DEEP_BATCH, 1, 28, 28)
             row: dict[str, Any] = {"network": name, "batch_size": DEEP_BATCH, "rule": rule, "depth": depth}

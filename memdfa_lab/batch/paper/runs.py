@@ -15,8 +15,9 @@ import torch
 
 from memdfa_lab.batch.paper import plan
 from memdfa_lab.batch.paper.plan import Experiment
-from memdfa_lab.core.checks import known
-from memdfa_lab.core.rules import RULES, Rule
+from memdfa_lab.core.checks import lookup
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import alignment, experiments
 from memdfa_lab.lab.files import write_text
 from memdfa_lab.lab.fit import fit
@@ -55,7 +56,7 @@ def run(
     """
     started, out = time.monotonic(), Path(out)
     every = {one.name: one for one in plan.experiments()}
-    wanted = [known("experiment", name, every) for name in only] or list(every.values())
+    wanted = [lookup("experiment", name, every) for name in only] or list(every.values())
     if budget_s is not None and budget_s < 60:
         raise ValueError(f"the budget must be a minute or more, got {budget_s:g} s")
     todo = plan.unfinished(wanted, read(out, "histories"))
@@ -120,7 +121,7 @@ def choose(
 def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], data: "Data") -> float:
     tried_as = "dfa" if rule == "memdfa" else rule  # the same updates, for a forward pass less
     made = experiments.make_rule(tried_as, one.network, data, **one.options(rule, settings))
-    scheduler = known("schedule", one.schedule, SCHEDULES)(one.search_epochs)
+    scheduler = lookup("schedule", one.schedule, SCHEDULES)(one.search_epochs)
     held_out = data.holdout(SEARCH_ON)
     try:
         history = fit(made, held_out, one.search_epochs, one.batch, scheduler=scheduler)
@@ -146,7 +147,7 @@ def train(
         one.epochs,
         one.batch,
         seed=seed,
-        scheduler=known("schedule", one.schedule, SCHEDULES)(one.epochs),
+        scheduler=lookup("schedule", one.schedule, SCHEDULES)(one.epochs),
         checkpoint=checkpoint,
         on_epoch=partial(_angles, data) if one.angles and rule != "bp" else None,
     )

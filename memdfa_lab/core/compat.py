@@ -1,0 +1,99 @@
+"""torch's private names, each behind a name of ours.
+
+torch may change them in any release. They are used nowhere else, and tests/test_compat.py says what is needed of each.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._profiler import _EventType
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils import _python_dispatch
+
+aten = torch.ops.aten
+_C: Any = torch._C  # torch's stubs lack some of it
+
+ANY_CONVOLUTION = _ConvNd
+ANY_BATCH_NORM = _BatchNorm
+has_global_hooks = _has_any_global_hook  # whether torch calls hooks for every module
+copying_view = aten._unsafe_view  # a reshaped tensor that autograd takes for one of its own: in-place changes are safe
+TRUTH_VALUE = aten._local_scalar_dense.default  # the operation by which a tensor becomes a number, as in `if tensor:`
+
+# Autograd numbers its nodes in the order of the forward pass.
+next_node_number: Callable[[], int] = _C._autograd._get_sequence_nr
+current_node: Callable[[], Any] = _C._current_autograd_node  # the one that this thread runs; None outside backward
+
+DispatchMode = _python_dispatch.TorchDispatchMode  # sees each operation that torch runs within it
+without_modes = _python_dispatch._disable_current_modes
+active_modes = _python_dispatch._get_current_dispatch_mode_stack  # in this thread
+
+# torch.profiler's account of the allocator
+ALLOCATION = _EventType.Allocation
+schemas_of: Callable[[str], list[Any]] = _C._jit_get_schemas_for_operator
+# The devices for which an optimizer may be fused, or take many tensors at once
+DEVICE_LISTS = (
+    "torch.utils._foreach_utils._get_foreach_kernels_supported_devices",
+    "torch.optim.optimizer._get_fused_kernels_supported_devices",
+)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return a number that tells storages apart while they live; all views of a storage have the same."""
+    return tensor.untyped_storage()._cdata
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often the tensor has been changed in place."""
+    return tensor._version
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own buffers by name, in the dictionary in which they can be replaced."""
+    return module._buffers
+
+
+def node_number(node: Any) -> int:
+    """Return the number of a node of autograd's graph."""
+    return int(node._sequence_nr())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether the module, or a parameter of its own, has hooks of any kind."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return any(kinds) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in own)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether the optimizer has hooks of its own around its step."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def check_input_dim(norm: Any, h: Tensor) -> None:
+    """Raise ValueError, as BatchNorm does, if h has another number of dimensions than the layer takes."""
+    norm._check_input_dim(h)
+
+
+def convolution_layout(h: Tensor, weight: Tensor) -> torch.memory_format:
+    """Return the layout in which the CPU puts out a convolution; h and weight may be on the meta device."""
+    layout: torch.memory_format = _C._conv_determine_backend_memory_format(h, weight, _C._ConvBackend.Mkldnn)
+    return layout
+
+
+def is_composite(operation: str) -> bool:
+    """Tell whether an operation is written as several others. Raises RuntimeError if the dispatcher lacks it."""
+    return bool(_C._dispatch_has_kernel_for_dispatch_key(operation, "CompositeImplicitAutograd"))
+
+
+def cuda_history(run: Callable[[], object]) -> Any:
+    """Return CUDA's memory history of what runs, as torch's memory viewer takes it."""
+    torch.cuda.memory._record_memory_history()
+    try:
+        run()
+        return torch.cuda.memory._snapshot()
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,0 +1,68 @@
+"""The signal s_i = e B_i that DFA and MEM-DFA send to block i, formed in parts so that little of it is in memory."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from memdfa_lab.core.feedback import Feedback
+
+SMALL_BYTES = 2**16  # below this size, calling torch takes about as long as the work itself
+
+
+class Signal:
+    """The error at a block's output: e B_i, or e itself for the last block, which has no feedback.
+
+    Whoever takes the signal may overwrite it: each tensor is made, or handed out, once.
+    """
+
+    def __init__(self, i: int, e: Tensor, feedback: Feedback | None):
+        self.i, self.e, self.feedback = i, e, feedback
+
+    def slices(self, outputs: int, multiple: int = 16) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (part, signal), the signal of a quarter of the outputs at a time, shape (N, outputs of the part).
+
+        The size of each part but the last is a multiple of `multiple`; 16 numbers fill a processor's vector.
+        """
+        parts = split(outputs, 4, SMALL_BYTES / (len(self.e) * self.e.element_size()), multiple)
+        if self.feedback is None:
+            yield from ((part, self.e[:, part]) for part in parts)
+            return
+        e = self.e.reshape(len(self.e), -1)
+        matrices = self.feedback.columns(self.i, parts, e.shape[1], outputs, like=e)
+        for part, B in zip(parts, matrices, strict=True):
+            yield part, e @ B
+
+    def shaped_like(self, out: Tensor) -> Tensor:
+        """Return the whole signal in the shape (N, ...) and the memory layout of the block's output."""
+        return self.e.view(out.shape) if self.feedback is None else self._write_into(torch.empty_like(out))
+
+    def of(self, examples: slice) -> "Signal":
+        """Return the signal of some examples of the batch."""
+        return type(self)(self.i, self.e[examples], self.feedback)
+
+    def reusable(self, outputs: int) -> "Signal":
+        """Return the same signal for several uses: B_i or e B_i, whichever is smaller, is then formed once."""
+        if self.feedback is None:
+            return self
+        if self.e[0].numel() <= len(self.e):
+            return type(self)(self.i, self.e, self.feedback.reusable())
+        return type(self)(self.i, self._write_into(self.e.new_empty(len(self.e), outputs)), None)
+
+    def _write_into(self, signal: Tensor) -> Tensor:
+        pixels = signal[0, 0].numel()
+        for part, s in self.slices(signal[0].numel(), pixels if pixels > 1 else 16):
+            channels = slice(part.start // pixels, part.stop // pixels)
+            signal[:, channels] = s.view(len(s), -1, *signal.shape[2:])
+            del s  # before the next one is made
+        return signal
+
+
+def split(size: int, parts: int, least: float, multiple: int = 1) -> list[slice]:
+    """Return that many slices of `size`, fewer where one would have less than `least`.
+
+    The width of each slice but the last is a multiple of `multiple`.
+    """
+    width = math.ceil(max(size / parts, least) / multiple) * multiple
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]

@@ -1,0 +1,212 @@
+"""A step's memory as torch's allocators saw it, beside the ledger's account.
+
+The ledger counts what operations hand to each other. The allocators also see what operations take and give back inside
+themselves. `compare` puts the numbers side by side and explains the differences.
+"""
+
+import contextlib
+import functools
+import gc
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from memdfa_lab.core.compat import ALLOCATION, cuda_history, is_composite, schemas_of
+from memdfa_lab.memory.files import write_whole
+from memdfa_lab.memory.ledger import as_function, measure
+
+REST = "memdfa_lab at rest"
+OUTSIDE = "no operation (a number that becomes a tensor, the state of a random generator)"
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to standard error when it starts and stops
+
+
+@dataclass
+class Allocation:
+    """What the allocator gave out, to which operation (its number, 0 for none).
+
+    It is scratch if the same operation gave it back, or if there was none: a ledger of operations does not see it.
+    """
+
+    operation: str
+    number: int
+    size_bytes: int
+    scratch: bool = False
+
+
+@dataclass
+class AllocatorTrace:
+    """What torch's CPU allocator gave out and took back in a step, in order; bytes are above those before the step."""
+
+    changes: list[tuple[float, int, Allocation]]  # time_s, bytes (negative when freed), the allocation
+
+    @functools.cached_property
+    def timeline(self) -> pd.DataFrame:
+        """A row an event: time_s, operation (that took the memory), scratch, bytes, total_bytes (alive after it)."""
+        rows = [(time, allocation.operation, allocation.scratch, size) for time, size, allocation in self.changes]
+        table = pd.DataFrame(rows, columns=["time_s", "operation", "scratch", "bytes"])
+        return table.assign(total_bytes=table["bytes"].cumsum())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were given out at once."""
+        return max(0, int(self.timeline["total_bytes"].max())) if self.changes else 0
+
+    @property
+    def handed_on_bytes(self) -> int:
+        """The same without scratch: what operations hand on to each other, as the ledger counts it."""
+        handed_on = self.timeline["bytes"][~self.timeline["scratch"].astype(bool)]
+        return max(0, int(handed_on.cumsum().max())) if len(handed_on) else 0
+
+    @property
+    def scratch_at_peak(self) -> dict[str, int]:
+        """Bytes of scratch at the peak, by operation, the largest first."""
+        until_peak = self.changes[: int(np.argmax(self.timeline["total_bytes"])) + 1] if self.changes else []
+        found: Counter[str] = Counter()
+        for _, size, allocation in until_peak:
+            found[allocation.operation] += size if allocation.scratch else 0
+        return {name: size for name, size in found.most_common() if size}
+
+
+def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> AllocatorTrace:
+    """Run a step under torch.profiler and return every event of torch's CPU allocator.
+
+    Args:
+        step: Anything with a method `step`, or a function; it is called with the batch.
+        *batch: Tensors on the CPU.
+        warm_up: How many steps run before. They are recorded too, so that memory which one of them left and the step
+            frees is known; freeing older memory counts nothing, since torch does not say how large it was.
+
+    What other threads allocate is not seen.
+    """
+    run = as_function(step)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(warm_up):
+            run(*batch)
+        with record_function(REST):
+            pass
+        run(*batch)
+    assert profiler.profiler is not None
+    return _read(profiler.profiler.kineto_results.experimental_event_tree())
+
+
+def allocator_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
+    """Return the most bytes that torch's CPU allocator had given out at once in a step, above those before it."""
+    return allocator_trace(step, *batch, warm_up=warm_up).peak_bytes
+
+
+def cuda_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
+    """Return the most bytes that CUDA's caching allocator gives out at once in a step, above those before it.
+
+    Raises RuntimeError where there is no GPU.
+    """
+    run = _on_gpu(step)
+    for _ in range(warm_up):
+        run(*batch)
+    gc.collect()
+    torch.cuda.synchronize()
+    rest = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(*batch)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - rest
+
+
+def cuda_snapshot(path: str | Path, step: Any, *batch: Tensor) -> None:
+    """Write a step's CUDA memory history, for pytorch.org/memory_viz. Raises RuntimeError where there is no GPU."""
+    run = _on_gpu(step)
+    snapshot = cuda_history(lambda: run(*batch))
+    write_whole(path, lambda temporary: temporary.write_bytes(pickle.dumps(snapshot)))
+
+
+def compare(step: Any, *batch: Tensor, resident_bytes: int | None = None) -> pd.DataFrame:
+    """Return a step's peak as the ledger, torch's allocators and the system see it; this runs four to six steps.
+
+    Args:
+        step: Anything with a method `step`, or a function; it is called with the batch.
+        *batch: Tensors.
+        resident_bytes: What `ml.experiments.resident_peak` returned for the same rule, network and batch.
+
+    Returns:
+        A row each: what, bytes, difference_bytes and difference_percent to the ledger, and explanation.
+    """
+    counted = measure(step, *batch, warm_up=1).peak_bytes
+    rows = [("ledger", counted, "each storage that operations hand on to each other")]
+    if any(tensor.is_cuda for tensor in batch):
+        seen = cuda_peak(step, *batch)
+        rows.append(("CUDA allocator", seen, "blocks are multiples of 512 bytes; cuBLAS and cuDNN take workspace"))
+    else:
+        trace = allocator_trace(step, *batch)
+        seen = trace.peak_bytes
+        rows.append(("allocator without scratch", trace.handed_on_bytes, "the same storages, counted by torch itself"))
+        scratch = ", ".join(f"{size:,} bytes of scratch in {name}" for name, size in trace.scratch_at_peak.items())
+        if torch.backends.mkldnn.enabled and "aten::convolution" in scratch:
+            scratch += " (oneDNN copies images and weights into its own layout, channels padded to a vector's width)"
+        rows.append(("allocator", seen, f"at its peak: {scratch or 'no scratch'}"))
+    if resident_bytes is not None:
+        cpus = os.cpu_count() or 1
+        precision = max(32, 2 * cpus) * cpus * os.sysconf("SC_PAGE_SIZE")
+        why = f"blocks are whole pages, small ones leave holes in the heap, Linux's peak is good to {precision:,} bytes"
+        rows.append(("resident set", resident_bytes, f"{resident_bytes - seen:+,} bytes to the allocator: {why}"))
+    table = pd.DataFrame(rows, columns=["what", "bytes", "explanation"])
+    table.insert(2, "difference_bytes", table["bytes"] - counted)
+    table.insert(3, "difference_percent", 100 * table["difference_bytes"] / max(counted, 1))
+    return table
+
+
+def _on_gpu(step: Any) -> Callable[..., Any]:
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device here: use allocator_peak, which sees the CPU")
+    return as_function(step)
+
+
+def _read(roots: Sequence[Any]) -> AllocatorTrace:
+    """Return the allocator's events in the profiler's tree of operations."""
+    entries: list[tuple[int, Any, str, int]] = []  # time in ns, what the allocator did, in which operation
+    at_rest, todo = 0, [(node, "", 0) for node in roots]
+    while todo:
+        node, name, number = todo.pop()
+        if node.tag == ALLOCATION and node.extra_fields.device.type == "cpu":
+            entries.append((node.start_time_ns, node.extra_fields, name, number))
+        elif node.name == REST:
+            at_rest = node.start_time_ns
+        elif not number and _is_dispatched(node.name):
+            name, number = node.name, node.id
+        todo += [(child, name, number) for child in node.children]
+    alive: dict[int, Allocation] = {}
+    changes = []
+    for time, entry, name, number in sorted(entries, key=lambda entry: entry[0]):
+        size = entry.alloc_size
+        if size > 0:
+            allocation = alive[entry.ptr] = Allocation(name or OUTSIDE, number, size, scratch=not number)
+        elif entry.ptr in alive:
+            allocation = alive.pop(entry.ptr)
+            allocation.scratch, size = allocation.scratch or number == allocation.number, -allocation.size_bytes
+        else:
+            continue
+        if time >= at_rest:
+            changes.append(((time - at_rest) / 1e9, size, allocation))
+    return AllocatorTrace(changes)
+
+
+@functools.cache
+def _is_dispatched(name: str) -> bool:
+    """Tell whether this is an operation as a dispatch mode sees it, and not one that is written as several others."""
+    schemas = schemas_of(name) if re.fullmatch(r"\w+::\w+", name) else []
+    for schema in schemas:
+        if not schema.overload_name.endswith("out"):  # of aten::empty this one alone is made of others
+            with contextlib.suppress(RuntimeError):  # some are TorchScript's own, and unknown to the dispatcher
+                if is_composite(name + "." * bool(schema.overload_name) + schema.overload_name):
+                    return False
+    return bool(schemas)

@@ -1,0 +1,24 @@
+"""The least that can be trained: the last block, on features that stay as they were drawn."""
+
+import torch
+from torch import Tensor
+
+from memdfa_lab.core.rule import Rule
+
+
+class LastLayer(Rule):
+    """Only the last block learns; BatchNorm's statistics are updated in all. ValueError if the last block is frozen."""
+
+    def check(self) -> None:
+        if not self.parameters[-1]:
+            raise ValueError("the last block is frozen, and no other would learn: unfreeze it, or take BP")
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        h, last = self.begin(x), len(self.blocks) - 1
+        for i in range(last + 1):
+            with torch.set_grad_enabled(i == last):
+                h = self.forward(i, h)
+        loss, e = self.error(h, y)
+        self.backward(h, e)
+        self.update(last)
+        return loss
