@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import memdfa_lab as ml
-from memdfa_lab.lab.experiments import check_parameters, compare, confusion, make_rule, summary
+from memdfa_lab.batch.report import check_parameters
+from memdfa_lab.lab.experiments import compare, confusion, make_rule, summary
 
 EXPECTED = {"epochs": range(1, 11), "lr": (None, (0.0, 1.0)), "rules": [{"bp", "fa"}], "fast": bool, "dataset": str}
 GOOD = {"epochs": 3, "lr": None, "rules": ["bp"], "fast": False, "dataset": "mnist"}

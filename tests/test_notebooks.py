@@ -72,7 +72,7 @@ def test_parameters_come_first_are_checked_and_write_nothing_by_default(path):
     cells = code(path)
     assert ["parameters" in cell.metadata.get("tags", []) for cell in cells] == [True] + [False] * (len(cells) - 1)
     assert re.search(r"^out = None", cells[0].source, re.MULTILINE)
-    assert "ml.experiments.check_parameters(" in cells[1].source
+    assert "ml.report.check_parameters(" in cells[1].source
     assert re.search(rf'Report\(out, "{path.stem}"\)', cells[1].source)
     assert "report.finish(" in cells[-1].source
 

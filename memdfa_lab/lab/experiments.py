@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from memdfa_lab import memory
-from memdfa_lab.batch.report import Report as Report
-from memdfa_lab.batch.report import check_parameters as check_parameters  # notebooks find both here
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, check_number, lookup
 from memdfa_lab.core.rule import Rule
@@ -19,6 +17,8 @@ from memdfa_lab.lab import datasets, models
 from memdfa_lab.lab.distributed import Group
 from memdfa_lab.lab.fit import History, fit
 from memdfa_lab.lab.losses import LOSSES
+from memdfa_lab.lab.resident import resident_peak as resident_peak
+from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
 from memdfa_lab.lab.sync_batchnorm import synchronise
 from memdfa_lab.rivals import BASELINES
 
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 
     from memdfa_lab.lab.datasets import Data
     from memdfa_lab.memory import Trace
-
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": torch.optim.SGD,
-    "momentum": partial(torch.optim.SGD, momentum=0.9),
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-}
 
 
 def load_for(network: str, dataset: str, root: str | Path | None = None) -> "Data":

@@ -73,8 +73,8 @@ def _from_names(rule: str, network: str | list[int], batch_size: int, optimizer:
     from memdfa_lab.core.feedback import KINDS
     from memdfa_lab.core.rules import RULES
     from memdfa_lab.lab import models  # here alone: nothing else in this module knows a rule
-    from memdfa_lab.lab.experiments import OPTIMIZERS
     from memdfa_lab.lab.losses import LOSSES
+    from memdfa_lab.lab.settings import OPTIMIZERS
     from memdfa_lab.rivals import BASELINES
 
     if isinstance(network, str):

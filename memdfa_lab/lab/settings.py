@@ -1,0 +1,130 @@
+"""The one table of a training run's settings. The command line, sweep files, experiments and reports all read it."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, Self
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import core_schema
+
+from memdfa_lab.core.checks import lookup
+from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
+from memdfa_lab.core.rules import ALL_RULES
+from memdfa_lab.core.seeds import LARGEST_SEED
+from memdfa_lab.lab import models
+from memdfa_lab.lab.losses import LOSSES
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+class Checked(BaseModel):
+    """Values by name that are checked when they are given. ValueError, one line, for the first that does not fit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            raise ValueError(_in_one_line(type(self), problem)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the same with some other values, checked too."""
+        return type(self)(**{**dict(self), **changes})
+
+
+def _in_one_line(kind: type[Checked], problem: ValidationError) -> str:
+    first = problem.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        try:
+            lookup(str(kind.__doc__).partition(":")[0].lower(), name, kind.model_fields)
+        except ValueError as unknown:
+            return str(unknown)
+    if first["type"] == "missing":
+        return f"{name} is missing: it has no default"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{first['msg'].replace('Input', name, 1)}, got {first['input']!r}"
+
+
+class NameOf:
+    """Type of a name in a table, as in Annotated[str, NameOf("rule", RULES)]; others are refused with the nearest."""
+
+    def __init__(self, what: str, table: Mapping[str, Any]):
+        self.what, self.table = what, table
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        lookup(self.what, name, self.table)
+        return name
+
+
+def _network(name: str) -> str:
+    models.get(name)
+    return name
+
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Network = Annotated[str, AfterValidator(_network)]
+InitialisationName = Annotated[str, NameOf("initialisation", models.INITIALISATIONS)]
+DistributionName = Annotated[str, NameOf("distribution", DISTRIBUTIONS)]
+FeedbackName = Annotated[str, NameOf("feedback", KINDS)]
+LossName = Annotated[str, NameOf("loss", LOSSES)]
+OptimizerName = Annotated[str, NameOf("optimizer", OPTIMIZERS)]
+RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
+
+
+class RunSettings(Checked):
+    """Setting: what a training run is made of. None stands for the network's own setting (`ml.models.table()`)."""
+
+    rule: RuleName = Field("memdfa", description="the learning rule or baseline")
+    network: Network = Field("fc_relu", description="a name of ml.models, or a ReLU MLP such as 784-[800]x32-10")
+    dataset: str = Field("mnist5k", description="mnist5k (needs no network), mnist, cifar10 or a path to an .npz")
+    root: str | None = Field(None, description="where data sets are kept: $MEMDFA_DATA, else the user's cache")
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    lr: NotNegative | None = Field(None, description="learning rate; the network's is for its own optimizer")
+    optimizer: OptimizerName | None = Field(None, description="momentum is sgd with momentum 0.9")
+    weight_decay: NotNegative | None = None
+    loss: LossName | None = None
+    feedback: FeedbackName = Field(
+        "stored",
+        description="what is kept of the random matrices",
+        validation_alias=AliasChoices("feedback", "feedback_kind"),
+    )
+    distribution: DistributionName | None = Field(None, description="of the random matrices")
+    initialisation: InitialisationName | None = Field(None, description="of the weights")
+    scale: Positive = Field(1.0, description="multiplies the random matrices")
+    clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; None: no clipping")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, feedback and the order of the data")
+    device: str = Field("cpu", description="cpu or cuda")
+
+    def completed(self) -> Self:
+        """Return the same with the network's own settings in place of None; baselines have those of BP.
+
+        What is still None then: weight_decay is what the optimizer has by itself, and nothing is clipped.
+        """
+        network = models.get(self.network)
+        rule = self.rule if self.rule in network.lr else "bp"
+        own = {name: getattr(network, name) for name in ("optimizer", "weight_decay", "loss", "distribution")}
+        own |= {"epochs": network.epochs, "batch_size": network.batch_size, "lr": network.lr[rule]}
+        own["initialisation"] = network.initialisation[rule]
+        return self.changed(**{name: value for name, value in own.items() if getattr(self, name) is None})
