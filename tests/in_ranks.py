@@ -13,8 +13,8 @@ from torch import nn
 
 import memdfa_lab as ml
 from memdfa_lab import cli
+from memdfa_lab.lab.batchnorm import synchronise
 from memdfa_lab.lab.distributed import RankLost, ranks
-from memdfa_lab.lab.sync_batchnorm import synchronise
 
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1),

@@ -15,7 +15,7 @@ from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peak
 import memdfa_lab as ml
 from memdfa_lab import cli
 from memdfa_lab.lab.distributed import Group, ranks
-from memdfa_lab.lab.traffic import measure
+from memdfa_lab.lab.machines import measure
 
 ALONE = Group()
 QUICK = ["train", "--rule", "memdfa", "bp", "--epochs", "1", "--batch-size", "150"]

@@ -17,7 +17,8 @@ from torch import nn
 
 import memdfa_lab as ml
 from memdfa_lab.lab import files
-from memdfa_lab.lab.fit import _order, _Run
+from memdfa_lab.lab.datasets import order
+from memdfa_lab.lab.fit import _Run
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -146,7 +147,7 @@ def test_a_rank_without_a_test_image_has_no_say_in_the_accuracy(data):
     rule = with_dropout_and_batch_norm()
     rule.group = ml.distributed.Group(rank=1, size=2)
     rule.group.total = lambda values, what: torch.tensor(values) + torch.tensor([1.0, 1.0])  # rank 0's image is right
-    assert _Run(rule, rule.group, [])._accuracy(data.x_test[:1], data.y_test[:1]) == 1.0
+    assert _Run(rule, data, 100, 0)._accuracy(data.x_test[:1], data.y_test[:1]) == 1.0
 
 
 def test_ctrl_c_while_the_last_epoch_is_evaluated_is_not_lost(data, tmp_path):
@@ -228,7 +229,7 @@ def test_a_checkpoint_of_another_network_loss_or_split_is_refused(data, tmp_path
     fit(epochs=1)
     before = (tmp_path / "run.pt").read_bytes()
     for given, said in (
-        ({"activation": nn.Tanh}, "network ReLU, this one has Tanh"),
+        ({"activation": nn.Tanh}, "ReLU(), this one has (2): Tanh()"),
         ({"loss": partial(F.cross_entropy, label_smoothing=0.2)}, "this one has cross_entropy(label_smoothing=0.2)"),
         ({"loss": nn.CrossEntropyLoss()}, "this one has CrossEntropyLoss(reduction='mean', ignore_index=-100"),
         ({"split": 1}, "data mnist5k-holdout, 240 examples"),
@@ -346,11 +347,11 @@ def test_the_last_batch_is_short_and_every_example_is_seen_once_an_epoch(data):
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    order = _order(1000, 3, 2)
+    first = order(1000, 3, 2).clone()
     torch.rand(5)
-    assert torch.equal(order, _order(1000, 3, 2))
-    assert not torch.equal(order, _order(1000, 3, 1))
-    assert not torch.equal(order, _order(1000, 2, 2))
+    assert torch.equal(first, order(1000, 3, 2))
+    assert not torch.equal(first, order(1000, 3, 1))
+    assert not torch.equal(first, order(1000, 2, 2))
 
 
 def test_evaluation_is_in_eval_mode_in_batches_and_puts_each_mode_back(data):
