@@ -3,14 +3,14 @@
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-import memdfa_lab as ml
 from memdfa_lab.cli import bench, explore, profile, reproduce, sweep, train
 from memdfa_lab.cli.command import INTERRUPTED, Parser
 
 COMMANDS = (train, reproduce, profile, bench, sweep, explore)
-PACKAGE = Path(ml.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,8 +49,8 @@ def _show(text: str, status: int) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="memdfa", description=ml.__doc__)
-    parser.add_argument("--version", action="version", version=f"memdfa_lab {ml.__version__}")
+    parser = Parser(prog="memdfa", description="Train with BP, FA, DFA and MEM-DFA, and see what each holds in memory.")
+    parser.add_argument("--version", action="version", version=f"memdfa_lab {version('memdfa_lab')}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
     for command in COMMANDS:
         command.add_to(commands)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-import memdfa_lab as ml
 from memdfa_lab.cli.command import add_command, add_rules, chosen_rules
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES
+from memdfa_lab.lab import models
 from memdfa_lab.lab.bench import NETWORKS, bench, contenders, frontier
 from memdfa_lab.lab.files import write_text
 
@@ -42,7 +42,7 @@ def _bench(options: argparse.Namespace) -> None:
         raise ValueError("--frontier has rules of its own, and one kind of feedback: leave out --rules, or --frontier")
     networks, tables = options.network or list(NETWORKS), []
     for network in networks:
-        ml.models.get(network)  # an unknown name is refused before the first network takes its minutes
+        models.get(network)  # an unknown name is refused before the first network takes its minutes
     for network in networks:
         batch = NETWORKS.get(network, 128) if options.batch is None else options.batch
         if options.frontier:
@@ -57,6 +57,8 @@ def _bench(options: argparse.Namespace) -> None:
         shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)[SHOWN]
         print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
         if options.out:  # after each network: a bench that is interrupted leaves what it has
+            from memdfa_lab import figures  # not above: plotting takes a while to import
+
             table = pd.concat(tables)
             write_text(options.out / "bench.csv", table.to_csv(index=False))
-            ml.figures.save(ml.figures.frontier(table), options.out / "bench")
+            figures.save(figures.frontier(table), options.out / "bench")

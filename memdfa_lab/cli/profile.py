@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-import memdfa_lab as ml
 from memdfa_lab.cli.command import add_command, add_rules, add_settings, chosen_rules
-from memdfa_lab.core.rules import ALL_RULES
+from memdfa_lab.core.rules import ALL_RULES, RULES
+from memdfa_lab.lab import experiments
 from memdfa_lab.lab.files import write_text
 from memdfa_lab.memory import CATEGORIES
 
@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
     add_settings(
         command, "network", "optimizer", "feedback", network="long_fc", optimizer="sgd", feedback="regenerated"
     )
-    add_rules(command, "--rules", list(ml.RULES), "the four rules and the baselines")
+    add_rules(command, "--rules", list(RULES), "the four rules and the baselines")
     add = command.add_argument
     add("--batch", type=int, default=128, help="batch size; default: 128")
     add("--predict", action="store_true", help="do not run the step: any size, in seconds")
@@ -36,7 +36,7 @@ def add_to(commands: Any) -> None:
 def _profile(options: argparse.Namespace) -> None:
     how = (options.network, options.batch, options.optimizer, options.feedback)
     rules = chosen_rules(options.rules, list(ALL_RULES))
-    traces = {rule: ml.experiments.profile(rule, *how, measured=not options.predict) for rule in rules}
+    traces = {rule: experiments.profile(rule, *how, measured=not options.predict) for rule in rules}
     rows = [
         {"rule": rule, "peak": trace.peak_bytes, **trace.peak_by_category, "at rest": trace.resting_bytes}
         for rule, trace in traces.items()
@@ -50,5 +50,7 @@ def _profile(options: argparse.Namespace) -> None:
         timelines = [trace.timeline.assign(rule=rule) for rule, trace in traces.items()]
         write_text(options.csv, pd.concat(timelines).to_csv(index=False))
     if options.plot:
-        labels = {ml.figures.STYLES[rule][0]: trace.timeline for rule, trace in traces.items()}
-        ml.figures.save(ml.figures.memory_profiles(labels), options.plot)
+        from memdfa_lab import figures  # not above: plotting takes a while to import
+
+        labels = {figures.STYLES[rule][0]: trace.timeline for rule, trace in traces.items()}
+        figures.save(figures.memory_profiles(labels), options.plot)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-import memdfa_lab as ml
 from memdfa_lab.cli.command import INTERRUPTED, add_command, add_rules, add_settings, chosen_rules
+from memdfa_lab.lab import distributed, experiments
 from memdfa_lab.lab.settings import RunSettings
 
 NAMES = [name for name in RunSettings.model_fields if name != "rule"]
@@ -31,11 +31,11 @@ def add_to(commands: Any) -> None:
     add("--overwrite", action="store_true", help="start anew instead of going on with the run in the folder")
     add("--sync-batchnorm", action="store_true", help="under torchrun: BatchNorm's statistics over all ranks")
     seconds = "under torchrun: seconds that a rank waits for another before it gives up; default: 60"
-    add("--dist-timeout", type=float, default=ml.distributed.TIMEOUT_S, metavar="S", help=seconds)
+    add("--dist-timeout", type=float, default=distributed.TIMEOUT_S, metavar="S", help=seconds)
 
 
 def _train(options: argparse.Namespace) -> None:
-    with ml.distributed.ranks(options.device, options.dist_timeout) as group:
+    with distributed.ranks(options.device, options.dist_timeout) as group:
         try:
             _train_in(group, options)
         except KeyboardInterrupt:
@@ -44,16 +44,16 @@ def _train(options: argparse.Namespace) -> None:
             sys.exit(INTERRUPTED)
 
 
-def _train_in(group: ml.distributed.Group, options: argparse.Namespace) -> None:
+def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in NAMES} | {"device": group.device}
     runs = [RunSettings(rule=rule, **settings) for rule in chosen_rules(options.rule)]  # refused here, before any work
     with group.first_rank_first():  # one rank downloads, the others find the files
-        data = ml.experiments.load_for(options.network, options.dataset, options.root)
+        data = experiments.load_for(options.network, options.dataset, options.root)
     out = options.out or Path("reports/runs") / f"{options.network}-{data.name}-seed{options.seed}"
     how = {"overwrite": options.overwrite, "group": group, "sync_batchnorm": options.sync_batchnorm}
     rows = []
     for run in runs:
-        _, history = ml.experiments.train(data=data, folder=out / run.rule, **dict(run), **how)
+        _, history = experiments.train(data=data, folder=out / run.rule, **dict(run), **how)
         rows.append({"rule": run.rule, **history.table.iloc[-1], "seconds": history.table["seconds"].sum()})
     if group.rank == 0:
         print(pd.DataFrame(rows).astype({"epoch": int}).to_string(index=False, float_format="{:.4f}".format))
