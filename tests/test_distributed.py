@@ -193,6 +193,11 @@ def test_a_rank_that_is_lost_ends_the_others_with_a_clear_error(request, how):
     assert waited_s < 60  # the timeout of those of whom one is killed, and twenty times that of those of whom one hangs
 
 
+def test_the_first_rank_downloads_before_the_others_look(both):
+    first, second, _ = both
+    assert (first["finds the download"], second["finds the download"]) == (False, True)
+
+
 def test_the_command_refuses_different_seeds_in_one_line_a_rank(ill):
     folder, printed = ill
     for rank, (out, errors) in enumerate(printed):

@@ -221,8 +221,9 @@ def test_a_checkpoint_of_another_scheduler_is_refused(data, tmp_path):
 def test_a_checkpoint_of_another_network_loss_or_split_is_refused(data, tmp_path):
     smooth = partial(F.cross_entropy, label_smoothing=0.1)
 
-    def fit(activation=nn.ReLU, loss=smooth, split=0, epochs=2):
-        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), activation(), nn.Linear(20, 10))
+    def fit(activation=nn.ReLU, loss=smooth, split=0, epochs=2, dropout=0.2):
+        layers = [nn.Flatten(), nn.Linear(784, 20), activation(), nn.Dropout(dropout), nn.Linear(20, 10)]
+        net = nn.Sequential(*layers)
         path = tmp_path / "run.pt"
         return ml.fit(ml.BP(net, SGD, loss), data.holdout(0.2, seed=split), epochs, checkpoint=path)
 
@@ -230,6 +231,7 @@ def test_a_checkpoint_of_another_network_loss_or_split_is_refused(data, tmp_path
     before = (tmp_path / "run.pt").read_bytes()
     for given, said in (
         ({"activation": nn.Tanh}, "ReLU(), this one has (2): Tanh()"),
+        ({"dropout": 0.5}, "Dropout(p=0.2, inplace=False), this one has (3): Dropout(p=0.5, inplace=False)"),
         ({"loss": partial(F.cross_entropy, label_smoothing=0.2)}, "this one has cross_entropy(label_smoothing=0.2)"),
         ({"loss": nn.CrossEntropyLoss()}, "this one has CrossEntropyLoss(reduction='mean', ignore_index=-100"),
         ({"split": 1}, "data mnist5k-holdout, 240 examples"),
