@@ -1,7 +1,6 @@
 """The comparison: what is run, cut, chosen and kept, and what the tables say."""
 
 import argparse
-import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -57,7 +56,7 @@ def refuse(*_, **__):
 def test_the_plan_can_be_read_and_all_it_names_is_known(monkeypatch):
     tiny = ml.models.build("784-[2]x1-10")
     monkeypatch.setattr(ml.models, "build", lambda *_: tiny)
-    takes = set(inspect.signature(experiments.make_rule).parameters) - {"rule", "network", "data", "seed", "device"}
+    takes = set(experiments.RunSettings.model_fields) - {"rule", "network", "dataset", "seed", "device"}
     listed = paper.plan.experiments()
     assert len({one.name for one in listed}) == len(listed) > 10
     for one in listed:

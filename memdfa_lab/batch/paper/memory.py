@@ -12,7 +12,7 @@ from torch import nn
 from memdfa_lab import memory
 from memdfa_lab.core import feedback, signal
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.lab import architectures, experiments, models
+from memdfa_lab.lab import experiments, models
 from memdfa_lab.lab.files import write_text
 from memdfa_lab.rivals import BASELINES
 
@@ -84,7 +84,7 @@ def _chains() -> dict[str, Any]:
         return models.mlp(784, [WIDTH] * depth, 10, "sigmoid", batch_norm, output="sigmoid")
 
     def convolutional(depth: int) -> nn.Sequential:
-        return models._initialised(lambda: architectures.long_conv(depth)((1, 28, 28), 10), seed=0)
+        return models.from_layers(f"[conv5x5(5) bn sigmoid]x{depth} classes sigmoid", (1, 28, 28), 10)
 
     return {
         "long_fc": partial(dense, batch_norm=True),
