@@ -11,7 +11,7 @@ from memdfa_lab.core.checks import check_number, check_type, lookup
 from memdfa_lab.figures.inputs import categories_in, check_array, draws, require_columns
 from memdfa_lab.figures.lines import draw_lines, from_zero, in_units, lines, logarithmic, looks_of, right_angle
 from memdfa_lab.figures.profiles import draw_steps
-from memdfa_lab.figures.style import FILLS, MIB, legend, panels
+from memdfa_lab.figures.style import FILLS, MIB, legend, legend_of_fills, panels
 
 
 @draws("rule", "depth bytes")
@@ -56,6 +56,7 @@ def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
     figure = draw_steps(steps, ylabel, height=2.1)
     for axes in figure.axes:
         axes.set_xticks([])  # a deep step is drawn from some of its moments
+    legend_of_fills(figure, pd.concat(steps).drop(columns="phase").max())
     return figure
 
 

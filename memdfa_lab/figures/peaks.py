@@ -30,7 +30,7 @@ def peak_fillings(table: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("at the peak, above rest (MiB)")
-    legend_of_fills(figure, parts.max(), totals.max())
+    legend_of_fills(figure, parts.max(), totals.max() / 300)  # less cannot be seen
     return figure
 
 

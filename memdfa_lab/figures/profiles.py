@@ -25,15 +25,17 @@ def memory_profiles(timelines: Mapping[str, pd.DataFrame]) -> Figure:
     for label, table in timelines.items():
         alive = {name: table["bytes"].where(table["category"] == name, 0).cumsum() for name in FILLS}
         steps[label] = pd.DataFrame({"phase": table["phase"], **alive})
-    return draw_steps(steps, "above rest (MiB)", height=2.6)
+    figure = draw_steps(steps, "above rest (MiB)", height=2.6)
+    held = pd.concat(steps).drop(columns="phase")
+    legend_of_fills(figure, held.max(), held.sum(axis=1).max() / 300)  # less cannot be seen
+    return figure
 
 
 def draw_steps(steps: Mapping[str, pd.DataFrame], ylabel: str, height: float) -> Figure:
     """Draw a panel a step, bytes stacked by category over phases; panels are `height` inches high and share y."""
     columns = min(len(steps), 2)
     figure, all_axes = panels(len(steps), columns, height, sharey=True, grid=False)
-    largest = pd.DataFrame([table.drop(columns="phase").max() for table in steps.values()]).max()
-    top = max(table.drop(columns="phase").sum(axis=1).max() for table in steps.values())
+    top = pd.concat(steps).drop(columns="phase").sum(axis=1).max()
     for place, (axes, (label, table)) in enumerate(zip(all_axes, steps.items(), strict=True)):
         lower = np.zeros(len(table))
         for name in (name for name in FILLS if name in table and table[name].any()):
@@ -47,7 +49,6 @@ def draw_steps(steps: Mapping[str, pd.DataFrame], ylabel: str, height: float) ->
         axes.set_xlabel("births and frees, in order" if place >= len(steps) - columns else "")
         axes.set_ylabel(ylabel if place % columns == 0 else "")
         axes.yaxis.set_major_formatter("{x:,g}")
-    legend_of_fills(figure, largest, top)
     return figure
 
 
@@ -79,7 +80,7 @@ def lifetimes(timelines: Mapping[str, pd.DataFrame]) -> Figure:
         axes.set(title=label, xlabel="births and frees, in order", xlim=(0, len(events)), ylim=(0.4, last + 2.6))
         axes.set_yticks(range(1, last + 2), labels=[*range(1, last + 1), "loss, e"])
         axes.set_ylabel("block" if place % 2 == 0 else "")
-    legend_of_fills(figure, pd.Series(1, index=list(bars)), 1)
+    legend_of_fills(figure, pd.Series(1, index=list(bars)))
     return figure
 
 

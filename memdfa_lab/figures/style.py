@@ -120,12 +120,9 @@ def legend(figure: Figure, of: Sequence[Any] = (), handlelength: float = 3.5) ->
     figure.legend([handles[label] for label in labels], labels, ncols=columns, handlelength=handlelength, **BELOW)
 
 
-def legend_of_fills(figure: Figure, largest: "pd.Series[float]", total: float) -> None:
-    """Name the colours and hatches of categories below the panels, of those that take more than a 300th of the total.
-
-    Less cannot be seen. `largest` has the categories as its index, and the most that each takes.
-    """
-    names = [name for name in FILLS if largest.get(name, 0) > total / 300]
+def legend_of_fills(figure: Figure, largest: "pd.Series[float]", above: float = 0) -> None:
+    """Name the colours and hatches of the categories whose largest size is above a size, below the panels."""
+    names = [name for name in FILLS if largest.get(name, 0) > above]
     boxes = [Rectangle((0, 0), 1, 1, facecolor=FILLS[n][0], hatch=FILLS[n][1], edgecolor="white") for n in names]
     figure.legend(boxes, names, ncols=6, handlelength=1.4, **BELOW)
 
