@@ -6,15 +6,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
 from memdfa_lab import memory
 from memdfa_lab.core import feedback, signal
-from memdfa_lab.core.rules import RULES
+from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import architectures, experiments, models
 from memdfa_lab.lab.files import write_text
-from memdfa_lab.rivals import BASELINES
 
 PROFILED = {"long_fc2": 10, "mnist_conv": 100, "liao_cifar": 100, "vgg_16": 100}  # network -> batch size
 DEPTHS = (2, 3, 5, 10, 20, 50, 100, 200)
@@ -31,9 +31,7 @@ def measure(out: str | Path) -> None:
     step. depth: networks as long_fc, long_fc2 and long_conv with other numbers of layers; beside the prediction the
     closed form where there is one (formula_bytes), and what a step was measured to hold (measured_bytes).
     """
-    import pandas as pd
-
-    rules = [*RULES, *BASELINES]
+    rules = list(ALL_RULES)
     traces = {}
     for network, rule in product(models.names(), rules):
         batch = models.get(network).batch_size
