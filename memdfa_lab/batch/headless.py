@@ -12,8 +12,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
 ENGINE = "memdfa_headless"
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_S = 10.0  # from Ctrl-C until a kernel that goes on is killed
 
 
@@ -39,33 +36,25 @@ class Kernels:
     """The kernels that threads of this process run, to be ended together."""
 
     def __init__(self) -> None:
-        self._running: set[Any] = set()
+        self.running: set[Any] = set()
         self.ending = False
 
     def before_cell(self, manager: Any) -> None:
-        """Note a kernel, or stop its notebook here if the kernels are to end."""
+        """Note a kernel; or stop its notebook here, if the kernels are to end."""
         if self.ending:
             raise Interrupted
-        self._running.add(manager)
+        self.running.add(manager)
 
-    def end(self, threads: Iterable["Future[Any]"]) -> None:
-        """Interrupt the kernels, so that training keeps a checkpoint, and wait for the threads that run notebooks.
-
-        What has not ended after ten seconds, or at a second Ctrl-C, is killed.
-        """
+    def end(self) -> None:
+        """Interrupt the kernels, so that training keeps a checkpoint, and later kill those that go on."""
         self.ending = True
         self._send(signal.SIGINT)
-        limit = time.monotonic() + GRACE_S
-        while not all(thread.done() for thread in threads):
-            try:
-                time.sleep(0.1)
-            except KeyboardInterrupt:
-                limit = 0.0
-            if time.monotonic() > limit:
-                self._send(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+        later = threading.Timer(GRACE_S, self._send, [signal.SIGKILL if os.name == "posix" else signal.SIGTERM])
+        later.daemon = True
+        later.start()
 
     def _send(self, number: int) -> None:
-        for manager in list(self._running):
+        for manager in list(self.running):
             with suppress(RuntimeError, ProcessLookupError):  # it has ended
                 run_sync(manager.signal_kernel)(number)
 
@@ -74,27 +63,17 @@ class HeadlessEngine(NBClientEngine):
     """papermill's own engine, which leaves widgets alone."""
 
     @classmethod
-    def execute_managed_notebook(
-        cls,
-        nb_man: Any,
-        kernel_name: str,
-        notebook_timeout: float = 3600,
-        start_timeout: float = 60,
-        kernels: Kernels | None = None,
-        folder: str | None = None,
-        env: Mapping[str, str] | None = None,
-        **unused: Any,
-    ) -> Any:
-        """Run the cells; the kernel's process starts in `folder`, with `env` added to this environment."""
-        end = time.monotonic() + notebook_timeout
-        kernels = kernels or Kernels()
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+        """Run the cells. Options: notebook_timeout, start_timeout, kernels, the kernel's folder and environment."""
+        end = time.monotonic() + options.get("notebook_timeout", 3600)
+        kernels = options.get("kernels", Kernels())
         with tempfile.TemporaryDirectory(prefix="memdfa-") as place:
             socket = {"transport": "ipc", "ip": f"{place}/kernel"}  # without a place, in the working directory
             client: Any = PapermillNotebookClient(
                 nb_man,
                 timeout_func=lambda cell: max(1.0, end - time.monotonic()),
                 iopub_timeout=60,  # nbclient's own 4 s are short on a busy machine
-                startup_timeout=start_timeout,
+                startup_timeout=options.get("start_timeout", 60),
                 kernel_name=kernel_name,
                 log_output=False,
                 extra_arguments=["--log-level=50"],  # else the kernel repeats on stderr what the notebook shows
@@ -103,7 +82,8 @@ class HeadlessEngine(NBClientEngine):
             )
             client.comm_open_handlers = {}
             try:
-                return client.execute(cwd=folder, env={**os.environ, **(env or {}), "TQDM_DISABLE": "1"})
+                env = {**os.environ, **options.get("environment", {}), "TQDM_DISABLE": "1"}
+                return client.execute(cwd=options.get("folder"), env=env)
             finally:
                 if threading.current_thread() is not threading.main_thread():
                     ensure_event_loop().close()  # nbclient's, of this thread
@@ -113,14 +93,7 @@ papermill_engines.register(ENGINE, HeadlessEngine)
 
 
 def execute(
-    notebook: Path,
-    out: Path,
-    parameters: dict[str, Any],
-    timeout_s: float,
-    *,
-    threads: int | None = None,
-    bar: dict[str, Any] | bool = False,
-    kernels: Kernels | None = None,
+    notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: float, bar: Any = False, **options: Any
 ) -> str | None:
     """Run one notebook where it lies, and write the executed copy and what it leaves into a folder.
 
@@ -129,9 +102,8 @@ def execute(
         out: The folder, given to the notebook as its parameter `out`.
         parameters: Values of other parameters; paths among them are absolute.
         timeout_s: Seconds that the whole notebook may take.
-        threads: Threads of the kernel; None leaves that to the environment.
         bar: Options of tqdm for a bar of the notebook's cells; False for none.
-        kernels: Where the kernel is noted, if several are to be ended together.
+        options: Go to the engine: kernels (`Kernels`), environment.
 
     Returns:
         In which cell the notebook failed and why, in one line; None if it came to its end.
@@ -147,8 +119,7 @@ def execute(
             progress_bar=bar,
             notebook_timeout=timeout_s,
             folder=str(notebook.parent),  # papermill's own `cwd` would move this process, with all its threads
-            env={} if threads is None else dict.fromkeys(THREADS, str(threads)),
-            kernels=kernels,
+            **options,
         )
     except papermill.PapermillExecutionError as problem:
         error = f"{problem.ename}: {problem.evalue}"

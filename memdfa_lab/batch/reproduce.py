@@ -143,7 +143,8 @@ class _Run:
                     thread.result()
             except BaseException as problem:
                 pool.shutdown(wait=False, cancel_futures=True)
-                self.kernels.end(threads)
+                self.kernels.end()
+                pool.shutdown()
                 stopped = [name for name in self.names if self.records[name]["status"] == "interrupted"]
                 if stopped and isinstance(problem, KeyboardInterrupt):
                     goes_on = f"memdfa reproduce --out {shlex.quote(str(self.out))} goes on"
@@ -168,8 +169,10 @@ class _Run:
         bar = {"desc": self.label(name), "leave": False} if sys.stderr.isatty() else False
         if not bar:
             self.say(name, "started")
-        threads = None if "OMP_NUM_THREADS" in os.environ else 1
-        error = execute(notebook, self.out, given, self.timeout_s, threads=threads, bar=bar, kernels=self.kernels)
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        error = execute(
+            notebook, self.out, given, self.timeout_s, bar=bar, kernels=self.kernels, environment=environment
+        )
         if error and self.kernels.ending:
             self.keep(name, status="interrupted", source=source)
             return

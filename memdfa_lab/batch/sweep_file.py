@@ -48,30 +48,17 @@ class SweepFile(Checked):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file asks for, in full.
+    """What a sweep file asks for, in full."""
 
-    Attributes:
-        run: train, or the path of a notebook.
-        runs: The parameters of each run, as they are written, by the run's name: a hash of all its settings.
-        code: What the results depend on besides. With another version, or another source of the notebook, all runs
-            are done anew.
-        result: The file in a run's folder that is its result.
-        folder: The folder from which relative paths among the parameters are meant.
-        comments: What a parameter is, by its name, for those that are paths.
-        retries: How often a run that failed is done again.
-        threads: Threads of a run.
-        timeout_s: Seconds that a notebook may take.
-    """
-
-    run: str
-    runs: dict[str, dict[str, Any]]
-    code: str
-    result: str
-    folder: str
-    comments: dict[str, str]
-    retries: int
-    threads: int
-    timeout_s: float
+    run: str  # train, or the path of a notebook
+    runs: dict[str, dict[str, Any]]  # by a hash of all settings, the parameters as they are written
+    code: str  # what the results depend on besides: with another version or another notebook all runs are done anew
+    result: str  # the file in a run's folder that is its result
+    folder: str  # from which relative paths among the parameters are meant
+    comments: dict[str, str]  # of the parameters, by name: they say which ones are paths
+    retries: int  # how often a run that failed is done again
+    threads: int  # of a run
+    timeout_s: float  # seconds that a notebook may take
 
     @property
     def varied(self) -> list[str]:
