@@ -16,7 +16,7 @@ BIN := $(filter-out ./,$(dir $(PY)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env reproduce paper test test-notebooks test-deep check notebooks lab book audit clean
+.PHONY: help env reproduce paper test test-notebooks test-slow test-deep check tables notebooks lab book audit clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,8 +36,9 @@ paper: $(READY) ## run the paper's comparison, hours; goes on where it stopped: 
 
 # One thread a worker: WORKERS x OpenMP threads on as many cores would only take turns. worksteal keeps a module's
 # tests mostly on one worker (its fixtures are made once) and still shares out the long parametrised files.
-test: $(READY) ## run the tests, then the notebooks
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+test: $(READY) ## run the quick tests, then the notebooks
+	$(PYTEST) -m 'not slow' $(ARGS)
 	$(if $(strip $(ARGS)),,@$(MAKE) --no-print-directory test-notebooks)
 
 # Every cell is run and its output compared with the committed one; a cell that depends on the machine says so by the
@@ -47,16 +48,23 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-w
 test-notebooks: $(READY) ## run the notebooks, outputs compared with those committed
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) notebooks $(ARGS)
 
-# 500 random networks a property, others each time; 20 processes killed in training and in reproduce.
-test-deep: $(READY) ## what takes an hour or more: many random networks, many faults
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep MEMDFA_FAULTS=20 MEMDFA_STEPS=20000 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  tests/test_properties.py tests/test_faults.py tests/test_security.py $(ARGS)
+test-slow: $(READY) ## the other tests: wrong rules, random networks, killed processes, a browser, the book, large networks
+	$(PYTEST) -m slow $(ARGS)
 
-check: $(READY) ## what a change must pass: format, lint, types, tests
+# 500 random networks a property, others each time; 20 processes killed in training and in reproduce.
+test-deep: $(READY) ## test-slow with larger numbers: an hour or more
+	HYPOTHESIS_PROFILE=deep MEMDFA_FAULTS=20 MEMDFA_STEPS=20000 $(PYTEST) -m slow $(ARGS)
+
+check: $(READY) ## what a change must pass: format, lint, types, imports, tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(BIN)lint-imports --no-cache
 	$(MAKE) --no-print-directory test
+
+COG := -m cogapp -r -P -I reports -p 'import tables'
+tables: $(READY) ## make the tables in README and reports anew
+	$(PY) $(COG) README.md reports/index.md
 
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 notebooks: $(READY) ## run the notebooks and keep what they put out, to be committed

@@ -9,7 +9,8 @@ from memdfa_lab.core.blocks import as_blocks
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA
 from memdfa_lab.lab import alignment, datasets, distributed, experiments, losses, models
-from memdfa_lab.lab.fit import History, accuracy, fit, predict
+from memdfa_lab.lab.evaluation import accuracy, predict
+from memdfa_lab.lab.fit import History, fit
 from memdfa_lab.rivals import BASELINES
 
 __version__ = "0.1.0"
@@ -40,10 +41,9 @@ LATER = {
     "bench": "memdfa_lab.lab.bench",
     "figures": "memdfa_lab.figures",
     "paper": "memdfa_lab.batch.paper",
-    "pipeline": "memdfa_lab.lab.pipeline",
+    "machines": "memdfa_lab.lab.machines",
     "report": "memdfa_lab.batch.report",
     "sweep": "memdfa_lab.batch.sweep",
-    "traffic": "memdfa_lab.lab.traffic",
     "widgets": "memdfa_lab.widgets",
 }
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import memdfa_lab as ml
 from memdfa_lab import cli
+from memdfa_lab.lab.batchnorm import synchronise
 from memdfa_lab.lab.distributed import RankLost, ranks
-from memdfa_lab.lab.sync_batchnorm import synchronise
 
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1),
@@ -148,12 +148,23 @@ def not_finite(group):
     return found
 
 
+def downloads(group, folder):
+    """Tell whether this rank finds the file that a rank without it makes, as a download would."""
+    with group.first_rank_first():
+        found = (folder / "downloaded").exists()
+        if not found:
+            time.sleep(0.2)
+            (folder / "downloaded").touch()
+    return found
+
+
 def all_cases(group, folder):
     """Run everything that two ranks in good health do; `folder` has one.pt, a checkpoint that one process wrote."""
     found = {name: learn(group, **options) for name, options in EQUAL.items()}
     found |= {("peaks", rule): peaks(group, rule) for rule in ml.RULES}
     found["own statistics"] = learn(group, "bp", "sgd", "conv_batchnorm", [12])
     found["not finite"] = not_finite(group)
+    found["finds the download"] = downloads(group, folder)
     found["fit"] = fitted(group, folder / "fit.pt")
     found["fit, one's own statistics"] = fitted(group, make=conv_batchnorm)
     found["files"] = sorted(path.name for path in folder.glob("*.pt"))

@@ -1,12 +1,15 @@
 """The benchmark: who runs, that they take turns, and that ratios and peaks are those of the steps."""
 
 import math
+from functools import partial
 
 import pytest
+import torch.nn.functional as F
 
 import memdfa_lab as ml
 from memdfa_lab.lab import bench as module
 from memdfa_lab.lab.bench import Contender, bench, contenders, frontier
+from memdfa_lab.lab.example import example_step
 
 NETWORK = "784-[16]x8-10"
 
@@ -60,6 +63,24 @@ def test_the_peak_is_the_steps():
     for rule in ("bp", "memdfa"):
         expected = ml.experiments.profile(rule, NETWORK, 32).peak_bytes
         assert table["peak_bytes"][rule] == expected
+
+
+@pytest.mark.parametrize(
+    ("network", "loss"), [("fc_sigmoid", "mse"), ("nokland_2x800", "bce"), ([8, 9, 3], "cross_entropy")]
+)
+def test_a_step_that_is_measured_has_the_networks_own_loss(network, loss):
+    rule, x, y = example_step("bp", network, 4)
+    assert rule.loss_fn is ml.losses.LOSSES[loss]
+    assert rule.step(x, y).isfinite()
+
+
+def test_the_bench_times_the_networks_own_loss(monkeypatch):
+    """One that is not: the step of fc_sigmoid would hold another number of bytes with cross-entropy."""
+    table = bench("fc_sigmoid", 16, contenders(["memdfa"], ["regenerated"]), rounds=1, warm_up=1).set_index("rule")
+    how = {"x_shape": (16, 1, 28, 28), "feedback": ml.feedback.Regenerated()}
+    build, losses = partial(ml.models.build, "fc_sigmoid"), (ml.losses.mse, F.cross_entropy)
+    peaks = [ml.memory.predict("memdfa", build, **how, loss_fn=loss_fn).peak_bytes for loss_fn in losses]
+    assert table["peak_bytes"]["memdfa"] == peaks[0] != peaks[1]
 
 
 @pytest.mark.parametrize(

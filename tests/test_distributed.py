@@ -15,7 +15,7 @@ from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peak
 import memdfa_lab as ml
 from memdfa_lab import cli
 from memdfa_lab.lab.distributed import Group, ranks
-from memdfa_lab.lab.traffic import measure
+from memdfa_lab.lab.machines import measure
 
 ALONE = Group()
 QUICK = ["train", "--rule", "memdfa", "bp", "--epochs", "1", "--batch-size", "150"]
@@ -191,6 +191,11 @@ def test_a_rank_that_is_lost_ends_the_others_with_a_clear_error(request, how):
     assert problem.startswith("rank 0 of 2 waited for the loss of another rank, which has ended or is more than")
     assert step == 2
     assert waited_s < 60  # the timeout of those of whom one is killed, and twenty times that of those of whom one hangs
+
+
+def test_the_first_rank_downloads_before_the_others_look(both):
+    first, second, _ = both
+    assert (first["finds the download"], second["finds the download"]) == (False, True)
 
 
 def test_the_command_refuses_different_seeds_in_one_line_a_rank(ill):

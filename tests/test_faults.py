@@ -27,7 +27,8 @@ from memdfa_lab.lab.files import locked
 
 pytestmark = pytest.mark.slow
 FAULTS = int(os.environ.get("MEMDFA_FAULTS", "2"))
-MAIN = """import signal, sys; from pathlib import Path; from memdfa_lab import cli; from memdfa_lab.batch import notebooks
+MAIN = """import signal, sys; from pathlib import Path
+from memdfa_lab import cli; from memdfa_lab.batch import notebooks
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 """
 NETWORK = "784-[16]x1-10"

@@ -17,7 +17,8 @@ from torch import nn
 
 import memdfa_lab as ml
 from memdfa_lab.lab import files
-from memdfa_lab.lab.fit import _order, _Run
+from memdfa_lab.lab.datasets import order
+from memdfa_lab.lab.fit import _Run
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -146,7 +147,7 @@ def test_a_rank_without_a_test_image_has_no_say_in_the_accuracy(data):
     rule = with_dropout_and_batch_norm()
     rule.group = ml.distributed.Group(rank=1, size=2)
     rule.group.total = lambda values, what: torch.tensor(values) + torch.tensor([1.0, 1.0])  # rank 0's image is right
-    assert _Run(rule, rule.group, [])._accuracy(data.x_test[:1], data.y_test[:1]) == 1.0
+    assert _Run(rule, data, 100, 0)._accuracy(data.x_test[:1], data.y_test[:1]) == 1.0
 
 
 def test_ctrl_c_while_the_last_epoch_is_evaluated_is_not_lost(data, tmp_path):
@@ -220,15 +221,17 @@ def test_a_checkpoint_of_another_scheduler_is_refused(data, tmp_path):
 def test_a_checkpoint_of_another_network_loss_or_split_is_refused(data, tmp_path):
     smooth = partial(F.cross_entropy, label_smoothing=0.1)
 
-    def fit(activation=nn.ReLU, loss=smooth, split=0, epochs=2):
-        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), activation(), nn.Linear(20, 10))
+    def fit(activation=nn.ReLU, loss=smooth, split=0, epochs=2, dropout=0.2):
+        layers = [nn.Flatten(), nn.Linear(784, 20), activation(), nn.Dropout(dropout), nn.Linear(20, 10)]
+        net = nn.Sequential(*layers)
         path = tmp_path / "run.pt"
         return ml.fit(ml.BP(net, SGD, loss), data.holdout(0.2, seed=split), epochs, checkpoint=path)
 
     fit(epochs=1)
     before = (tmp_path / "run.pt").read_bytes()
     for given, said in (
-        ({"activation": nn.Tanh}, "network ReLU, this one has Tanh"),
+        ({"activation": nn.Tanh}, "ReLU(), this one has (2): Tanh()"),
+        ({"dropout": 0.5}, "Dropout(p=0.2, inplace=False), this one has (3): Dropout(p=0.5, inplace=False)"),
         ({"loss": partial(F.cross_entropy, label_smoothing=0.2)}, "this one has cross_entropy(label_smoothing=0.2)"),
         ({"loss": nn.CrossEntropyLoss()}, "this one has CrossEntropyLoss(reduction='mean', ignore_index=-100"),
         ({"split": 1}, "data mnist5k-holdout, 240 examples"),
@@ -346,11 +349,11 @@ def test_the_last_batch_is_short_and_every_example_is_seen_once_an_epoch(data):
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    order = _order(1000, 3, 2)
+    first = order(1000, 3, 2).clone()
     torch.rand(5)
-    assert torch.equal(order, _order(1000, 3, 2))
-    assert not torch.equal(order, _order(1000, 3, 1))
-    assert not torch.equal(order, _order(1000, 2, 2))
+    assert torch.equal(first, order(1000, 3, 2))
+    assert not torch.equal(first, order(1000, 3, 1))
+    assert not torch.equal(first, order(1000, 2, 2))
 
 
 def test_evaluation_is_in_eval_mode_in_batches_and_puts_each_mode_back(data):

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 
 import memdfa_lab as ml
-from memdfa_lab.lab.architectures import LAYERS
+from memdfa_lab.lab.models import NETWORKS
 
 VGG_FILTERS = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
 VGG_CONVOLUTIONS = sum((9 * a + 1) * b for a, b in pairwise(VGG_FILTERS))
@@ -55,7 +55,7 @@ SIZES = {
 
 
 def test_every_network_is_counted_here_and_set_in_the_table():
-    assert list(SIZES) == ml.models.names() == list(LAYERS) == list(ml.models.table()["network"])
+    assert list(SIZES) == ml.models.names() == list(NETWORKS) == list(ml.models.table()["network"])
 
 
 @pytest.mark.parametrize("name", ml.models.names())
@@ -227,7 +227,7 @@ def test_initialisations_have_the_spread_of_their_name(how, deviation, bound):
         (lambda: ml.models.build("fc_rely"), "did you mean 'fc_relu'?"),
         (lambda: ml.models.build("fc_relu", initialisation="he_norm"), "did you mean 'he_normal'?"),
         (lambda: ml.models.mlp(784, [10], 10, activation="rely"), "unknown activation 'rely'"),
-        (lambda: ml.models.mlp(784, [0], 10), "a width must be a whole number from 1 on"),
+        (lambda: ml.models.mlp(784, [0], 10), "must be a whole number from 1 on"),
     ],
 )
 def test_a_network_that_is_not_there_is_refused_in_one_line(call, message):

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from memdfa_lab import figures
-from memdfa_lab.lab.pipeline import ORDERS, simulate, steady
+from memdfa_lab.lab.machines import ORDERS, simulate, steady
 
 SIZES = [(1, 1), (1, 5), (4, 1), (4, 3), (4, 4), (4, 16), (7, 5)]
 # the part of the time in which machines compute, M machines and K micro-batches, nothing on the wire
@@ -58,10 +58,10 @@ def test_the_wire_and_the_signal_cost_time():
     ("arguments", "message"),
     [
         ({"rule": "dpa"}, "did you mean 'dfa'"),
-        ({"machines": 0}, "machines must be 1 or more, got 0"),
-        ({"micro_batches": 0}, "micro_batches must be 1 or more"),
-        ({"batches": 0}, "batches must be 1 or more"),
-        ({"wire": -1.0}, "wire and signal are times from 0 on"),
+        ({"machines": 0}, "machines must be"),
+        ({"micro_batches": 0}, "micro_batches must be"),
+        ({"batches": 0}, "batches must be"),
+        ({"wire": -1.0}, "wire must be"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -245,7 +245,7 @@ def test_a_wrong_value_is_one_line_and_status_1(tmp_path, capsys):
     status = cli.main(["reproduce", "--only", "02_mnist_mlp", "-p", "epochs", "0", "--out", str(tmp_path / "run")])
     assert status == 1
     err = capsys.readouterr().err
-    assert "02_mnist_mlp, cell 3: ValueError: epochs should be greater than or equal to 1, got 0" in err
+    assert "02_mnist_mlp, cell 3: ValueError: epochs must be greater than or equal to 1, got 0" in err
     assert err.count("\n") == 1
 
 

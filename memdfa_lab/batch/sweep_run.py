@@ -161,7 +161,6 @@ def _prepare(folder: Path, about: dict[str, Any]) -> None:
 
 def _train(sweep: Sweep, name: str, folder: Path) -> None:
     settings = RunSettings(**sweep.given(name)).model_dump()
-    settings["feedback_kind"] = settings.pop("feedback")
     data = experiments.load_for(settings["network"], settings.pop("dataset"), settings.pop("root"))
     experiments.train(data=data, folder=folder, progress=False, **settings)
 

@@ -1,46 +1,56 @@
 """The command line: memdfa train | reproduce | profile | bench | sweep | explore."""
 
-import argparse
 import sys
+import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 
-import memdfa_lab as ml
 from memdfa_lab.cli import bench, explore, profile, reproduce, sweep, train
 from memdfa_lab.cli.command import INTERRUPTED, Parser
 
 COMMANDS = (train, reproduce, profile, bench, sweep, explore)
+PACKAGE = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.
+
+    An error that the package or the system reports is shown in one line. Any other is a fault in the package, or in
+    what it calls, and is shown with its traceback.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except KeyboardInterrupt as stop:
         text = str(stop) or "interrupted: what was finished is kept, the same command goes on from there"
-        return _say(text, INTERRUPTED)
-    except (ValueError, TypeError) as problem:
-        return _fail(options, problem, 2)
+        return _show(text, INTERRUPTED)
     except Exception as problem:
-        return _fail(options, problem, 1)
+        if options.debug:
+            raise
+        of_system = isinstance(problem, (OSError, MemoryError)) or "allocate memory" in str(problem)
+        if not (of_system or _is_reported(problem)):
+            traceback.print_exc()
+        text = " ".join(str(problem).split()) or type(problem).__name__
+        status = 2 if isinstance(problem, (ValueError, TypeError)) and _is_reported(problem) else 1
+        return _show(text if len(text) < 1000 else f"{text[:1000]} ...", status)
     return 0
 
 
-def _fail(options: argparse.Namespace, problem: Exception, status: int) -> int:
-    if options.debug:
-        raise problem
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return _say(text if len(text) < 1000 else f"{text[:1000]} ...", status)
+def _is_reported(problem: Exception) -> bool:
+    """Tell whether a line of the package raises this error, and not a library or a fault of its own."""
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    return PACKAGE in Path(frame.filename).parents and str(frame.line).startswith("raise ")
 
 
-def _say(text: str, status: int) -> int:
+def _show(text: str, status: int) -> int:
     print(f"memdfa: {text}", file=sys.stderr)
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="memdfa", description=ml.__doc__)
-    parser.add_argument("--version", action="version", version=f"memdfa_lab {ml.__version__}")
+def _parser() -> Parser:
+    parser = Parser(prog="memdfa", description="Train with BP, FA, DFA and MEM-DFA, and see what each holds in memory.")
+    parser.add_argument("--version", action="version", version=f"memdfa_lab {version('memdfa_lab')}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
     for command in COMMANDS:
         command.add_to(commands)

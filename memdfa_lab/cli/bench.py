@@ -4,11 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import memdfa_lab as ml
-from memdfa_lab.cli.command import add_command
+import pandas as pd
+
+from memdfa_lab.cli.command import add_command, add_rules, chosen_rules
 from memdfa_lab.core.feedback import KINDS
-from memdfa_lab.lab.bench import ALL, NETWORKS, bench, contenders, frontier
+from memdfa_lab.core.rules import ALL_RULES
+from memdfa_lab.lab import models
+from memdfa_lab.lab.bench import NETWORKS, bench, contenders, frontier
 from memdfa_lab.lab.files import write_text
+
+SHOWN = ["rule", "feedback", "setting", "median_s", "us_a_block", "ratio", "ratio_low", "ratio_high", "peak_mib"]
 
 
 def add_to(commands: Any) -> None:
@@ -21,11 +26,11 @@ def add_to(commands: Any) -> None:
         "  memdfa bench --network '784-[800]x32-10' --batch 128 --rules bp memdfa --rounds 21 --out bench\n"
         "  memdfa bench --network liao_cifar --frontier --out frontier\n",
     )
+    add_rules(command, "--rules", ["all"], "the four rules and the baselines")
     add = command.add_argument
     add("--network", nargs="+", metavar="NAME", help=f"default: {', '.join(NETWORKS)}")
     add("--batch", type=int, help="batch size; default: 128, 2048, 512, 100, 100, 32 for these, else 128")
-    add("--rules", nargs="+", default=["all"], choices=[*ALL, "all"], help="default: all, with the baselines")
-    add("--feedback", nargs="+", choices=KINDS, default=["regenerated"], help="one or more; default: regenerated")
+    add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help="one or more; default: regenerated")
     add("--frontier", action="store_true", help="instead of the rules: MEM-DFA's keep_bytes beside checkpointing")
     add("--channels-last", action="store_true", help="lay out images and filters so, for all of them")
     add("--rounds", type=int, default=9, help="steps of each that count; default: 9")
@@ -33,40 +38,27 @@ def add_to(commands: Any) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    import pandas as pd
-
     if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1):
         raise ValueError("--frontier has rules of its own, and one kind of feedback: leave out --rules, or --frontier")
-    rules = list(ALL) if "all" in options.rules else options.rules
     networks, tables = options.network or list(NETWORKS), []
     for network in networks:
-        ml.models.get(network)  # before the first of them takes its minutes
+        models.get(network)  # an unknown name is refused before the first network takes its minutes
     for network in networks:
         batch = NETWORKS.get(network, 128) if options.batch is None else options.batch
         if options.frontier:
             against = frontier(network, batch, options.feedback[0])
         else:
-            against = contenders(rules, options.feedback)
+            against = contenders(chosen_rules(options.rules, list(ALL_RULES)), options.feedback)
         tables.append(bench(network, batch, against, rounds=options.rounds, channels_last=options.channels_last))
+        first = tables[0].iloc[0]
         if len(tables) == 1:
-            print(
-                f"torch {tables[0]['torch'][0]}, {tables[0]['threads'][0]} threads, {options.rounds} rounds, in turns"
-            )
-        shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)
+            print(f"torch {first['torch']}, {first['threads']} threads, {options.rounds} rounds, in turns")
         print(f"\n{network}, batch {batch}: seconds a step and ratio to BP (median, quartiles), peak above rest")
-        columns = [
-            "rule",
-            "feedback",
-            "setting",
-            "median_s",
-            "us_a_block",
-            "ratio",
-            "ratio_low",
-            "ratio_high",
-            "peak_mib",
-        ]
-        print(shown[columns].to_string(index=False, float_format="{:.3f}".format), flush=True)
-        if options.out:  # after each network: a bench that is cut leaves what it has
+        shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)[SHOWN]
+        print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
+        if options.out:  # after each network: a bench that is interrupted leaves what it has
+            from memdfa_lab import figures  # not above: plotting takes a while to import
+
             table = pd.concat(tables)
             write_text(options.out / "bench.csv", table.to_csv(index=False))
-            ml.figures.save(ml.figures.frontier(table), options.out / "bench")
+            figures.save(figures.frontier(table), options.out / "bench")

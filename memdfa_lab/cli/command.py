@@ -1,27 +1,56 @@
-"""What all commands have."""
+"""What all commands have: errors in one line, and options from the table of settings."""
 
 import argparse
 from typing import Any, NoReturn
+
+from memdfa_lab.core.rules import ALL_RULES, RULES
+from memdfa_lab.lab.settings import RunSettings, setting
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
+    """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_command(commands: Any, name: str, run: Any, help: str, examples: str) -> argparse.ArgumentParser:
-    """Return the parser of a new command, which does run(options)."""
-    command: argparse.ArgumentParser = commands.add_parser(
+def add_command(commands: Any, name: str, run: Any, help: str, examples: str) -> Parser:
+    """Return the parser of a new command, which calls run(options)."""
+    command: Parser = commands.add_parser(
         name,
         help=help,
         description=help,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_argument("--debug", action="store_true", help="show the traceback of every error")
     command.set_defaults(run=run)
     return command
+
+
+def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
+    """Add an option for each of these settings of a run; `defaults` differ from those of the table."""
+    for name in names:
+        kind, table, default, description = setting(RunSettings, name)
+        default = defaults.get(name, default)
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            choices=None if table is None else list(table),
+            default=default,
+            help=description if default is None else f"{description}; default: {default}",
+        )
+
+
+def add_rules(command: Parser, name: str, default: list[str], all_of: str) -> None:
+    """Add an option of one rule or more; `all` stands for all of them."""
+    names = [*ALL_RULES, "all"]
+    help = f"one or more of {', '.join(names)} ({all_of}); default: {' '.join(default)}"
+    command.add_argument(name, nargs="+", default=default, choices=names, metavar="RULE", help=help)
+
+
+def chosen_rules(names: list[str], every: list[str] | None = None) -> list[str]:
+    """Return the rules that were asked for, each once; `all` stands for `every` rule, the four if not given."""
+    return (every or list(RULES)) if "all" in names else list(dict.fromkeys(names))

@@ -46,8 +46,10 @@ def check_type(what: str, value: object, kind: Any, expected: str) -> None:
 
 def first_difference(one: object, other: object) -> tuple[str, str]:
     """Return the first lines in which two texts differ; "nothing" where one text has ended."""
-    lines = zip_longest(str(one).splitlines(), str(other).splitlines(), fillvalue="nothing")
-    return next((pair for pair in lines if pair[0] != pair[1]), (str(one), str(other)))
+    for line, other_line in zip_longest(str(one).splitlines(), str(other).splitlines(), fillvalue="nothing"):
+        if line != other_line:
+            return line.strip(), other_line.strip()
+    return str(one), str(other)
 
 
 def check_batch(x: Any) -> None:

@@ -12,9 +12,9 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -22,32 +22,27 @@ from memdfa_lab.core.checks import check_batch, check_int, check_type, lookup
 from memdfa_lab.core.recompute import buffers_restored, forward_without_trace, generators_restored
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP
-from memdfa_lab.lab.datasets import check_data
-from memdfa_lab.lab.fit import _order
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from memdfa_lab.lab.datasets import Data
+from memdfa_lab.core.seeds import LARGEST_SEED
+from memdfa_lab.lab.datasets import Data, check_data
 
 T = TypeVar("T")
 RULE = "a rule, such as ml.MemDFA(model, optimizer)"
 Step = Callable[..., Tensor]  # a rule's step as a function of rule, x and y
-Directions = list[list[Tensor]]  # for each block tensors that are one vector together; none: it is not taught
+Directions = list[list[Tensor]]  # for each block tensors that are one vector together; none if it is not taught
 
 
 def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float]:
     """Return the angle between the rule and BP on one batch, x (N, ...) and y, in degrees (0 to 180), one a block.
 
-    `of`: "gradient", of a block's weights, biases and whatever else it trains, or "signal", at the block's output,
-    all examples together (Lillicrap's angle). The gradient is looked at before the optimizer and clipping. NaN where
-    there is no direction: a block that trains nothing, or a gradient of zeros. The network is taken in the mode
-    (training or not) that it is in, and the rule is left as it is: weights, buffers, gradients, optimizer state,
-    feedback and torch's generators.
+    `of`: "gradient", of a block's weights, biases and whatever else it trains, before clipping and the optimizer; or
+    "signal", at the block's output, all examples together (Lillicrap's angle). NaN where there is no direction: a block
+    that trains nothing, or a gradient of zeros. The network is used in the mode (training or not) that it is in. The
+    rule is left as it is: weights, buffers, gradients, optimizer state, feedback and torch's generators.
 
-    Raises ValueError for another `of`, TypeError for what is no rule, and what `rule.step` raises.
+    Raises TypeError if there is no rule, ValueError for another `of`, and what `rule.step` raises.
     """
-    _check(rule, x)
+    check_type("rule", rule, Rule, RULE)
+    check_batch(x)
     directions = lookup("angle of", of, {"gradient": _gradients, "signal": _signals})
     ours, exact = (directions(step, rule, x, y) for step in (type(rule).step, BP.step))
     return [_angle(one, other) for one, other in zip(ours, exact, strict=True)]
@@ -55,52 +50,44 @@ def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float
 
 def follow(
     rule: Rule,
-    data: "Data",
+    data: Data,
     at: Iterable[int],
     batch_size: int = 100,
     *,
     probe: int = 500,
     seed: int = 0,
     before_step: Callable[[Rule, int], object] | None = None,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Train as `ml.fit` does, and return the angles after each number of steps in `at`, 0 being the start.
 
-    They are taken on the first `probe` training images, always the same. `before_step(rule, step)` may change
-    something, such as B, before each step, from 0 on. Columns: step, block (from 1 on), gradient_deg, signal_deg.
-    Raises TypeError or ValueError for what is no rule, data or function, for numbers below 1 (`at`, `seed`: below 0)
-    and an empty `at`, all before the first step; and what `rule.step` raises.
+    They are taken on the first `probe` training images. `before_step(rule, step)` may change something, such as B,
+    before each step, from 0 on. Columns: step, block (from 1 on), gradient_deg, signal_deg. Raises TypeError for a
+    rule, data or function that is none, ValueError for numbers below 1 (`at`, `seed`: below 0) and an empty `at`, all
+    before the first step; and what `rule.step` raises.
     """
-    import pandas as pd
-
     check_type("rule", rule, Rule, RULE)
     check_data("follow", data)
     check_type("at", at, Iterable, "a list of numbers of steps, such as [0, 100]")
     at = {check_int("a number of steps in at", step, 0) for step in at}
     if not at:
         raise ValueError("at is empty: name the numbers of steps after which to take angles, such as [0, 100]")
-    for name, value, least in (("batch_size", batch_size, 1), ("probe", probe, 1), ("seed", seed, 0)):
-        check_int(name, value, least)
+    batch_size, probe = check_int("batch_size", batch_size), check_int("probe", probe)
+    seed = check_int("seed", seed, 0, LARGEST_SEED)
     if before_step is not None:
         check_type("before_step", before_step, Callable, "a function of the rule and the step")
     rule.blocks.train()
     like = next(rule.blocks.parameters())
     x, y = data.x_train[:probe].to(like), data.y_train[:probe].to(like.device)
-    orders = (_order(len(data.x_train), seed, epoch).split(batch_size) for epoch in count())
     rows: list[tuple[int, int, float, float]] = []
-    for step, chosen in zip(range(max(at) + 1), chain.from_iterable(orders), strict=False):
+    for step, batch in zip(range(max(at) + 1), data.batches(batch_size, seed, like), strict=False):
         if step in at:
             pairs = zip(angles(rule, x, y), angles(rule, x, y, "signal"), strict=True)
             rows += [(step, block, *pair) for block, pair in enumerate(pairs, 1)]
         if step < max(at):
             if before_step is not None:
                 before_step(rule, step)
-            rule.step(data.x_train[chosen].to(like), data.y_train[chosen].to(like.device))
+            rule.step(*batch)
     return pd.DataFrame(rows, columns=["step", "block", "gradient_deg", "signal_deg"])
-
-
-def _check(rule: object, x: object) -> None:
-    check_type("rule", rule, Rule, RULE)
-    check_batch(x)
 
 
 def _gradients(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
@@ -148,10 +135,10 @@ def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
 
 
 def _apart(thing: T) -> T:
-    """Return a shallow copy, whose tables (drawn matrices, counted sizes) can grow without the other's."""
-    made = copy.copy(thing)
-    vars(made).update({name: dict(value) for name, value in vars(made).items() if isinstance(value, dict)})
-    return made
+    """Return a shallow copy with dictionaries of its own (drawn matrices, counted sizes)."""
+    twin = copy.copy(thing)
+    vars(twin).update({name: dict(value) for name, value in vars(twin).items() if isinstance(value, dict)})
+    return twin
 
 
 def _angle(one: list[Tensor], other: list[Tensor]) -> float:
@@ -164,14 +151,15 @@ def _angle(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
-    """Return the angle between what a block is told and what its output does, in degrees (0 to 90), one a block.
+    """Return the angle between what a block is taught and what its output does, in degrees (0 to 90), one a block.
 
-    The block is told -s, its signal under DFA and MEM-DFA (e for the last). A small step of plain SGD moves its output,
-    for all examples of the batch x (N, ...) together, by -lr J J^T s, with J the slopes of the output by the weights.
-    Few weights behind many outputs cannot do what is asked of each. NaN for a block that trains nothing. The rule is
-    left as it is. Raises TypeError for what is no rule, and what `rule.step` raises for a batch.
+    The block is taught -s, its signal under DFA and MEM-DFA (e for the last). A small step of plain SGD moves its
+    output, for all examples of the batch x (N, ...) together, by -lr J J^T s, with J the slopes of the output by the
+    weights. Few weights behind many outputs cannot do what is asked of each. NaN for a block that trains nothing. The
+    rule is left as it is. Raises TypeError if there is no rule, and what `rule.step` raises for a batch.
     """
-    _check(rule, x)
+    check_type("rule", rule, Rule, RULE)
+    check_batch(x)
     found, h = [], x
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
         _, e = rule.error(forward_without_trace(rule.chain, x), y)
@@ -179,12 +167,12 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
         twin.feedback = _apart(rule.feedback)
         for i, (block, weights) in enumerate(zip(rule.blocks, rule.parameters, strict=True)):
             out = block(h)
-            told, u = twin.signal(i, e).shaped_like(out.detach()), torch.zeros_like(out, requires_grad=True)
+            signal, u = twin.signal(i, e).shaped_like(out.detach()), torch.zeros_like(out, requires_grad=True)
             if weights:
-                step = torch.autograd.grad(out, weights, told, retain_graph=True)
+                step = torch.autograd.grad(out, weights, signal, retain_graph=True)
                 pulled = torch.autograd.grad(out, weights, u, create_graph=True)  # J^T u, of which u is the variable
-                (done,) = torch.autograd.grad(pulled, u, step)
-                found.append(_angle([told], [done]))
+                (moved,) = torch.autograd.grad(pulled, u, step)
+                found.append(_angle([signal], [moved]))
             else:
                 found.append(float("nan"))
             h = out.detach()

@@ -1,8 +1,7 @@
 """Time and memory of rules side by side: in one process, in turns, as ratios to BP.
 
-A machine's speed drifts, and others use it too; so each round gives every contender one step, in an order drawn anew,
-and a ratio compares two steps of the same round. What is reported is the median over rounds, and the quartiles beside
-it.
+A machine's speed drifts, and others use it too. So each round gives every contender one step, in an order drawn anew,
+and a ratio compares two steps of the same round. The median over rounds is reported, with the quartiles.
 """
 
 import gc
@@ -10,24 +9,20 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
-from memdfa_lab.core.rules import RULES
+from memdfa_lab.core.rules import ALL_RULES, RULES, find_rule
 from memdfa_lab.lab import models
+from memdfa_lab.lab.example import example_step
 from memdfa_lab.memory import measure
 from memdfa_lab.memory.predict import kept_bytes
-from memdfa_lab.rivals import BASELINES
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-ALL = {**RULES, **BASELINES}
 # network -> batch size; what `memdfa bench` runs if nothing else is asked for
 NETWORKS = {
     "784-[800]x32-10": 128,
@@ -41,7 +36,7 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule with what it is set to: `options` go to the rule; `setting` says in a table what they mean."""
+    """A rule and how it is set: `options` go to the rule; `setting` describes them in a table."""
 
     rule: str
     feedback: str = "none"
@@ -55,15 +50,18 @@ def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
     for kind in kinds:
         lookup("feedback", kind, feedback.KINDS)
     for rule in dict.fromkeys(rules):
-        lookup("rule", rule, ALL)
+        find_rule(rule)
         uses_feedback = rule in RULES and rule != "bp"
-        for kind in kinds if uses_feedback else ["none"]:
-            found.append(Contender(rule, kind))
+        found += [Contender(rule, kind) for kind in (kinds if uses_feedback else ["none"])]
     return list(dict.fromkeys(found))
 
 
 def frontier(network: str, batch_size: int, kind: str = "regenerated", points: int = 5) -> list[Contender]:
-    """Return BP, MEM-DFA keeping from nothing to everything, and checkpointing with more and more segments."""
+    """Return BP, MEM-DFA that keeps from nothing to everything, and checkpointing with more and more segments.
+
+    `points` is how many values of keep_bytes there are, `kind` that of MEM-DFA's feedback. Raises ValueError for
+    unknown names, a batch size below 1, and fewer than two points.
+    """
     blocks = models.build(network)
     check_int("batch size", batch_size)
     check_int("points", points, 2)
@@ -85,53 +83,54 @@ def bench(
     network: str,
     batch_size: int,
     against: Sequence[Contender] = (),
-    optimizer: Any = None,
+    optimizer: Any = "sgd",
     rounds: int = 9,
     warm_up: int = 2,
     seed: int = 0,
     channels_last: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Return a row a contender: median step time and quartiles, its ratio to BP's round by round, the measured peak.
 
-    The first row is BP's, always; then `against` (all rules and baselines, feedback regenerated, if not given).
-    `optimizer` as a rule takes it, SGD with a rate too small to matter if not given. `channels_last` lays out images
-    and filters of all of them so. torch's number of threads is left as it is. Raises ValueError for unknown names and
-    sizes below 1.
+    The first row is BP's, always; then `against` (all rules and baselines, feedback regenerated, if not given). The
+    loss is the network's own. `optimizer`: a name in `ml.experiments.OPTIMIZERS`, with a rate too small to matter, or
+    as a rule takes it. `channels_last` lays out images and filters of all of them so. torch's number of threads is left
+    as it is. Raises ValueError for unknown names and sizes below 1.
     """
-    import pandas as pd
-
     for name, value, least in (("batch size", batch_size, 1), ("rounds", rounds, 1), ("warm_up", warm_up, 0)):
         check_int(name, value, least)
-    every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL), ["regenerated"]))]))
+    every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL_RULES), ["regenerated"]))]))
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (batch_size, *models.get(network).input_shape)
-    make = optimizer or partial(torch.optim.SGD, lr=1e-6)
-
-    order = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator).to(memory_format=layout)
-    y = torch.randint(10, (batch_size,), generator=generator)
-    made = []
-    for one in every:
-        net = models.build(network).to(memory_format=layout)
-        B = None if one.feedback == "none" else lookup("feedback", one.feedback, feedback.KINDS)(seed)
-        made.append(lookup("rule", one.rule, ALL)(net, optimizer=make, feedback=B, **one.options))
+    steps = [
+        example_step(
+            one.rule,
+            network,
+            batch_size,
+            optimizer,
+            "stored" if one.feedback == "none" else one.feedback,
+            seed,
+            layout,
+            **one.options,
+        )
+        for one in every
+    ]
+    rules, (x, y) = [rule for rule, _, _ in steps], steps[0][1:]
     seconds: list[list[float]] = [[] for _ in every]
+    order = np.random.default_rng(seed)
     gc.collect()
-    gc.freeze()  # what is here stays: the collections between steps need not look at it again
+    gc.freeze()  # what exists stays: the collections between steps need not look at it again
     try:
         for turn in range(warm_up + rounds):
             for k in order.permutation(len(every)):
                 gc.collect()  # not in the middle of somebody's step
                 started = time.perf_counter()
-                made[k].step(x, y)
+                rules[k].step(x, y)
                 if turn >= warm_up:
                     seconds[k].append(time.perf_counter() - started)
     finally:
         gc.unfreeze()
 
     rows = []
-    for one, rule, taken in zip(every, made, seconds, strict=True):
+    for one, rule, taken in zip(every, rules, seconds, strict=True):
         low, median, high = np.quantile(taken, (0.25, 0.5, 0.75))
         ratio_low, ratio, ratio_high = np.quantile(np.divide(taken, seconds[0]), (0.25, 0.5, 0.75))
         rows.append(
@@ -151,5 +150,5 @@ def bench(
                 "peak_bytes": measure(rule, x, y).peak_bytes,
             }
         )
-    run = {"rounds": rounds, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return pd.DataFrame([{**row, **run, "channels_last": channels_last} for row in rows])
+    table = pd.DataFrame(rows).assign(rounds=rounds, threads=torch.get_num_threads(), torch=torch.__version__)
+    return table.assign(channels_last=channels_last)

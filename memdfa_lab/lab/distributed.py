@@ -1,12 +1,12 @@
 """One network on several processes, each with its part of the batch: data-parallel training, as torchrun starts it.
 
 The loss is a mean over the whole batch of N examples. A rank with n of them scales its e by n / N; then the sum over
-ranks of each block's gradients is the gradient of that loss. What goes over the wire in a step is three numbers with
-the loss, and each gradient once, block by block: MEM-DFA sends block i's while block i + 1 is run again, and updates
-block i before block i + 1 has its gradient, so that every rank holds one block's gradients, and room to send them from.
-B is drawn from its seed on each rank and never sent.
+ranks of each block's gradients is the gradient of that loss. A step exchanges three numbers with the loss, and each
+gradient once, block by block. MEM-DFA sends block i's while block i + 1 is run again, and updates block i before block
+i + 1 has its gradient, so that every rank holds one block's gradients, and memory to send them from. B is drawn from
+its seed on each rank and never sent.
 
-gloo on the CPU; nccl on CUDA (written, not run).
+gloo on the CPU; nccl on CUDA (written, not run on a GPU).
 """
 
 import hashlib
@@ -17,44 +17,45 @@ from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memdfa_lab.core import group as core
+from memdfa_lab.core import group
 from memdfa_lab.core.checks import first_difference
 from memdfa_lab.core.phases import label
+from memdfa_lab.core.seeds import mix
 
 TIMEOUT_S = 60.0
 
 
 class RankLost(RuntimeError):
-    """Another process has ended, or answers no more."""
+    """Another process has ended, or does not answer."""
 
 
-class Group(core.Group):
+class Group(group.Group):
     """The ranks that train together; `Group()` is one process alone, and changes nothing.
 
-    `idle`: this rank has no example of its own in the batch; what it computes counts for nothing. `asked`: it wants to
-    stop after this step; `stop`: some rank did, before this step, so that all stop after it.
+    Attributes:
+        idle: This rank has no example of its own in the batch; what it computes counts for nothing.
+        asked: This rank is to stop after this step.
+        stop: Some rank was to stop, before this step, so that all stop after it.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", timeout_s: float = TIMEOUT_S):
         self.rank, self.size, self.device, self.timeout_s = rank, size, device, timeout_s
         self.idle = self.asked = self.stop = False
-        self._then: Callable[[], None] | None = None
-        self._begun: Sequence[Tensor] | None = None  # the parameters whose gradients are on their way
+        self._update: Callable[[], None] | None = None
+        self._begun: Sequence[Tensor] | None = None  # the parameters whose gradients are being summed
         self._works: list[Any] = []
-        self._rooms: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __deepcopy__(self, memo: Any) -> "Group":
         return self  # processes are not copied with a module
 
-    # What a rule needs.
+    # What a rule needs: `core.group` says what each method does.
 
     def reduce_loss(self, loss: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the whole batch's loss, 0-d, and this rank's rows of its e, (n, C), from those of its own part."""
         if self.size == 1:
             return loss, e
         n = 0 if self.idle else len(e)
@@ -64,58 +65,56 @@ class Group(core.Group):
         return loss.new_tensor(total / N), e.mul_(n / N)
 
     def start_sum(self, parameters: Sequence[Tensor], update: Callable[[], None]) -> None:
-        """Begin to sum these parameters' gradients over ranks; `finish_sum` calls `update`. Alone: call it now."""
-        self._then = update
-        if self.size == 1:
-            self.finish_sum()
-        else:
+        self._update = update
+        if self.size > 1:
             self._begin(parameters)
+        else:
+            self.finish_sum()
 
     def finish_sum(self) -> None:
-        """Do what `start` was told to do then, if it has not been done."""
-        then, self._then = self._then, None
-        if then is not None:
-            then()
+        update, self._update = self._update, None
+        if update is not None:
+            update()
 
     def sum(self, parameters: Sequence[Tensor]) -> None:
-        """Make these parameters' gradients those of the whole batch; wait for them, if `start` has begun."""
         if self.size == 1:
             return
         if self._begun is not parameters:
             self._begin(parameters)
         for work in self._works:
-            self._call("a block's gradients", work.wait)
+            self.call("a block's gradients", work.wait)
         self._begun, self._works = None, []
 
+    @property
+    def send_buffers(self) -> list[Tensor]:
+        return list(self._buffers.values())
+
     def _begin(self, parameters: Sequence[Tensor]) -> None:
+        """Copy the gradients into memory to send from, which they then are in, and begin to sum them over ranks."""
         self._begun, self._works = parameters, []
         learned = [parameter for parameter in parameters if parameter.grad is not None]
         for dtype in dict.fromkeys(parameter.dtype for parameter in learned):
             alike = [parameter for parameter in learned if parameter.dtype == dtype]
             sizes = [parameter.numel() for parameter in alike]
-            room = self._room("gradients", dtype, sum(sizes))
-            for parameter, part in zip(alike, room.split(sizes), strict=True):
+            buffer = self._buffer("gradients", dtype, sum(sizes))
+            for parameter, part in zip(alike, buffer.split(sizes), strict=True):
                 # In logical order: the layout of a convolution's gradient depends on how many images a rank has.
                 part = part.view(parameter.shape)
                 parameter.grad = part.copy_(parameter.grad)
-            self._works.append(self._call("a block's gradients", dist.all_reduce, room, async_op=True))
+            self._works.append(self.call("a block's gradients", dist.all_reduce, buffer, async_op=True))
 
-    def _room(self, use: str, dtype: torch.dtype, n: int) -> Tensor:
-        """Return room for n numbers, from what is kept for this use: gloo lets go of what it has sent a moment late."""
-        room = self._rooms.get((use, dtype))
-        if room is None or len(room) < n:
-            room = self._rooms[use, dtype] = label("gradients", torch.empty(n, dtype=dtype, device=self.device))
-        return room[:n]
-
-    @property
-    def send_buffers(self) -> list[Tensor]:
-        """What is kept to send from: as much as the largest block's gradients, and as the longest vector."""
-        return list(self._rooms.values())
+    def _buffer(self, use: str, dtype: torch.dtype, n: int) -> Tensor:
+        """Return memory for n numbers, kept for this use: gloo frees what it has sent a moment late."""
+        buffer = self._buffers.get((use, dtype))
+        if buffer is None or len(buffer) < n:
+            buffer = label("gradients", torch.empty(n, dtype=dtype, device=self.device))
+            self._buffers[use, dtype] = buffer
+        return buffer[:n]
 
     # What a training run needs.
 
     def part(self, chosen: Tensor) -> Tensor:
-        """Return this rank's part of a batch, (n,); if it has none, one example of another, and be idle."""
+        """Return this rank's part of a batch, (n,). If it has none: one example of another rank, and be idle."""
         mine = chosen.tensor_split(self.size)[self.rank]
         self.idle = len(mine) == 0
         return chosen[:1] if self.idle else mine
@@ -130,7 +129,7 @@ class Group(core.Group):
     def draw_apart(self, *numbers: int) -> None:
         """Seed torch's global generators from these numbers and the rank, so that no two ranks drop the same units."""
         if self.size > 1:
-            torch.manual_seed(int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0]))
+            torch.manual_seed(mix(*numbers, self.rank))
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank the first one's buffers (BatchNorm's statistics), to evaluate one network."""
@@ -139,7 +138,7 @@ class Group(core.Group):
         for buffer in model.buffers():
             if 0 not in buffer.stride():  # an expanded one cannot be written to: it is a constant
                 sent = buffer.contiguous()
-                self._call("buffers", dist.broadcast, sent, 0)
+                self.call("buffers", dist.broadcast, sent, 0)
                 if self.rank:
                     buffer.copy_(sent)
 
@@ -149,7 +148,7 @@ class Group(core.Group):
             return
         texts = {name: str(value) for name, value in facts.items()}
         everyone: list[Any] = [None] * self.size
-        self._call("the settings", dist.all_gather_object, everyone, texts)
+        self.call("the settings", dist.all_gather_object, everyone, texts)
         for rank, theirs in enumerate(everyone):
             for name in (name for name in everyone[0] if theirs.get(name) != everyone[0][name]):
                 first, other = first_difference(everyone[0][name], theirs.get(name))
@@ -158,14 +157,24 @@ class Group(core.Group):
                     "same arguments"
                 )
 
+    @contextmanager
+    def first_rank_first(self) -> Iterator[None]:
+        """Let the first rank do what is within, such as a download, before the others do it."""
+        if self.rank:
+            self.call("the first rank's download", dist.barrier)
+        yield
+        if self.size > 1 and not self.rank:
+            self.call("the other ranks", dist.barrier)
+
     def total(self, values: Tensor | Sequence[float], what: str) -> Tensor:
         """Return the sum over ranks of a vector, in float64; `what` it is, for the error."""
         vector = torch.as_tensor(values, dtype=torch.float64)
-        room = self._room("totals", vector.dtype, len(vector)).copy_(vector)
-        self._call(what, dist.all_reduce, room)
-        return room.clone()
+        buffer = self._buffer("totals", vector.dtype, len(vector)).copy_(vector)
+        self.call(what, dist.all_reduce, buffer)
+        return buffer.clone()
 
-    def _call(self, what: str, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def call(self, what: str, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return run(*args, **options). Raises RankLost, which names what is waited for, if another rank ends."""
         try:
             return run(*args, **options)
         except RuntimeError as problem:
@@ -179,9 +188,9 @@ class Group(core.Group):
 def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
     """Join the processes that torchrun has started, for as long as the block runs; without torchrun, be alone.
 
-    `device`: cpu (gloo) or cuda (nccl), each rank then having the GPU of its number on the machine. `timeout_s`: how
-    long a rank waits for another before it ends with RankLost. Raises ValueError for a timeout that is not above 0, and
-    for a GPU that is not there.
+    `device`: cpu (gloo) or cuda (nccl), where each rank has the GPU of its number on the machine. `timeout_s`: how long
+    a rank waits for another before it ends with RankLost. Raises ValueError for a timeout that is not above 0, and for
+    a GPU that is not there.
     """
     if not timeout_s > 0:
         raise ValueError(f"the timeout must be a number of seconds above 0, got {timeout_s!r}")
@@ -194,10 +203,9 @@ def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
     if on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    # Its functions hold the group that there is when it is first imported, as an optimizer does in its first step; the
-    # group's threads would outlive `destroy_process_group`, and now and then abort the interpreter at its end.
+    # Its functions keep the process group that exists when it is first imported, which an optimizer does in its first
+    # step. The group's threads would outlive `destroy_process_group`, and now and then abort the interpreter.
     import_module("torch.distributed.nn")
-
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     except RuntimeError as problem:

@@ -3,87 +3,60 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from memdfa_lab import memory
 from memdfa_lab.core import feedback
-from memdfa_lab.core.checks import check_int, check_number, lookup
+from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.rule import Rule
-from memdfa_lab.core.rules import RULES
+from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import datasets, models
+from memdfa_lab.lab.batchnorm import synchronise
+from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import Group
+from memdfa_lab.lab.example import example_step
 from memdfa_lab.lab.fit import History, fit
 from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
-from memdfa_lab.lab.sync_batchnorm import synchronise
-from memdfa_lab.rivals import BASELINES
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-
-    from memdfa_lab.lab.datasets import Data
-    from memdfa_lab.memory import Trace
+from memdfa_lab.lab.settings import RunSettings as RunSettings
 
 
-def load_for(network: str, dataset: str, root: str | Path | None = None) -> "Data":
-    """Return a dataset as the network takes it: digits in the network's own shape, all else as it is."""
+def load_for(network: str, dataset: str, root: str | Path | None = None) -> Data:
+    """Return a data set as the network takes it: digits in the network's own shape, all else as it is."""
     shape = models.get(network).input_shape if dataset in ("mnist5k", "mnist") else None
     flat = shape is not None and shape[:2] == (1, 1)  # 784-[...]: the network flattens what it is given
     return datasets.load(dataset, root=root, shape=None if flat else shape)
 
 
-def make_rule(
-    rule: str,
-    network: str,
-    data: "Data",
-    *,
-    lr: float | None = None,
-    optimizer: str | None = None,
-    weight_decay: float | None = None,
-    loss: str | None = None,
-    initialisation: str | None = None,
-    feedback_kind: str = "stored",
-    distribution: str | None = None,
-    scale: float = 1.0,
-    seed: int = 0,
-    clip_norm: float | None = None,
-    device: str = "cpu",
-) -> Rule:
-    """Return a rule with a new network for `data`, from names and numbers; what is None is the network's own setting.
+def make_rule(rule: str, network: str, data: Data, **settings: Any) -> Rule:
+    """Return a rule with a new network for `data`, from the names of rule and network and `RunSettings`.
 
-    `seed` gives weights and feedback. Raises ValueError for an unknown name or a device that is not there.
+    What is not given is the network's own setting. Raises ValueError for an unknown name, a number out of its range, or
+    a device that is not there.
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not there: use cpu, or install a torch that finds your GPU")
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if value is not None:
-            check_number(name, value)
-    setting = models.get(network)
-    as_rule = rule if rule in setting.lr else "bp"  # baselines are set as BP is
-    how = initialisation or setting.initialisation[as_rule]
-    decay = setting.weight_decay if weight_decay is None else weight_decay
-    return lookup("rule", rule, {**RULES, **BASELINES})(
-        models.build(network, data.input_shape, data.classes, seed, how).to(device),
-        optimizer=partial(
-            lookup("optimizer", optimizer or setting.optimizer, OPTIMIZERS),
-            lr=setting.lr[as_rule] if lr is None else lr,
-            **({} if decay is None else {"weight_decay": decay}),
-        ),
-        loss_fn=lookup("loss", loss or setting.loss, LOSSES),
-        feedback=lookup("feedback", feedback_kind, feedback.KINDS)(seed, distribution or setting.distribution, scale),
-        clip_norm=clip_norm,
+    run = RunSettings(rule=rule, network=network, **settings).completed()
+    if run.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {run.device!r} is not there: use cpu, or install a torch that finds your GPU")
+    decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
+    return find_rule(rule)(
+        models.build(network, data.input_shape, data.classes, run.seed, run.initialisation).to(run.device),
+        optimizer=partial(OPTIMIZERS[str(run.optimizer)], lr=run.lr, **decay),
+        loss_fn=LOSSES[str(run.loss)],
+        feedback=feedback.KINDS[run.feedback](run.seed, str(run.distribution), run.scale),
+        clip_norm=run.clip_norm,
     )
 
 
 def train(
     rule: str,
     network: str,
-    data: "Data",
+    data: Data,
     epochs: int | None = None,
     batch_size: int | None = None,
     *,
@@ -95,34 +68,31 @@ def train(
     sync_batchnorm: bool = False,
     **settings: Any,
 ) -> tuple[Rule, History]:
-    """Train one network with one rule and return both; `settings` go to `make_rule`, None is the network's own.
+    """Train one network with one rule and return both; what is None is the network's own setting.
 
-    With a `folder`, history.csv and checkpoint.pt are written there, and a run that was cut goes on. `group`: the
-    processes that train together (`ml.distributed.ranks`), with BatchNorm's statistics over all of them if
-    `sync_batchnorm`.
+    With a `folder`, history.csv and checkpoint.pt are written there, and a run that was interrupted goes on, or starts
+    anew with `overwrite`. `group`: the processes that train together (`ml.distributed.ranks`), with BatchNorm's
+    statistics over all of them if `sync_batchnorm`. `settings`: more of `RunSettings`. Raises ValueError for settings
+    that cannot be, and what `ml.fit` raises.
     """
-    made = make_rule(rule, network, data, seed=seed, **settings)
-    made.group = group or made.group
-    if sync_batchnorm:
-        synchronise(made.blocks, group or Group())
-    history = fit(
-        made,
-        data,
-        models.get(network).epochs if epochs is None else epochs,
-        models.get(network).batch_size if batch_size is None else batch_size,
-        seed=seed,
-        checkpoint=None if folder is None else Path(folder) / "checkpoint.pt",
-        overwrite=overwrite,
-        progress=progress,
-    )
-    if folder is not None and made.group.rank == 0:
+    run = RunSettings(rule=rule, network=network, epochs=epochs, batch_size=batch_size, seed=seed, **settings)
+    run = run.completed()
+    learner = make_rule(rule, network, data, seed=seed, **settings)
+    if group is not None:
+        learner.group = group
+        if sync_batchnorm:
+            synchronise(learner.blocks, group)
+    checkpoint = None if folder is None else Path(folder) / "checkpoint.pt"
+    how: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "overwrite": overwrite, "progress": progress}
+    history = fit(learner, data, int(run.epochs or 0), int(run.batch_size or 0), **how)
+    if folder is not None and learner.group.rank == 0:
         history.to_csv(Path(folder) / "history.csv")
-    return made, history
+    return learner, history
 
 
 def compare(
     network: str,
-    data: "Data",
+    data: Data,
     rules: Sequence[str],
     seeds: Sequence[int],
     epochs: int,
@@ -130,32 +100,29 @@ def compare(
     *,
     folder: str | Path | None = None,
     **settings: Any,
-) -> tuple["pd.DataFrame", dict[tuple[str, int], Rule]]:
-    """Train a network with each rule from each seed; `settings` go to `train`.
+) -> tuple[pd.DataFrame, dict[tuple[str, int], Rule]]:
+    """Train a network with each rule from each seed; the other arguments are those of `train`.
 
     Returns the histories in one table with the columns rule and seed in front, and the trained rules by (rule, seed).
-    With a `folder`, each run has a folder of its own in it, RULE/seedSEED.
+    With a `folder`, each run has a folder of its own in it, RULE/seedSEED. Raises ValueError for what is not a list.
     """
-    import pandas as pd
-
     if isinstance(rules, str) or not rules or not isinstance(seeds, Sequence) or not seeds:
         raise ValueError(f"rules and seeds are lists, such as ['bp', 'memdfa'] and [0, 1], got {rules!r} and {seeds!r}")
     tables, trained = [], {}
     for rule in rules:
         for seed in seeds:
             place = None if folder is None else Path(folder) / rule / f"seed{seed}"
-            made, history = train(rule, network, data, epochs, batch_size, folder=place, seed=seed, **settings)
-            trained[rule, seed] = made
+            learner, history = train(rule, network, data, epochs, batch_size, folder=place, seed=seed, **settings)
+            trained[rule, seed] = learner
             tables.append(history.table.assign(rule=rule, seed=seed))
     table = pd.concat(tables, ignore_index=True)
-    return table[["rule", "seed", *(name for name in table if name not in ("rule", "seed"))]], trained
+    return table[["rule", "seed", *table.columns.drop(["rule", "seed"])]], trained
 
 
-def summary(table: "pd.DataFrame") -> "pd.DataFrame":
+def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row a rule from the table of `compare`: mean and spread over seeds of the last epoch, time of all."""
     runs = table.groupby(["rule", "seed"], sort=False)
-    last = runs.last().assign(seconds=runs["seconds"].sum())
-    rules = last.groupby("rule", sort=False)
+    rules = runs.last().assign(seconds=runs["seconds"].sum()).groupby("rule", sort=False)
     return rules.agg(
         seeds=("loss", "size"),
         train_loss=("loss", "mean"),
@@ -174,27 +141,21 @@ def profile(
     feedback_kind: str = "regenerated",
     measured: bool = False,
     seed: int = 0,
-) -> "Trace":
+) -> memory.Trace:
     """Return what a step in the steady state holds, from names; predicted, or `measured` on random data.
 
-    The loss is the network's own.
-
-    Raises ValueError for unknown names and a batch size below 1.
+    The loss is the network's own. Raises ValueError for unknown names and a batch size below 1.
     """
-    setting = models.get(network)
-    shape, loss_fn = (check_int("the batch size", batch_size), *setting.input_shape), LOSSES[setting.loss]
-    make = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
-    storage = lookup("feedback", feedback_kind, feedback.KINDS)(seed)
-    build = partial(models.build, network)
-    if not measured:
-        return memory.predict(rule, build, shape, make, storage, loss_fn=loss_fn)
-    made = lookup("rule", rule, {**RULES, **BASELINES})(build(), make, loss_fn, storage)
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(shape, generator=generator), torch.randint(10, (batch_size,), generator=generator)
-    return memory.measure(made, x, y, warm_up=1)
+    check_int("the batch size", batch_size)
+    if measured:
+        return memory.measure(*example_step(rule, network, batch_size, optimizer, feedback_kind, seed), warm_up=1)
+    setting, storage = models.get(network), lookup("feedback", feedback_kind, feedback.KINDS)(seed)
+    factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
+    shape, build = (batch_size, *setting.input_shape), partial(models.build, network)
+    return memory.predict(rule, build, shape, factory, storage, loss_fn=LOSSES[setting.loss])
 
 
-def confusion(y: Tensor, predicted: Tensor, classes: int) -> "np.ndarray":
+def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
     """Return how often each class (rows) was taken for each (columns), shape (classes, classes).
 
     Raises ValueError if y and predicted are not as many whole numbers from 0 to classes - 1.

@@ -1,9 +1,8 @@
-"""The networks of the experiments, by name, with the setting their source trained them in.
+"""The networks of the experiments, by name, with the setting that their source trained them in.
 
-The settings are data, `networks.csv` beside this file: read them with `ml.models.table()` or, one, `ml.models.get`;
-override them where they are used (`ml.experiments.train`, `memdfa train`). "Chu et al." is the authors' public code for
-MEM-DFA (repository chutney42/zpp-mem); a setting named in the column `ours` is not from the source.
-"""
+Networks and settings are data: networks.csv beside this file, `ml.models.table()`, or `ml.models.get` for one of them.
+Settings are overridden where they are used (`ml.experiments.train`, `memdfa train`). "Chu et al." is the authors'
+public code for MEM-DFA (repository chutney42/zpp-mem); a setting named in the column `ours` is not from the source."""
 
 import csv
 import math
@@ -11,46 +10,44 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import nn
 
 from memdfa_lab.core.blocks import as_blocks, parts_of
 from memdfa_lab.core.checks import check_int, lookup
-from memdfa_lab.lab.architectures import ACTIVATIONS, LAYERS, Layers, Shape, convolutions, dense
-from memdfa_lab.lab.architectures import mlp as mlp_layers
+from memdfa_lab.core.rules import RULES
+from memdfa_lab.core.seeds import LARGEST_SEED
+from memdfa_lab.lab.architectures import ACTIVATIONS, Shape, layers
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SETTINGS = Path(__file__).with_name("networks.csv")
+TABLE = Path(__file__).with_name("networks.csv")
 
 
-def _per_rule(cell: str) -> dict[str, str]:
+def _by_rule(cell: str) -> dict[str, str]:
     """Read "BP's / that of FA, DFA and MEM-DFA", or one value for all."""
     bp, *others = cell.split(" / ")
-    return {"bp": bp, **dict.fromkeys(("fa", "dfa", "memdfa"), *(others or [bp]))}
+    return {rule: bp if rule == "bp" else (others or [bp])[0] for rule in RULES}
 
 
 @dataclass(frozen=True)
 class Network:
     """A network and its setting; `lr` and `initialisation` hold a value a rule.
 
-    `layers(input_shape, classes)` gives the modules in order. `ours` names the settings that are not the source's.
+    `layers` is written as in `lab.architectures`. `ours` names the settings that are not the source's.
     """
 
-    layers: Layers
+    layers: str
     input_shape: Shape
     dataset: str = "mnist"
     optimizer: str = "sgd"
-    lr: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("bp", "fa", "dfa", "memdfa"), 0.01))
-    weight_decay: float | None = None  # None: what the optimizer does by itself
+    lr: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RULES, 0.01))
+    weight_decay: float | None = None  # None: what the optimizer has by itself
     batch_size: int = 128
     epochs: int = 1
     loss: str = "cross_entropy"
     distribution: str = "he_normal"
-    initialisation: dict[str, str] = field(default_factory=lambda: _per_rule("he_normal"))
+    initialisation: dict[str, str] = field(default_factory=lambda: _by_rule("he_normal"))
     source: str = "its name"
     ours: tuple[str, ...] = ()
     notes: str = ""
@@ -59,19 +56,18 @@ class Network:
 def _read(row: dict[str, str]) -> Network:
     channels, height, width = map(int, row["input"].split("x"))
     return Network(
-        layers=LAYERS[row["network"]],
         input_shape=(channels, height, width),
-        lr={rule: float(lr) for rule, lr in _per_rule(row["lr"]).items()},
+        lr={rule: float(lr) for rule, lr in _by_rule(row["lr"]).items()},
         weight_decay=float(row["weight_decay"]) if row["weight_decay"] else None,
         batch_size=int(row["batch_size"]),
         epochs=int(row["epochs"]),
-        initialisation=_per_rule(row["initialisation"]),
+        initialisation=_by_rule(row["initialisation"]),
         ours=tuple(row["ours"].split()),
-        **{name: row[name] for name in ("dataset", "optimizer", "loss", "distribution", "source", "notes")},
+        **{name: row[name] for name in ("layers", "dataset", "optimizer", "loss", "distribution", "source", "notes")},
     )
 
 
-with SETTINGS.open(encoding="utf-8", newline="") as _file:
+with TABLE.open(encoding="utf-8", newline="") as _file:
     NETWORKS = {row["network"]: _read(row) for row in csv.DictReader(_file)}
 
 
@@ -80,11 +76,9 @@ def names() -> list[str]:
     return list(NETWORKS)
 
 
-def table() -> "pd.DataFrame":
-    """Return the settings as they stand in networks.csv, a row a network."""
-    import pandas as pd
-
-    return pd.read_csv(SETTINGS, dtype=str, keep_default_na=False)
+def table() -> pd.DataFrame:
+    """Return networks.csv as it is, a row a network."""
+    return pd.read_csv(TABLE, dtype=str, keep_default_na=False)
 
 
 def get(name: str) -> Network:
@@ -93,7 +87,7 @@ def get(name: str) -> Network:
     if spelt is None:
         return lookup("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
     inputs, width, depth = (check_int(f"each size in {name}", int(size)) for size in spelt.groups())
-    return Network(mlp_layers([width] * depth, "relu"), (1, 1, inputs))
+    return Network(f"[{width} relu]x{depth} classes", (1, 1, inputs))
 
 
 def build(
@@ -103,16 +97,36 @@ def build(
     seed: int = 0,
     initialisation: str | None = None,
 ) -> nn.Sequential:
-    """Return a new network of that name as blocks, for input (N, *input_shape), its own shape if not given.
+    """Return a new network of that name as blocks, for images of `input_shape` (C, H, W), its own if not given.
 
-    `initialisation` is one of INITIALISATIONS, the network's own for BP if not given; `seed` gives the weights,
-    whatever the global generator's state.
+    `initialisation` is one of INITIALISATIONS, the network's own for BP if not given. `seed` gives the weights,
+    whatever the state of the global generator. Raises ValueError for an unknown name, another shape, and numbers below
+    1.
     """
     network = get(name)
     shape = network.input_shape if input_shape is None else _shape(input_shape)
+    return from_layers(network.layers, shape, classes, seed, initialisation or network.initialisation["bp"])
+
+
+def from_layers(
+    text: str, input_shape: Shape, classes: int, seed: int = 0, initialisation: str = "he_normal"
+) -> nn.Sequential:
+    """Return a new network as blocks, from its layers as `lab.architectures` writes them.
+
+    The other arguments are those of `build`. Raises ValueError for a part that is unknown, and numbers below 1.
+    """
     check_int("classes", classes)
-    how = initialisation or network.initialisation["bp"]
-    return _initialised(lambda: network.layers(shape, classes), seed, how)
+    initialise = lookup("initialisation", initialisation, INITIALISATIONS)
+    check_int("seed", seed, 0, LARGEST_SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks = as_blocks(layers(text, input_shape, classes))
+        for module in blocks.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                initialise(module)
+    return blocks
 
 
 def mlp(
@@ -126,16 +140,13 @@ def mlp(
 ) -> nn.Sequential:
     """Return a multilayer perceptron as blocks: Linear (+ BatchNorm) + activation for each of `hidden`, then Linear.
 
-    Takes (N, in_features), or anything that flattens to it. `output` is the last block's activation. Raises
-    ValueError for an activation that is not in ACTIVATIONS and for widths below 1.
+    It takes (N, in_features), or anything that flattens to it. `activation` and `output`, behind the last layer, are
+    names in ACTIVATIONS. Raises TypeError if hidden is not a list, ValueError for unknown names and widths below 1.
     """
-    lookup("activation", activation, ACTIVATIONS)
     lookup("activation", output, ACTIVATIONS)
-    if not isinstance(hidden, Sequence):
-        raise TypeError(f"hidden must be a list of widths, such as [800, 800], got {hidden!r}")
-    for width in (in_features, *hidden, classes):
-        check_int("a width", width)
-    return _initialised(lambda: dense(in_features, hidden, classes, activation, batch_norm, output), seed)
+    parts = [f"{width} {_behind(activation, batch_norm)}" for width in _sizes("hidden", hidden)]
+    parts += ["classes", *([] if output == "none" else [output])]
+    return from_layers(" ".join(parts), (1, 1, check_int("a width", in_features)), classes, seed)
 
 
 def convnet(
@@ -148,26 +159,19 @@ def convnet(
 ) -> nn.Sequential:
     """Return a convnet as blocks: 3x3 convolution (+ BatchNorm) + activation for each of `filters`, then Linear.
 
-    Takes (N, *input_shape); height and width stay. Raises ValueError for an activation that is not in ACTIVATIONS,
-    an input shape that is not (C, H, W), and numbers below 1.
+    It takes (N, *input_shape); height and width stay. Raises TypeError if filters is not a list, ValueError for an
+    unknown activation, an input shape that is not (C, H, W), and numbers below 1.
     """
-    lookup("activation", activation, ACTIVATIONS)
-    shape = _shape(input_shape)
-    if not isinstance(filters, Sequence):
-        raise TypeError(f"filters must be a list of numbers of filters, such as [32, 64], got {filters!r}")
-    for number in (*filters, classes):
-        check_int("a number of filters or classes", number)
-    return _initialised(lambda: convolutions(shape, filters, classes, activation, batch_norm), seed)
+    parts = [f"conv3x3({count}) {_behind(activation, batch_norm)}" for count in _sizes("filters", filters)]
+    return from_layers(" ".join([*parts, "classes"]), _shape(input_shape), classes, seed)
 
 
-def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> "pd.DataFrame":
+def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> pd.DataFrame:
     """Return a row a block: its layers, its output (C, H, W) or (n,), and how many numbers its parts have.
 
-    `outputs` is n_i, what the block puts out for one example; `feedback` is C n_i, what DFA's B_i holds, 0 for the
-    last block.
+    `outputs` is n_i, the numbers in its output for one example; `feedback` is C n_i, those of DFA's B_i, 0 for the last
+    block. The arguments are those of `build`.
     """
-    import pandas as pd
-
     shape = get(name).input_shape if input_shape is None else input_shape
     rows: list[dict[str, object]] = []
     with torch.device("meta"):
@@ -184,6 +188,17 @@ def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> "pd
                 }
             )
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="block")).reset_index()
+
+
+def _behind(activation: str, batch_norm: bool) -> str:
+    lookup("activation", activation, ACTIVATIONS)
+    return f"bn {activation}" if batch_norm else activation
+
+
+def _sizes(name: str, given: object) -> list[int]:
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"{name} must be a list of sizes, such as [800, 800], got {given!r}")
+    return [check_int(f"each size in {name}", size) for size in given]
 
 
 def _shape(given: object) -> Shape:
@@ -207,17 +222,3 @@ INITIALISATIONS: dict[str, Callable[[nn.Linear | nn.Conv2d], object]] = {
     "zero": lambda layer: nn.init.zeros_(layer.weight),  # Nøkland's for DFA
     "xavier_uniform": lambda layer: nn.init.xavier_uniform_(layer.weight),  # BioTorch's
 }
-
-
-def _initialised(make: Callable[[], list[nn.Module]], seed: int, how: str = "he_normal") -> nn.Sequential:
-    initialise = lookup("initialisation", how, INITIALISATIONS)
-    check_int("seed", seed, 0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        blocks = as_blocks(make())
-        for module in blocks.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-                initialise(module)
-    return blocks

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def _in_one_line(kind: type[Checked], problem: ValidationError) -> str:
         return f"{name} is missing: it has no default"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    text = first["msg"].replace("Input", name, 1)
+    text = first["msg"].replace("Input should", f"{name} must", 1)
     return f"{text if name in text else f'{name}: {text}'}, got {first['input']!r}"
 
 
@@ -93,28 +93,33 @@ OptimizerName = Annotated[str, NameOf("optimizer", OPTIMIZERS)]
 RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
 
 
+OWN = "default: the network's setting"
+
+
 class RunSettings(Checked):
     """Setting: what a training run is made of. None stands for the network's own setting (`ml.models.table()`)."""
 
     rule: RuleName = Field("memdfa", description="the learning rule or baseline")
-    network: Network = Field("fc_relu", description="a name of ml.models, or a ReLU MLP such as 784-[800]x32-10")
+    network: Network = Field(
+        "fc_relu", description=f"one of {', '.join(models.names())}, or a ReLU MLP such as 784-[800]x32-10"
+    )
     dataset: str = Field("mnist5k", description="mnist5k (needs no network), mnist, cifar10 or a path to an .npz")
-    root: str | None = Field(None, description="where data sets are kept: $MEMDFA_DATA, else the user's cache")
-    epochs: Count | None = None
-    batch_size: Count | None = None
-    lr: NotNegative | None = Field(None, description="learning rate; the network's is for its own optimizer")
-    optimizer: OptimizerName | None = Field(None, description="momentum is sgd with momentum 0.9")
-    weight_decay: NotNegative | None = None
-    loss: LossName | None = None
+    root: str | None = Field(None, description="where data sets are kept; default: $MEMDFA_DATA, else the user's cache")
+    epochs: Count | None = Field(None, description=OWN)
+    batch_size: Count | None = Field(None, description=OWN)
+    lr: NotNegative | None = Field(None, description=f"learning rate; {OWN}, which is for its own optimizer")
+    optimizer: OptimizerName | None = Field(None, description=f"momentum is sgd with momentum 0.9; {OWN}")
+    weight_decay: NotNegative | None = Field(None, description=OWN)
+    loss: LossName | None = Field(None, description=OWN)
     feedback: FeedbackName = Field(
         "stored",
-        description="what is kept of the random matrices",
+        description="what is kept of the random matrices between steps",
         validation_alias=AliasChoices("feedback", "feedback_kind"),
     )
-    distribution: DistributionName | None = Field(None, description="of the random matrices")
-    initialisation: InitialisationName | None = Field(None, description="of the weights")
+    distribution: DistributionName | None = Field(None, description=f"of the random matrices; {OWN}")
+    initialisation: InitialisationName | None = Field(None, description=f"of the weights; {OWN}")
     scale: Positive = Field(1.0, description="multiplies the random matrices")
-    clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; None: no clipping")
+    clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; default: no clipping")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, feedback and the order of the data")
     device: str = Field("cpu", description="cpu or cuda")
 
@@ -129,3 +134,15 @@ class RunSettings(Checked):
         own |= {"epochs": network.epochs, "batch_size": network.batch_size, "lr": network.lr[rule]}
         own["initialisation"] = network.initialisation[rule]
         return self.changed(**{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+def setting(kind: type[Checked], name: str) -> tuple[type, Mapping[str, Any] | None, Any, str | None]:
+    """Return a setting's type, the table of its names if it has one, its default, and its description."""
+    field = kind.model_fields[name]
+    annotation, marks = field.annotation, list(field.metadata)
+    for part in get_args(annotation):  # of Annotated[...] | None
+        if part is not type(None):
+            annotation, *more = get_args(part) or (part,)
+            marks += more
+    table = next((mark.table for mark in marks if isinstance(mark, NameOf)), None)
+    return cast(type, annotation), table, field.default, field.description

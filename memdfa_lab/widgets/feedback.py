@@ -20,7 +20,8 @@ from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS, Feedback, Stored
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import alignment, models
-from memdfa_lab.lab.fit import _order, accuracy
+from memdfa_lab.lab.datasets import order as _order
+from memdfa_lab.lab.evaluation import accuracy
 from memdfa_lab.memory.trace import readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background

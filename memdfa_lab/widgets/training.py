@@ -22,7 +22,8 @@ from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import alignment, datasets, models
 from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.lab.datasets import check_data
-from memdfa_lab.lab.fit import _order, accuracy, predict
+from memdfa_lab.lab.datasets import order as _order
+from memdfa_lab.lab.evaluation import accuracy, predict
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.background import Background
 from memdfa_lab.widgets.setting import LIMITS

@@ -1,0 +1,63 @@
+"""BatchNorm over the examples of all ranks, on any device: torch's own SyncBatchNorm is for GPUs alone.
+
+For h (n, C, ...) on each rank, x = (h - mean) / sqrt(variance + eps), where mean and variance (C,) are over all ranks'
+examples and pixels (Ioffe and Szegedy 2015). Sums over ranks are differentiable, so autograd finds the way back.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memdfa_lab.core.compat import ANY_BATCH_NORM
+from memdfa_lab.lab.distributed import Group
+
+
+def synchronise(model: nn.Module, group: Group) -> None:
+    """Make each BatchNorm in the model one whose statistics are the whole batch's; weights and buffers stay.
+
+    A block with one then learns by autograd, not by hand. In a group of one process nothing changes.
+    """
+    if group.size == 1:
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                setattr(module, name, SyncBatchNorm(child, group))
+
+
+class SyncBatchNorm(ANY_BATCH_NORM):
+    """A BatchNorm, of h (n, C, ...), that in training normalises by mean and variance over all ranks' examples."""
+
+    def __init__(self, like: nn.Module, group: Group):
+        nn.Module.__init__(self)
+        self.__dict__.update(like.__dict__)  # its settings, parameters, buffers and hooks
+        self.group = group
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.training:
+            of_batch = self.running_mean is None
+            return F.batch_norm(h, self.running_mean, self.running_var, self.weight, self.bias, of_batch, 0.0, self.eps)
+        over, shape = [0, *range(2, h.dim())], (1, -1, *[1] * (h.dim() - 2))
+        counts = 0.0 if self.group.idle else 1.0  # an idle rank's example has no part in the statistics
+        values = h.double()
+        N = self.group.total([counts * h.numel() / h.shape[1]], "BatchNorm's number of examples").item()
+        if N < 2:
+            raise ValueError(f"BatchNorm in training mode needs more than one value a channel, got {tuple(h.shape)}")
+        mean = self._sum(counts * values.sum(over)) / N
+        centred = values - mean.view(shape)
+        variance = self._sum(counts * centred.square().sum(over)) / N
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach().to(self.running_mean), momentum)
+            self.running_var.lerp_((variance.detach() * N / (N - 1)).to(self.running_var), momentum)
+        x = (centred * (variance + self.eps).rsqrt().view(shape)).to(h)
+        return x if self.weight is None else torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Return the sum over ranks of (C,) numbers, through which gradients flow to all ranks."""
+        from torch.distributed.nn.functional import all_reduce  # after the ranks have joined: see `ranks`
+
+        summed: Tensor = self.group.call("BatchNorm's statistics", all_reduce, values, group=dist.group.WORLD)
+        return summed

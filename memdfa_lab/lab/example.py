@@ -1,0 +1,49 @@
+"""A rule on a network with random data: what is measured where only the step matters, not what is learned."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import find_rule
+from memdfa_lab.lab import models
+from memdfa_lab.lab.losses import LOSSES
+from memdfa_lab.lab.settings import OPTIMIZERS
+
+
+def example_step(
+    rule: str,
+    network: str | Sequence[int],
+    batch_size: int,
+    optimizer: Any = "sgd",
+    feedback: str = "regenerated",
+    seed: int = 0,
+    layout: torch.memory_format = torch.contiguous_format,
+    **options: Any,
+) -> tuple[Rule, Tensor, Tensor]:
+    """Return a rule on a network with its own loss, random x (N, C, H, W) or (N, n), and labels y (N,).
+
+    `network`: a name of `ml.models`, or the widths of a ReLU MLP, [784, 800, 10]. `optimizer`: one of OPTIMIZERS, with
+    a learning rate too small to matter, or as a rule takes it. `seed` gives feedback and data, `layout` how images and
+    filters lie in memory; `options` go to the rule. Raises ValueError for unknown names and numbers below 1.
+    """
+    check_int("the batch size", batch_size)
+    shape: Sequence[int]
+    if isinstance(network, str):
+        setting = models.get(network)
+        net, loss, shape, classes = models.build(network), setting.loss, setting.input_shape, 10
+    else:
+        net, loss, classes = models.mlp(network[0], list(network[1:-1]), network[-1]), "cross_entropy", network[-1]
+        shape = network[:1]
+    named = isinstance(optimizer, str)
+    factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6) if named else optimizer
+    B = lookup("feedback", feedback, KINDS)(seed)
+    learner = find_rule(rule)(net.to(memory_format=layout), factory, LOSSES[loss], B, **options)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch_size, *shape, generator=generator).to(memory_format=layout)
+    return learner, x, torch.randint(classes, (batch_size,), generator=generator)

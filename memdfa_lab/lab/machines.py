@@ -1,0 +1,180 @@
+"""Past one machine: what ranks hold and send, measured, and a pipeline of machines, simulated.
+
+`measure`: bytes sent are those that the process hands to the system's write calls during the step (/proc/self/io, Linux
+only): the gradients, what gloo writes around them, and nothing else, since a step writes no file.
+
+`simulate`: each machine has as many consecutive blocks. The unit of time is the forward pass of one micro-batch on one
+machine. The gradient of its weights takes one more, and so does the signal to the machine before (BP and FA); DFA and
+MEM-DFA take e B_i, `signal`, in place of that. A machine updates its weights when it has its gradients of all
+micro-batches, so each rule makes the updates that it makes on one machine; then it begins the next batch. `wire` is how
+long activations, signals and e travel, while machines go on computing. BP's schedule is GPipe's (Huang et al. 2019):
+all
+forward, then all backward."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from memdfa_lab import memory
+from memdfa_lab.core.checks import check_int, check_number, lookup
+from memdfa_lab.lab.distributed import Group, ranks
+from memdfa_lab.lab.example import example_step
+
+COUNTS = Path("/proc/self/io")
+# What a machine does in a batch: one part after the other, in each part the same tasks for every micro-batch
+ORDERS = {
+    "bp": [["forward"], ["backward"]],
+    "fa": [["forward"], ["backward"]],
+    "dfa": [["forward"], ["local gradient"]],
+    "memdfa": [["forward"], ["recompute", "local gradient"]],
+}
+Task = tuple[int, str, int, int]  # machine, what, batch, micro-batch
+
+
+def measure(sizes: Sequence[int], cases: Sequence[tuple[str, str]], batch: int, optimizer: str = "sgd") -> pd.DataFrame:
+    """Return a row a number of ranks and a case (rule, network): a step on a batch that the ranks share.
+
+    Columns: ranks, rule, network, batch; peak_bytes and sent_bytes, of the rank that has most (sent_bytes is -1 where
+    it cannot be measured); resting_bytes; gradient_bytes, of all blocks together. Ranks are processes of this machine,
+    one thread each. Raises ValueError for fewer examples than ranks, RuntimeError if a rank fails.
+    """
+    if batch < max(sizes):
+        raise ValueError(f"a batch of {batch} has no example for each of {max(sizes)} ranks")
+    settings: dict[str, Any] = {"cases": list(cases), "batch": batch, "optimizer": optimizer}
+    tables = []
+    for size in sizes:
+        if size == 1:
+            tables.append(pd.DataFrame(_rows(Group(), **settings)))
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "settings").write_text(json.dumps(settings), encoding="utf-8")
+            torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+            command = [sys.executable, "-m", *torchrun, "-m", "memdfa_lab.lab.machines", folder]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if done.returncode != 0:
+                raise RuntimeError(f"{size} ranks could not be measured: {done.stderr[:2000]}")
+            of_ranks = [pd.read_json(Path(folder) / f"{rank}") for rank in range(size)]
+        most = pd.concat(of_ranks).groupby(level=0)[["peak_bytes", "sent_bytes"]].max()
+        tables.append(of_ranks[0].assign(**most))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _rows(group: Group, cases: Sequence[Sequence[str]], batch: int, optimizer: str) -> list[dict[str, Any]]:
+    """Return this rank's rows of the table."""
+    rows = []
+    for name, network in cases:
+        rule, x, y = example_step(name, network, batch, optimizer)
+        rule.group = group
+        mine = group.part(torch.arange(batch))
+        step = (x[mine], y[mine])
+        rule.step(*step)  # makes the optimizer's state and the buffers to send from
+        before = _sent_bytes()
+        trace = memory.measure(rule, *step)
+        sent = _sent_bytes() - before if group.size > 1 else 0
+        rows.append(
+            {
+                "ranks": group.size,
+                "rule": name,
+                "network": network,
+                "batch": batch,
+                "peak_bytes": trace.peak_bytes,
+                "sent_bytes": sent if COUNTS.exists() else -1,
+                "resting_bytes": trace.resting_bytes,
+                "gradient_bytes": sum(p.numel() * p.element_size() for block in rule.parameters for p in block),
+            }
+        )
+    return rows
+
+
+def _sent_bytes() -> int:
+    if not COUNTS.exists():
+        return 0
+    counts = dict(line.split(": ") for line in COUNTS.read_text().splitlines())
+    return int(counts["wchar"])
+
+
+def simulate(
+    rule: str, machines: int, micro_batches: int, batches: int = 3, *, wire: float = 0.0, signal: float = 0.0
+) -> pd.DataFrame:
+    """Return a row a task: machine, task, batch, micro_batch, start and end, in units of a machine's forward pass.
+
+    Raises ValueError for an unknown rule, numbers below 1, and times below 0.
+    """
+    order = lookup("rule", rule, ORDERS)
+    for name, number in (("machines", machines), ("micro_batches", micro_batches), ("batches", batches)):
+        check_int(name, number)
+    for name, time in (("wire", wire), ("signal", signal)):
+        check_number(name, time)
+    takes = {"forward": 1.0, "recompute": 1.0, "backward": 2.0, "local gradient": 1.0 + signal}
+    one_batch = [(task, micro) for part in order for micro in range(micro_batches) for task in part]
+    todo = [
+        [(machine, task, batch, micro) for batch in range(batches) for task, micro in one_batch]
+        for machine in range(machines)
+    ]
+    ends: dict[Task, float] = {}
+    rows = []
+    done = [0] * machines  # how many tasks each machine has done
+    free_at = [0.0] * machines
+    while len(ends) < sum(map(len, todo)):
+        for machine, tasks in enumerate(todo):
+            while done[machine] < len(tasks):
+                task = tasks[done[machine]]
+                needs = list(_needs(task, machines))
+                if not all(need in ends for need in needs):
+                    break
+                arrived = [ends[need] + (wire if need[0] != machine else 0.0) for need in needs]
+                start = max([free_at[machine], *arrived])
+                ends[task] = free_at[machine] = start + takes[task[1]]
+                rows.append((*task, start, ends[task]))
+                done[machine] += 1
+    return pd.DataFrame(rows, columns=["machine", "task", "batch", "micro_batch", "start", "end"])
+
+
+def steady(table: pd.DataFrame) -> dict[str, float]:
+    """Return what a simulation of two batches or more settles to: `busy`, `rate` and `held`.
+
+    `busy`: the part of the time in which machines compute. `rate`: micro-batches in a unit of time. `held`: of how many
+    micro-batches a machine holds what their gradient needs, at most. Raises ValueError for fewer than two batches.
+    """
+    first = table[table["machine"] == 0].groupby("batch")["start"].min()
+    if len(first) < 2:
+        raise ValueError("how a pipeline settles takes two batches or more to see")
+    period = first.iloc[-1] - first.iloc[-2]
+    last = table[table["batch"] == table["batch"].max()]
+    work = (last["end"] - last["start"]).sum() / (table["machine"].max() + 1)
+    born = "recompute" if (last["task"] == "recompute").any() else "forward"
+    taught = last["task"].isin(["backward", "local gradient"])
+    changes = [(time, 1) for time in last[(last["task"] == born) & (last["machine"] == 0)]["start"]]
+    changes += [(time, -1) for time in last[taught & (last["machine"] == 0)]["end"]]
+    held = most = 0
+    for _, change in sorted(changes):
+        held += change
+        most = max(most, held)
+    return {"busy": work / period, "rate": (table["micro_batch"].max() + 1) / period, "held": most}
+
+
+def _needs(task: Task, machines: int) -> Iterator[Task]:
+    """Yield the tasks, on whichever machine, whose results a task needs."""
+    machine, name, batch, micro = task
+    last = machines - 1
+    if name in ("forward", "recompute") and machine > 0:
+        yield machine - 1, name, batch, micro
+    if name == "backward" and machine < last:
+        yield machine + 1, name, batch, micro
+    if name == "local gradient" or (name == "recompute" and machine == 0) or (name == "backward" and machine == last):
+        yield last, "forward", batch, micro  # e
+
+
+if __name__ == "__main__":
+    results = Path(sys.argv[1])
+    with ranks() as this_rank:
+        rows_here = _rows(this_rank, **json.loads((results / "settings").read_text(encoding="utf-8")))
+        (results / f"{this_rank.rank}").write_text(json.dumps(rows_here), encoding="utf-8")

@@ -1,0 +1,124 @@
+"""The tables in README and reports, made from predictions and committed csv files: make tables.
+
+Each function prints a Markdown table. cog puts it in place: `python -m cogapp -r -P -I reports -p "import tables" README.md reports/index.md`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+import memdfa_lab as ml
+from memdfa_lab.core.rules import ALL_RULES
+from memdfa_lab.figures import STYLES
+
+REPORTS = Path(__file__).resolve().parent
+LABELS = {rule: label for rule, (label, _) in STYLES.items()}
+PEAKS_OF = {"784-[800]x32-10": 128, "784-[256]x64-10": 2048, "long_fc": 100, "liao_cifar": 100, "mnist_conv": 100}
+paper = ml.paper.tables
+
+
+def show(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table."""
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def peaks() -> None:
+    """The predicted peak of each rule in MiB, and what it is made of by the categories' first letters."""
+    rows = []
+    for rule in ALL_RULES:
+        cells = []
+        for network, batch in PEAKS_OF.items():
+            trace = ml.experiments.profile(rule, network, batch)
+            parts = [f"{name[0]} {value / 2**20:.2f}" for name, value in trace.peak_by_category.items()]
+            parts = [part for part in parts if not part.endswith(" 0.00")]
+            cells.append(f"**{trace.peak_bytes / 2**20:.2f}** ({', '.join(parts)})")
+        rows.append([LABELS[rule], *cells])
+    show(["rule", *(f"{network}, N={batch}" for network, batch in PEAKS_OF.items())], rows)
+
+
+def authors_mnist() -> None:
+    """Test accuracy of fc_relu at the authors' setting, over seeds, and minutes a run."""
+    table = pd.read_csv(REPORTS / "mnist_fc_relu" / "histories.csv")
+    rows = []
+    for rule, runs in table.groupby("rule", sort=False):
+        at = [100 * runs[runs["epoch"] == epoch]["test_accuracy"] for epoch in (5, 20)]
+        minutes = runs.groupby("seed")["seconds"].sum().mean() / 60
+        rows.append([LABELS[str(rule)], *(f"{x.mean():.2f} ± {x.std():.2f}" for x in at), f"{minutes:.1f}"])
+    show(["rule", "test accuracy after 5 epochs, %", "after 20 epochs, %", "training, minutes a run"], rows)
+
+
+def errors(*experiments: str) -> None:
+    """Test errors of some experiments in percent, mean and standard deviation over seeds (how many)."""
+    table = paper.beside_published(histories()).set_index("source").loc[[f"here, {name}" for name in experiments]]
+    head = ["data", "network", "epochs", *(LABELS[rule] for rule in ml.RULES)]
+    show(head, table[["dataset", "network", "epochs", *ml.RULES]].to_numpy())
+
+
+def times() -> None:
+    """Step time over BP's, median over rounds with quartiles, of the committed bench."""
+    table = pd.read_csv(REPORTS / "bench" / "bench.csv", keep_default_na=False)
+    rows = []
+    for label, rule, kind in (
+        ("FA, B stored", "fa", "stored"),
+        ("DFA", "dfa", "regenerated"),
+        ("MEM-DFA", "memdfa", "regenerated"),
+        (LABELS["checkpoint_step_in_backward"], "checkpoint_step_in_backward", "none"),
+    ):
+        found = table[(table["rule"] == rule) & (table["feedback"] == kind)]
+        rows.append([label, *(f"{r.ratio:.2f} ({r.ratio_low:.2f} to {r.ratio_high:.2f})" for r in found.itertuples())])
+    networks = table[["network", "batch_size"]].drop_duplicates().itertuples(index=False)
+    show(["step time / BP's", *(f"{network}, {batch}" for network, batch in networks)], rows)
+
+
+def depth() -> None:
+    """Microseconds a block and peak of BP and MEM-DFA against depth, of the committed bench on one thread."""
+    table = pd.read_csv(REPORTS / "bench" / "deep" / "bench.csv")
+    table["mib"] = table["peak_bytes"] / 2**20
+    rows = []
+    for network, runs in table.groupby("network", sort=False):
+        by = runs.set_index("rule")
+        times = [f"{by['us_a_block'][rule]:,.0f}" for rule in ("bp", "memdfa")]
+        rows.append([network, *times, *(f"{by['mib'][rule]:,.3f}" for rule in ("bp", "memdfa"))])
+    show(["MLP", "BP, µs a block", "MEM-DFA, µs a block", "BP, peak in MiB", "MEM-DFA, peak in MiB"], rows)
+
+
+def claims() -> None:
+    """The abstract's four claims and what the tables have of each."""
+    table = paper.claims(paper.load(REPORTS / "paper")).drop(columns="figure")
+    show(list(table), table.to_numpy())
+
+
+def all_errors() -> None:
+    """Test errors of all experiments."""
+    table = paper.beside_published(histories())
+    table = table[table["source"].str.startswith("here")]
+    show([LABELS.get(name, name) for name in table], table.to_numpy())
+
+
+def goals() -> None:
+    """The plan's goals and what was reached."""
+    table = paper.goals(histories()).replace({"rule": LABELS})
+    show(list(table), table.to_numpy())
+
+
+def superseded() -> None:
+    """Runs that others replaced: their last test errors in percent, mean over seeds."""
+    table = pd.read_csv(REPORTS / "paper" / "superseded.csv")
+    earlier = histories().query("epoch == epochs")
+    longest = earlier.groupby(["experiment", "rule"])["epochs"].transform("max")
+    table = pd.concat([table, earlier[earlier["epochs"] < longest]])
+    table["batch"] = table["settings"].map(lambda settings: json.loads(settings)["batch_size"])
+    table["error"] = 100 * (1 - table["test_accuracy"])
+    groups = table.groupby(["experiment", "batch", "epochs", "rule"], sort=False)["error"]
+    means = groups.mean().map("{:.2f}".format).unstack("rule").fillna("").reset_index()
+    rules = [rule for rule in ml.RULES if rule in means]
+    names = [*means.columns[:3], *(LABELS[rule] for rule in rules)]
+    show(names, means[[*means.columns[:3], *rules]].to_numpy())
+
+
+def histories() -> pd.DataFrame:
+    table: pd.DataFrame = paper.load(REPORTS / "paper")["histories"]
+    return table
