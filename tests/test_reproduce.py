@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import nbformat
 import pandas as pd
+import papermill
 import psutil
 import pytest
 
@@ -176,6 +177,18 @@ def test_what_cannot_run_is_refused_before_anything_is_written(notebooks, tmp_pa
     with pytest.raises(ValueError, match="has other files"):
         reproduce(notebooks, overwrite=True)
     assert len(list(notebooks.iterdir())) == 3
+
+
+def test_an_error_that_is_not_of_a_cell_keeps_its_traceback_and_the_others_run(notebooks, monkeypatch, capfd):
+    run = papermill.execute_notebook
+
+    def broken(source, *arguments, **options):
+        return run(source, *arguments, **options) if "03" in source else 1 + "a"
+
+    monkeypatch.setattr(papermill, "execute_notebook", broken)
+    with pytest.raises(NotebooksFailed, match="1 of 2 notebooks failed: 01_first, cell 0: TypeError: unsupported"):
+        reproduce("run", ["01", "03"])
+    assert 'else 1 + "a"' in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -269,6 +269,7 @@ def test_a_result_that_cannot_be_written_does_not_cost_its_training(tmp_path):
     with pytest.raises(sweep.RunsFailed):
         sweep.run(file, out, jobs=1)
     assert [row["status"] for row in rows(out)] == ["failed"]
+    assert "Traceback" in (folder / "log.txt").read_text()
     assert (folder / "checkpoint.pt").exists()
     (folder / "history.csv").rmdir()
     sweep.run(file, out, jobs=1)

@@ -178,7 +178,8 @@ class _Run:
             return
         seconds = round(time.perf_counter() - started, 1)
         self.say(name, f"failed after {seconds:.0f} s, {error}" if error else f"done in {seconds:.0f} s")
-        write_page(self.out, name)
+        if (self.out / notebook.name).exists():  # not where nothing could be started
+            write_page(self.out, name)
         outcome = {"status": "failed", "error": error} if error else {"status": "done"}
         self.keep(name, **outcome, source=source, seconds=seconds)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -123,7 +124,11 @@ def _follow(waiting: dict["Future[str | None]", str], sweep: Sweep, out: Path) -
             if future.cancelled():
                 raise RuntimeError("the Dask scheduler is gone: what was finished is kept, the same command goes on")
             name, problem = waiting[future], future.exception()
-            error = " ".join(f"{type(problem).__name__}: {problem}".split()) if problem else future.result()
+            if problem:
+                traceback.print_exception(problem)
+                error: str | None = " ".join(f"{type(problem).__name__}: {problem}".split())
+            else:
+                error = future.result()
             text = f"{name} ({sweep.label(name)})"
             if error:
                 failed.append(f"{text}, {error}")
