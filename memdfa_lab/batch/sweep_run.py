@@ -120,7 +120,7 @@ def main(out: str, name: str) -> int:
         sweep = load(Path(out))
         os.environ |= dict.fromkeys(THREADS, str(sweep.threads))  # for the kernel of a notebook
         torch.set_num_threads(sweep.threads)
-        with FileLock(folder / LOCK):  # held if a worker is thought lost that is not
+        with FileLock(folder / LOCK):  # another process has it if a worker is thought lost that is not
             if not is_done(folder, sweep.code):
                 _prepare(folder, {"run": sweep.run, "parameters": sweep.runs[name], "code": sweep.code})
                 started = time.perf_counter()

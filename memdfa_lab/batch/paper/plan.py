@@ -79,10 +79,10 @@ class Experiment(Checked):
 
     def described(self, rule: str, chosen: Settings) -> str:
         """Return all that the plan sets in a run, as text for a table."""
-        rest = {"batch_size": self.batch, "schedule": self.schedule}
-        return json.dumps(
-            {**self.options(rule, chosen), **rest} | ({} if self.images is None else {"images": self.images})
-        )
+        rest: Settings = {"batch_size": self.batch, "schedule": self.schedule}
+        if self.images is not None:
+            rest["images"] = self.images
+        return json.dumps({**self.options(rule, chosen), **rest})
 
     def complete(self, rule: str, stated: Settings) -> Settings:
         """Return all settings of a run of which some are stated: the rest is the network's own."""
@@ -125,12 +125,12 @@ def within(wanted: Sequence[Experiment], budget_s: float) -> tuple[list[Experime
     return chosen, lines
 
 
-def current(histories: pd.DataFrame) -> pd.DataFrame:
+def current(table: pd.DataFrame) -> pd.DataFrame:
     """Keep the rows of runs whose settings are those of the plan, and of experiments that it does not have."""
     plan = {one.name: one for one in experiments()}
-    runs = histories[["experiment", "rule", "settings"]].drop_duplicates()
+    runs = table[["experiment", "rule", "settings"]].drop_duplicates()
     kept = [name not in plan or plan[name].has(rule, text) for name, rule, text in runs.itertuples(index=False)]
-    return histories.merge(runs.loc[kept])
+    return table.merge(runs.loc[kept])
 
 
 def unfinished(wanted: Sequence[Experiment], histories: pd.DataFrame) -> list[Experiment]:

@@ -1,4 +1,4 @@
-"""What the comparison says: made from its tables alone, in seconds."""
+"""What follows from the tables of the comparison, in seconds: test errors, goals, claims, and what is missing."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,7 @@ def load(folder: str | Path = "reports/paper") -> dict[str, pd.DataFrame]:
     beside = notebooks_folder()
     for place in (Path(folder), beside / folder, beside.parent / folder):
         if (place / "depth.csv").exists():
-            tables = {name: runs.read(place, name) for name in runs.TABLES}
-            tables["histories"] = plan.current(tables["histories"])
+            tables = {name: plan.current(runs.read(place, name)) for name in runs.TABLES}
             tables |= {name: pd.read_csv(place / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
             tables["profiles"] = tables["profiles"].fillna({"phase": ""})  # between two phases
             bench = place.parent / "bench" / "bench.csv"
@@ -107,13 +106,13 @@ def trials(choices: pd.DataFrame) -> pd.DataFrame:
     for experiment, tried in choices.groupby("experiment", sort=False):
         every = pd.DataFrame([json.loads(text) for text in tried["settings"]], tried.index, dtype=object)
         varied = every.loc[:, every.nunique(dropna=False) > 1]
-        tried = tried.assign(said=[" ".join(map(str, row.dropna())) for _, row in varied.iterrows()])
+        tried = tried.assign(text=[" ".join(map(str, row.dropna())) for _, row in varied.iterrows()])
         tried = tried.sort_values("held_out_accuracy", ascending=False, kind="stable")
         for (rule, epochs), group in tried.groupby(["rule", "epochs"]):
-            pairs = zip(group["said"], 100 * group["held_out_accuracy"], strict=True)
-            said = [f"{settings}: {accuracy:.2f}" for settings, accuracy in pairs]
+            pairs = zip(group["text"], 100 * group["held_out_accuracy"], strict=True)
+            texts = [f"{settings}: {accuracy:.2f}" for settings, accuracy in pairs]
             columns = {"experiment": experiment, "rule": rule, "epochs": epochs}
-            rows.append({**columns, "chosen": said[0], "others": ", ".join(said[1:])})
+            rows.append({**columns, "chosen": texts[0], "others": ", ".join(texts[1:])})
     return pd.DataFrame(rows, columns=["experiment", "rule", "epochs", "chosen", "others"])
 
 
@@ -164,44 +163,39 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         found = errors(histories).query("rule != 'dfa'")  # which MEM-DFA stands for, too
         few = found.groupby("experiment")["seeds"].min() < 3
         lacking += [f"fewer than three seeds in {few.sum()} of {len(few)} experiments"] if few.any() else []
-    whole = on_both and not lacking
     seen = ", ".join(f"{count} network{'s' * (count > 1)} on {name}" for name, count in compared.items())
 
-    ratios = [f"{ratio:.2f} on {name}" for name, ratio in extra_time(bench).items()]
-    return pd.DataFrame(
-        [
-            (
-                "1. memory does not grow with the number of layers",
-                f"MEM-DFA's peak above rest, at {depth['depth'].max()} layers over that at {depth['depth'].min()}: "
-                + ", ".join(f"{factor:.2f} ({name})" for name, factor in growth.items()),
-                "weights rest besides, and grow",
-                "depth",
-                limits[constant],
-            ),
-            (
-                "2. the price is one more forward pass",
-                f"step time, MEM-DFA / DFA: {', '.join(ratios)}" if ratios else "not timed here: no bench.csv",
-                "on one machine" if ratios else "",
-                "time",
-                limits[bool(ratios)],
-            ),
-            (
-                "3. four rules compared on MNIST and CIFAR-10, on several networks",
-                f"all four trained: {seen or 'none'}; memory of {tables['peaks']['network'].nunique()} networks",
-                "; ".join(lacking),
-                "errors, curves, profiles",
-                "shown" if whole else limits[bool(seen)],
-            ),
-            (
-                "4. theory and experiment agree on memory",
-                f"equal: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} closed forms",
-                "closed forms are for MLPs",
-                "depth",
-                "shown" if agree else "not shown",
-            ),
+    ratios = ", ".join(f"{ratio:.2f} on {name}" for name, ratio in extra_time(bench).items())
+    factors = ", ".join(f"{factor:.2f} ({name})" for name, factor in growth.items())
+    first, last = depth["depth"].min(), depth["depth"].max()
+    columns = {
+        "claim": [
+            "1. memory does not grow with the number of layers",
+            "2. the price is one more forward pass",
+            "3. four rules compared on MNIST and CIFAR-10, on several networks",
+            "4. theory and experiment agree on memory",
         ],
-        columns=["claim", "what is seen", "limits", "figure", "verdict"],
-    )
+        "what is seen": [
+            f"MEM-DFA's peak above rest, at {last} layers over that at {first}: {factors}",
+            f"step time, MEM-DFA / DFA: {ratios}" if ratios else "not timed here: no bench.csv",
+            f"all four trained: {seen or 'none'}; memory of {tables['peaks']['network'].nunique()} networks",
+            f"equal: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} closed forms",
+        ],
+        "limits": [
+            "weights rest besides, and grow",
+            "on one machine" if ratios else "",
+            "; ".join(lacking),
+            "closed forms are for MLPs",
+        ],
+        "figure": ["depth", "time", "errors, curves, profiles", "depth"],
+        "verdict": [
+            limits[constant],
+            limits[bool(ratios)],
+            "shown" if on_both and not lacking else limits[bool(seen)],
+            "shown" if agree else "not shown",
+        ],
+    }
+    return pd.DataFrame(columns)
 
 
 def epoch_seconds(histories: pd.DataFrame) -> pd.DataFrame:
