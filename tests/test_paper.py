@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import memdfa_lab as ml
-from memdfa_lab import cli, figures
+from memdfa_lab import cli
 from memdfa_lab.batch import paper
 from memdfa_lab.batch.notebooks import notebooks_folder
 from memdfa_lab.batch.paper.plan import Experiment
