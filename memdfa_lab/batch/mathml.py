@@ -22,7 +22,7 @@ SIGNS = {"cdot": "·", "cdots": "⋯", "dots": "…", "infty": "∞", "partial":
 
 
 def mathml(tex: str, display: bool = False) -> str:
-    """Return a formula as a <math> element, or as the code that it is if it has more than this module knows."""
+    """Return a formula as an element of HTML, or as the code that it is if it has more than this module knows."""
     try:
         formula = _Parser(tex).row()
     except (IndexError, KeyError):  # a brace is missing, or a command is unknown
