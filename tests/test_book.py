@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 import codespell_lib
 import pytest
-import yaml
 
 import memdfa_lab as ml
+from memdfa_lab.batch.sweep_file import from_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
@@ -158,7 +158,7 @@ def test_a_work_has_the_same_link_everywhere():
 
 
 def references() -> list[dict[str, str]]:
-    return yaml.safe_load(CITATION)["references"]
+    return from_yaml(CITATION)["references"]
 
 
 @pytest.mark.parametrize("path", [*TEXTS, *DOCSTRINGS], ids=by_name)
@@ -172,7 +172,7 @@ def test_a_number_that_is_named_is_one_of_a_listed_work(path):
 
 
 def test_the_repository_is_named_in_one_way():
-    assert yaml.safe_load(CITATION)["repository-code"] == REPOSITORY
+    assert from_yaml(CITATION)["repository-code"] == REPOSITORY
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)

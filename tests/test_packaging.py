@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 
 import memdfa_lab
+from memdfa_lab.batch.sweep_file import from_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -62,7 +62,7 @@ def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 def test_environment_yml_has_the_packages_and_bounds_of_pyproject():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    environment = from_yaml((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [line for line in environment["dependencies"] if isinstance(line, str) and line != "pip"]
     pip = [line for line in environment["dependencies"] if isinstance(line, dict)]
 
@@ -81,7 +81,7 @@ def test_environment_yml_has_the_packages_and_bounds_of_pyproject():
 
 
 def test_citation_is_complete_and_of_this_version():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    citation = from_yaml((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == memdfa_lab.__version__
     assert citation["license"] == PROJECT["license"]
