@@ -1,17 +1,19 @@
 """The pages of a run folder: index.html, and a page for each executed notebook; no server, no network, no script."""
 
 import re
+from contextlib import suppress
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import nbformat
+from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from traitlets.config import Config
 
-from memdfa_lab.batch.mathml import mathml
 from memdfa_lab.lab.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -24,13 +26,22 @@ class _Renderer(IPythonRenderer):
     """nbconvert's Markdown, with formulas as MathML, and links to the pages of other notebooks."""
 
     def block_math(self, body: str) -> str:
-        return mathml(body, display=True)
+        return mathml(body, "block")
 
     def inline_math(self, body: str) -> str:
         return mathml(body)
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
         return super().link(text, re.sub(r"^(\d\d_\w+)\.ipynb", r"\1.html", url), title)
+
+
+def mathml(tex: str, display: str = "inline") -> str:
+    """Return a formula in TeX as MathML, which browsers draw without a script; as code if it cannot be converted."""
+    with suppress(Exception):  # latex2mathml's errors have no class in common
+        formula = str(convert(tex, display=display))
+        if "\\" not in formula:  # it leaves unknown commands as they are
+            return formula
+    return f"<code>{escape(tex)}</code>"
 
 
 def markdown(source: str) -> str:
