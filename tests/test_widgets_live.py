@@ -1,157 +1,38 @@
-"""What trains while one looks on: numbers against plain training, clicks in any order, and no thread left behind."""
+"""What trains while one looks on: numbers against plain training, clicks in any order, and nothing that runs on."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
 import memdfa_lab as ml
-from memdfa_lab.widgets import background, feedback, training
-from memdfa_lab.widgets.background import BUSY, Background
+from memdfa_lab.widgets import base, feedback, training
 
 FAST = {"layers": 1, "width": 20, "batch": 10}
 
 
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    background.stop()
-    assert threads() == []
+@pytest.fixture
+def steps(monkeypatch):
+    """Let Live training end after 40 steps, without a pause or a picture between them."""
+    monkeypatch.setattr(training, "MOST_STEPS", 40)
+    monkeypatch.setattr(training, "DRAWN_EVERY_S", math.inf)
+    monkeypatch.setattr(base, "PAUSE_S", 0)
 
 
-def threads():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("memdfa")]
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing has come of it"
-        time.sleep(0.01)
-
-
-# ------------------------------------------------------------------------------------------------ the thread
-
-
-def test_a_thread_takes_steps_until_it_is_stopped():
-    steps, ends = [], []
-    worker = Background("a", lambda: steps.append(0) or 0.0, ends.append)
-    for _ in range(3):  # more clicks start nothing more
-        worker.start()
-    assert threads() == ["memdfa a"]
-    wait_for(lambda: len(steps) > 2)
-    worker.stop()
-    worker.stop()
-    assert (threads(), ends, worker.running) == ([], [None], False)
-    before = len(steps)
-    worker.start()
-    wait_for(lambda: len(steps) > before)
-
-
-def test_a_thread_ends_by_itself_and_tells_what_went_wrong():
-    ends = []
-    Background("a", lambda: None, ends.append).start()
-    wait_for(lambda: ends == [None])
-    broken = ValueError("broken")
-
-    def step():
-        raise broken
-
-    Background("a", step, ends.append).start()
-    wait_for(lambda: ends == [None, broken])
-    wait_for(lambda: not threads())
-
-
-def test_a_cell_that_is_run_again_stops_what_it_started():
-    first = Background("a", lambda: 0.0, lambda problem: None)
-    other = Background("b", lambda: 0.0, lambda problem: None)
-    first.start()
-    other.start()
-    again = Background("a", lambda: 0.0, lambda problem: None)
-    assert threads() == ["memdfa b"]
-    first.start()
-    again.start()
-    assert sorted(threads()) == ["memdfa a", "memdfa b"]
-    assert not first.running
-
-
-def test_a_thread_waits_while_the_foreground_is_busy_and_can_be_stopped_then():
-    steps = []
-    worker = Background("a", lambda: steps.append(0) or 0.0, lambda problem: None)
-    with BUSY:
-        worker.start()
-        time.sleep(0.2)
-        assert steps == []
-        worker.stop()
-    assert threads() == []
-
-
-def test_a_slow_rest_is_cut_short():
-    worker = Background("a", lambda: 1000.0, lambda problem: None)
-    worker.start()
-    time.sleep(0.05)
-    started = time.monotonic()
-    worker.stop()
-    assert time.monotonic() - started < 100
-    assert threads() == []
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send")
-def test_an_interrupt_stops_it_and_reaches_who_listened_before():
-    heard = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
-        worker = Background("a", lambda: 0.0, lambda problem: None)
-        worker.start()
-        os.kill(os.getpid(), signal.SIGINT)
-        wait_for(lambda: not worker.running)
-        assert heard == [signal.SIGINT]
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-SESSION = """
-import threading, time
-from IPython.core.interactiveshell import InteractiveShell
-shell = InteractiveShell.instance()
-run = lambda code: shell.run_cell(code)
-run("from memdfa_lab.widgets.background import Background, threading")
-run("steps = []; worker = Background('a', lambda: steps.append(0) or 0.0, print)")
-run("worker.start()")
-time.sleep(0.2)
-found = shell.user_ns["steps"]
-assert found, "it does not train between cells"
-run("import time; before = len(steps); time.sleep(0.3); during = len(steps) - before")
-assert shell.user_ns["during"] == 0, "it trains while a cell runs"
-n = len(found)
-time.sleep(0.2)
-assert len(found) > n, "it does not go on after the cell"
-run("1 / 0")
-run("raise KeyboardInterrupt")
-time.sleep(0.5)
-assert not shell.user_ns["worker"].running, "it goes on after an interrupted cell"
-run("worker.start()")
-time.sleep(0.1)
-assert shell.user_ns["worker"].running
-"""
-
-
-def test_in_a_session_it_waits_for_cells_and_ends_with_an_interrupt_or_the_session():
-    done = subprocess.run([sys.executable, "-c", SESSION], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+async def until(condition):
+    for _ in range(100_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("it has not happened")
 
 
 # ------------------------------------------------------------------------------------------------ live training
@@ -159,7 +40,7 @@ def test_in_a_session_it_waits_for_cells_and_ends_with_an_interrupt_or_the_sessi
 
 def test_a_race_is_plain_training():
     data = ml.datasets.load("mnist5k").subset(200, 100)
-    race = training.Race(data, layers=2, width=30, lr=0.02, batch=50, seed=3, every=4)
+    race = ml.widgets.Race(data, layers=2, width=30, lr=0.02, batch=50, seed=3, every=4)
     for _ in range(8):  # two epochs
         race.advance()
     for name, kind in ml.RULES.items():
@@ -177,43 +58,38 @@ def test_a_race_is_plain_training():
     assert np.array_equal(memdfa, dfa)
 
 
-def test_it_starts_pauses_resumes_and_starts_anew():
-    live = ml.widgets.live_training(**FAST)
-    assert "not started, step 0 of 3,000, mnist5k" in live.status.value
-    start, pause, reset = live.start_button, live.pause_button, live.reset_button
-    assert (start.description, start.disabled, pause.disabled) == ("Start", False, True)
-    for _ in range(3):  # a double click, and one more
+def test_it_starts_pauses_resumes_and_starts_anew(steps):
+    async def play() -> None:
+        live = ml.widgets.live_training(**FAST)
+        assert "not started, step 0 of 40, mnist5k" in live.status.value
+        start, pause, reset = live.start_button, live.pause_button, live.reset_button
+        assert (start.description, start.disabled, pause.disabled) == ("Start", False, True)
+        for _ in range(3):  # a double click, and one more
+            start.click()
+        await until(lambda: live.race.step == 25)
+        assert (start.disabled, pause.disabled) == (True, False)
+        for _ in range(2):
+            pause.click()
+        await asyncio.sleep(0)
+        assert "paused, step 25 of 40" in live.status.value
+        assert (start.description, start.disabled, pause.disabled) == ("Resume", False, True)
+        assert "At step 20: BP loss" in live.picture.value
         start.click()
-    assert threads() == ["memdfa live training"]
-    assert (start.disabled, pause.disabled) == (True, False)
-    wait_for(lambda: live.race.step > 25)
-    for _ in range(2):
-        pause.click()
-    assert threads() == []
-    step, picture = live.race.step, live.picture.value
-    assert f"paused, step {step:,} of" in live.status.value
-    assert (start.description, start.disabled, pause.disabled) == ("Resume", False, True)
-    assert "At step 20: BP loss" in picture
-    start.click()
-    wait_for(lambda: live.race.step > step + 20)
-    reset.click()
-    assert (threads(), live.race.step, start.description) == ([], 0, "Start")
-    assert "At step 0" in live.picture.value
+        await until(lambda: live.race.step == 30)
+        reset.click()
+        await until(lambda: live.race.step == 0)
+        assert (start.description, start.disabled) == ("Start", False)
+        await until(lambda: "At step 0:" in live.picture.value)
+        start.click()
+        await until(lambda: not live.training and live.race.step)
+        assert "done, step 40 of 40" in live.status.value
+        assert "At step 40:" in live.picture.value
+        assert start.disabled
+
+    asyncio.run(play())
 
 
-def test_it_ends_by_itself(monkeypatch):
-    monkeypatch.setattr(training, "MOST_STEPS", 30)
-    live = ml.widgets.live_training(**FAST)
-    live.start()
-    wait_for(lambda: not live.background.running)
-    live.show()
-    assert "done, step 30 of 30" in live.status.value
-    assert live.start_button.disabled
-    live.start()
-    assert threads() == []
-
-
-def test_each_control_starts_anew_with_what_it_says():
+def test_each_control_starts_anew_with_what_it_says(steps):
     live = ml.widgets.live_training(**FAST)
     changes = {
         "layers": 2,
@@ -227,58 +103,64 @@ def test_each_control_starts_anew_with_what_it_says():
     assert live.controls.keys() == changes.keys()
     for name, value in changes.items():
         live.start()
-        wait_for(lambda: live.race.step > 0)
+        live.next_part()
+        assert live.training
         live.controls[name].value = value
-        assert (threads(), live.race.step) == ([], 0), name
+        live.start()  # before the change is shown
+        assert (live.race.step, live.training) == (0, False), name
         assert not live.message.value
     rule = live.race.rules["dfa"]
     assert [tuple(p.shape) for p in rule.blocks.parameters() if p.dim() == 2] == [(50, 784), (50, 50), (10, 50)]
     assert isinstance(rule.blocks[0][2], torch.nn.Tanh)
-    assert (rule.feedback.distribution, rule.feedback.seed, rule.optimizers[0].defaults["lr"]) == (
-        "orthogonal",
-        4,
-        0.005,
-    )
-    assert len(next(live.race._batches)[0]) == 20
+    assert (rule.feedback.distribution, rule.feedback.seed) == ("orthogonal", 4)
+    assert rule.optimizers[0].defaults["lr"] == 0.005
+    sizes = []
+    rule.step = lambda x, y: sizes.append(len(x))
+    live.finish()
+    assert set(sizes) == {20}
 
 
-def test_a_rule_that_runs_away_is_said():
-    live = ml.widgets.live_training(**FAST, lr=0.5)
-    for layer in live.race.rules["fa"].blocks.parameters():
-        layer.data.mul_(1e20)
-    ended = []
-    live.soon = lambda call: ended.append(call)  # there is no kernel whose thread could take it
-    live.start()
-    wait_for(lambda: ended and not live.background.running)
-    ended[-1]()
+def test_what_the_controls_lack_is_what_it_started_with():
+    live = ml.widgets.live_training(**FAST, rules=["memdfa"], scale=2.0, storage="regenerated")
+    live.controls["seed"].value = 7
+    live.next_part()
+    (rule,) = live.race.rules.values()
+    assert repr(rule.feedback) == "Regenerated(seed=7, distribution='he_normal', scale=2.0)"
+
+
+def test_an_error_in_training_is_shown_and_ends_it(steps):
+    async def train() -> ml.widgets.LiveTraining:
+        live = ml.widgets.live_training(**FAST, lr=0.5)
+        for layer in live.race.rules["fa"].blocks.parameters():
+            layer.data.mul_(1e20)
+        live.start()
+        await until(lambda: live.message.value)
+        return live
+
+    live = asyncio.run(train())
     assert "FA has run away at step 0: lower the learning rate" in live.message.value
-    assert "Traceback" not in live.message.value
+    assert not live.training
+    assert not live.start_button.disabled
 
 
-def test_speed():
+def test_pictures_come_while_it_trains(steps, monkeypatch):
+    monkeypatch.setattr(training, "DRAWN_EVERY_S", -1)
+    live = ml.widgets.live_training(**FAST, every=2)
+    live.start()
+    for step in (1, 2, 3):
+        live.next_part()
+        assert f"At step {step // 2 * 2}: BP loss" in live.picture.value
+        assert f"training, step {step} of" in live.status.value
+
+
+def test_speed(monkeypatch):
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: 5.0))
     live = ml.widgets.live_training(**FAST)
-    live.speed.value = 1.0
-    assert 0.0 < live._step() <= 1.0
-    live.speed.value = math.inf
-    assert live._step() < 0.1
-
-
-def test_in_a_kernel_pictures_come_while_it_trains(monkeypatch):
-    monkeypatch.setattr(training, "DRAWN_EVERY_S", 0.02)
-
-    async def look_on():
-        live = ml.widgets.live_training(**FAST)
-        live.start_button.click()
-        seen = {live.picture.value}
-        end = time.monotonic() + 60
-        while len(seen) < 3 and time.monotonic() < end:
-            await asyncio.sleep(0.02)
-            seen.add(live.picture.value)
-        live.reset_button.click()
-        await asyncio.sleep(0.1)  # what is still to come from the thread changes nothing
-        return len(seen), live.race.step, live.start_button.description
-
-    assert asyncio.run(look_on()) == (3, 0, "Start")
+    live.start()
+    waits = []
+    for live.speed.value in training.SPEEDS.values():
+        waits.append(live.next_part())
+    assert waits == [1.0, 0.2, 0.05, 0.01, 0.0]
 
 
 def test_mnist_is_taken_where_it_is(monkeypatch, tmp_path):
@@ -292,20 +174,75 @@ def test_mnist_is_taken_where_it_is(monkeypatch, tmp_path):
     assert taken == ["mnist5k", "mnist"]
 
 
-def test_what_is_measured_beside_it_is_what_is_measured_alone():
-    """Predictions and the global generator in the foreground do not see the thread."""
+# ------------------------------------------------------------------------------------------------ in a kernel
 
-    def foreground():
-        torch.manual_seed(0)
-        trace = ml.memory.predict("memdfa", lambda: ml.models.mlp(20, [30] * 4, 5), (8, 20))
-        return list(trace.timeline["bytes"]), torch.randn(3).tolist()
 
-    alone = foreground()
-    live = ml.widgets.live_training(**FAST)
-    live.start()
-    for _ in range(5):
-        with BUSY:  # as a running cell holds it
-            assert foreground() == alone
+def test_a_cell_that_is_run_again_ends_what_it_started(steps):
+    async def run_twice() -> None:
+        first = ml.widgets.live_training(**FAST)
+        other = ml.widgets.feedback_explorer(width=20)
+        first.start()
+        await until(lambda: first.race.step)
+        again = ml.widgets.live_training(**FAST)
+        assert not first.training
+        step, rows = first.race.step, len(other.rows)
+        again.start()
+        await until(lambda: again.race.step == 10 and len(other.rows) > rows)
+        assert first.race.step == step
+
+    asyncio.run(run_twice())
+
+
+def test_clicks_from_another_thread_are_taken_in_the_loop(steps):
+    """JupyterLab sends them to a thread of their own, even while a cell runs."""
+
+    def in_thread(call) -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()  # the loop is busy meanwhile, as with a cell
+
+    async def click() -> None:
+        live = ml.widgets.live_training(**FAST)
+        in_thread(live.start_button.click)
+        assert live.race.step == 0
+        await until(lambda: live.race.step == 5)
+        in_thread(lambda: setattr(live.controls["seed"], "value", 3))
+        assert live.training
+        await until(lambda: not live.training)
+        await until(lambda: live.race.rules["fa"].feedback.seed == 3)
+
+    asyncio.run(click())
+
+
+@pytest.fixture
+def shell():
+    yield InteractiveShell.instance()
+    InteractiveShell.instance().history_manager.end_session()
+    InteractiveShell.clear_instance()
+
+
+def test_it_waits_for_a_cell_that_awaits_and_ends_with_one_that_is_interrupted(steps, shell):
+    def end(error: BaseException | None) -> None:
+        shell.events.trigger("post_run_cell", SimpleNamespace(error_in_exec=error))
+
+    async def session() -> None:
+        live = ml.widgets.live_training(**FAST)
+        live.start()
+        await until(lambda: live.race.step == 3)
+        shell.events.trigger("pre_run_cell", None)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert live.race.step == 3
+        end(ZeroDivisionError())
+        await until(lambda: live.race.step == 6)
+        shell.events.trigger("pre_run_cell", None)
+        end(KeyboardInterrupt())
+        assert (live.race.step, live.training) == (6, False)
+        assert "paused" in live.status.value
+        live.start()
+        await until(lambda: live.race.step == 8)
+
+    asyncio.run(session())
 
 
 # ------------------------------------------------------------------------------------------------ the matrix B
@@ -314,43 +251,43 @@ def test_what_is_measured_beside_it_is_what_is_measured_alone():
 @pytest.mark.parametrize("distribution", ml.feedback.DISTRIBUTIONS)
 @pytest.mark.parametrize(("outputs", "width"), [(10, 100), (100, 10), (30, 30)])
 def test_singular_values_are_those_of_b_and_in_its_unit_near_theory(distribution, outputs, width):
-    matrix = feedback.Matrix(distribution, 3.0, "regenerated", 5, outputs, width)
-    B = ml.feedback.Stored(5, distribution, 3.0).dense(0, outputs, width, torch.zeros(()))
+    how = {"distribution": distribution, "scale": 3.0, "seed": 5}
+    matrix = ml.widgets.Matrix(**how, storage="regenerated", outputs=outputs, width=width)
+    B = ml.feedback.Stored(**how).dense(0, outputs, width, torch.zeros(()))
     found = matrix.singular_values()
-    assert np.allclose(found, np.linalg.svd(B.double().numpy(), compute_uv=False), rtol=1e-5, atol=1e-4)
+    assert np.allclose(found, np.linalg.svd(B.double().numpy(), compute_uv=False), rtol=1e-12)
     least, largest = matrix.edges
     assert np.all(found / matrix.unit < largest * (1 + 1e-5) + (0.35 if least < largest else 0))
     if distribution == "orthogonal":
         assert np.allclose(found / matrix.unit, largest)
+        return
     drawn = np.concatenate([matrix.singular_values(k) / matrix.unit for k in range(20)])
-    values = np.linspace(1e-6, 2.5 + largest, 4000)
-    if distribution != "orthogonal":  # the mean square is 1 (of all C of them), the density's first moments as drawn
-        density = feedback.marchenko_pastur(values, outputs, width)
-        assert np.trapezoid(density, values) == pytest.approx(1, abs=0.03)
-        assert np.trapezoid(density * values**2, values) == pytest.approx((drawn**2).mean(), rel=0.1)
+    values = np.linspace(1e-6, 2.5 + largest, 4000)  # the mean square is 1 (of all C), as of those that are drawn
+    density = ml.figures.marchenko_pastur(values, outputs, width)
+    assert np.trapezoid(density, values) == pytest.approx(1, abs=0.03)
+    assert np.trapezoid(density * values**2, values) == pytest.approx((drawn**2).mean(), rel=0.1)
 
 
-def test_b_equal_to_the_weights_is_bp_for_fa_and_near_it_for_dfa():
-    matrix = feedback.Matrix(width=30, rule="fa")
+def test_b_equal_to_the_weights_is_bp_for_fa_and_near_it_for_dfa(monkeypatch):
+    monkeypatch.setattr(feedback, "STEPS", 30)
     for rule, angle in (("fa", 1e-3), ("dfa", 60.0)):
-        run = feedback.angles_while_learning(feedback.replace(matrix, rule=rule), feedback.ALWAYS)
-        rows = [row for _, row in zip(range(31), run, strict=False) if row]
-        assert [row["step"] for row in rows] == [0, 10, 20, 30]
-        assert max(row["angle_deg"] for row in rows) < angle
-    start = next(feedback.angles_while_learning(matrix, feedback.START))
-    assert start["angle_deg"] < 1e-3
-    random = next(feedback.angles_while_learning(matrix, feedback.RANDOM))
-    assert 70 < random["angle_deg"] < 110
+        rows = list(ml.widgets.Matrix(width=30, rule=rule).learning())
+        by_run = {run: [row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)}
+        random, start, always = by_run.values()
+        assert [row["step"] for row in always] == [0, 10, 20, 30]
+        assert max(row["angle_deg"] for row in always) < angle
+        assert start[0]["angle_deg"] == always[0]["angle_deg"] < start[-1]["angle_deg"]
+        assert 70 < random[0]["angle_deg"] < 110
 
 
 def test_what_runs_away_ends_alone():
-    rows = [row for row in feedback.Matrix(width=20, scale=1e30).learning() if row]
-    gone = [row for row in rows if "ran_away" in row]
-    assert [row["run"] for row in gone] == [feedback.RANDOM]
+    rows = list(ml.widgets.Matrix(width=20, scale=1e30).learning())
+    assert [row["run"] for row in rows if "ran_away" in row] == [feedback.RANDOM]
     assert rows[-1]["step"] == feedback.STEPS
 
 
-def test_each_control_changes_what_is_shown():
+def test_each_control_changes_what_is_shown_of_b(monkeypatch):
+    monkeypatch.setattr(feedback, "STEPS", 10)
     explorer = ml.widgets.feedback_explorer(width=20)
     changes = {
         "distribution": "uniform",
@@ -364,52 +301,48 @@ def test_each_control_changes_what_is_shown():
     assert explorer.controls.keys() == changes.keys()
     for name, value in changes.items():
         before = explorer.picture.value, explorer.numbers.value
-        trained = explorer._trained
         explorer.controls[name].value = value
+        explorer.next_part()
         assert (explorer.picture.value, explorer.numbers.value) != before, name
         assert not explorer.message.value
-        assert (explorer._trained == trained) == (name == "outputs")  # e has the size of the digits' classes
-    assert explorer.matrix == feedback.Matrix(**changes)
-    own = explorer.matrix.singular_values()
+        assert bool(explorer.rows) == (name == "outputs")  # e has the size of the digits' classes
+        explorer.next_part()
+    explorer.finish()
+    assert explorer.setting == ml.widgets.Matrix(**changes)
+    own = explorer.setting.singular_values()
     for value in (own[0], own[-1]):
         assert f"{value:.4g}</td>" in explorer.numbers.value
-    wait_for(lambda: not explorer.background.running, 300)
-    explorer.show()
     for run in (feedback.RANDOM, feedback.START, feedback.ALWAYS):
         assert f"{run}: angle" in explorer.picture.value
         assert run in explorer.numbers.value
-    assert explorer.numbers.value.count(f">{feedback.STEPS}</td>") == 3
+    assert explorer.numbers.value.count("<td>10</td>") == 3
 
 
-def test_what_cannot_be_is_said():
-    explorer = ml.widgets.feedback_explorer(width=20, distribution="orthogonal")
-    before = explorer.picture.value
-    explorer.controls["storage"].value = "shared"
-    assert "a slice of an orthogonal matrix is not orthogonal" in explorer.message.value
-    assert explorer.picture.value == before
-    explorer.controls["distribution"].value = "normal"
-    assert not explorer.message.value
-    for wrong in ({"rule": "bp"}, {"storage": "store"}, {"seed": -1}, {"scale": 0.0}, {"width": 0}):
-        with pytest.raises(ValueError, match=r"."):
-            feedback.Matrix(**wrong)
+def test_the_short_training_runs_by_itself_and_goes_on_after_an_error(monkeypatch):
+    monkeypatch.setattr(feedback, "STEPS", 20)
+
+    async def look() -> list[dict]:
+        explorer = ml.widgets.feedback_explorer(width=20, distribution="orthogonal")
+        await until(lambda: explorer.rows)
+        before = explorer.picture.value
+        explorer.controls["storage"].value = "shared"
+        await until(lambda: explorer.message.value)
+        assert "a slice of an orthogonal matrix is not orthogonal" in explorer.message.value
+        assert explorer.picture.value == before
+        explorer.controls["storage"].value = "stored"
+        await until(lambda: len(explorer.rows) == 9)
+        assert not explorer.message.value
+        return explorer.rows
+
+    assert [row["step"] for row in asyncio.run(look())] == [0, 10, 20] * 3
 
 
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
 @pytest.mark.parametrize("storage", ml.feedback.KINDS)
 def test_the_bytes_of_b_are_those_that_rest(rule, storage):
-    matrix = feedback.Matrix(width=40, storage=storage, rule=rule)
-    net = ml.models.mlp(784, [40] * feedback.LAYERS, 10)
-    made = ml.RULES[rule](net, partial(torch.optim.SGD, lr=0.01), feedback=matrix.feedback())
-    made.step(torch.randn(4, 784), torch.zeros(4, dtype=torch.long))
-    kept = sum(B.untyped_storage().nbytes() for B in made.feedback.matrices.values())
-    shown = feedback._table(matrix, matrix.singular_values(), {})
-    assert f"Its B take {ml.memory.readable(kept)} between steps" in shown
-
-
-def test_nothing_is_kept_alive_by_what_was_shown():
-    explorer = ml.widgets.live_training(**FAST)
-    explorer.start()
-    del explorer
-    ml.widgets.live_training(**FAST)  # the cell is run again
-    gc.collect()
-    assert threads() == []
+    explorer = ml.widgets.feedback_explorer(width=40, storage=storage, rule=rule)
+    net = ml.models.mlp(784, [40] * 2, 10)
+    learner = ml.RULES[rule](net, partial(torch.optim.SGD, lr=0.01), feedback=explorer.setting.feedback())
+    learner.step(torch.randn(4, 784), torch.zeros(4, dtype=torch.long))
+    kept = sum(B.untyped_storage().nbytes() for B in learner.feedback.matrices.values())
+    assert f"Its B take {ml.memory.readable(kept)} between steps" in explorer.numbers.value

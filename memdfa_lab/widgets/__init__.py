@@ -1,19 +1,20 @@
 """Explorers for a notebook: what a step holds, four rules as they learn, what B does, one step as a film.
 
-Each is ipywidgets around functions that know no browser, and is the last line of a cell:
+Each is ipywidgets around functions that need no browser, and is the last line of a cell:
 
 - `memory_explorer()`: memory of a step at any depth, width and batch; `explore()` has its numbers;
-- `live_training()`: loss, accuracy and angle of four rules while they train; `Race` trains them without looking on;
+- `live_training()`: loss, accuracy and angle of four rules while they train; `Race` trains them without pictures;
 - `feedback_explorer()`: the spectrum of B, and the angle over a short training; `Matrix` has its numbers;
 - `step_player()`: which tensors exist at each moment of a step; `film()` has the moments.
 """
 
 from memdfa_lab.lab.architectures import ACTIVATIONS
+from memdfa_lab.widgets.explored import Explored, explore
 from memdfa_lab.widgets.feedback import FeedbackExplorer, Matrix, feedback_explorer
 from memdfa_lab.widgets.memory import MemoryExplorer, memory_explorer
-from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, PRECISIONS, Explored, Setting, bytes_of, explore
-from memdfa_lab.widgets.step import StepPlayer, film, step_player
-from memdfa_lab.widgets.training import LiveTraining, Race, live_training
+from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, PRECISIONS, Setting, bytes_of
+from memdfa_lab.widgets.step import FilmSetting, StepPlayer, film, step_player
+from memdfa_lab.widgets.training import LiveTraining, Race, RaceSetting, live_training
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,10 +23,12 @@ __all__ = [
     "PRECISIONS",
     "Explored",
     "FeedbackExplorer",
+    "FilmSetting",
     "LiveTraining",
     "Matrix",
     "MemoryExplorer",
     "Race",
+    "RaceSetting",
     "Setting",
     "StepPlayer",
     "bytes_of",

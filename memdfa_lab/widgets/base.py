@@ -1,180 +1,215 @@
-"""What the explorers have in common: controls, pictures, messages, and the one thread that each may have.
+"""What the explorers have in common: controls, messages, and one asyncio task for each.
 
-Pictures are HTML, never Output widgets, on which runs without a browser hang (nbclient issue 312). Whatever cannot be
-is said in a line above the picture, which stays as it was: a traceback has no place to go to, and would be no help.
+An error is shown in a line above the picture, which stays as it was: a traceback would have no place to go to.
 """
 
 import asyncio
-import base64
 import html
-import io
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from inspect import GEN_CLOSED, GEN_CREATED, GEN_SUSPENDED, getgeneratorstate
+from typing import Any, ClassVar, TypeVar
 
 import ipywidgets
-from matplotlib.figure import Figure
+from IPython import get_ipython
 
-from memdfa_lab.core import checks
-from memdfa_lab.memory.predict import without_collection
-from memdfa_lab.widgets.background import BUSY
+from memdfa_lab.core.checks import check_type
+from memdfa_lab.lab import settings
+from memdfa_lab.lab.settings import Checked
+from memdfa_lab.widgets.setting import ALL_RULES
 
-T = TypeVar("T")
+S = TypeVar("S", bound=Checked)
+Parts = Generator[float, None, None]  # the parts of a work; each yields the seconds to wait before the next
+# The choices of a value: a range, for a slider; numbers, for a slider over these; labels by number, for a menu. None is
+# for a menu of names, a tick or a text, as the value's type has it.
+Choices = range | tuple[float, ...] | dict[int, str] | None
 WIDE: Any = {"style": {"description_width": "8.5em"}, "layout": {"width": "auto"}}
-# Left, bottom, right, top in inches, between panels in parts of one: the same for each picture, so that nothing jumps,
-# and matplotlib's constrained layout would draw everything twice.
-Margins = tuple[float, float, float, float]
+DRAG_S = 0.02  # before a change is shown: a drag sends more changes than there is time to draw
+PAUSE_S = 0.002  # at least between two parts, for the kernel's other work
 
 
 class Explorer(ipywidgets.VBox):
-    """Controls by name, and what follows from them; a subclass says what, and puts it on the screen."""
+    """Controls for a setting's values, and the work that follows from them, part by part.
 
-    def __init__(self, controls: dict[str, Any]):
+    The parts are done in a task of the kernel's event loop, which waits while a cell runs. Without a loop, outside a
+    notebook, nothing goes on by itself: call `next_part` or `finish`.
+    """
+
+    trains: ClassVar[bool] = False  # whether its work ends if a cell is interrupted, or makes another one
+    at_work: ClassVar[dict[type, "Explorer"]] = {}  # the last one of each class that trains
+    a_cell_runs: ClassVar[bool] = False
+
+    def __init__(self, start: Checked):
         super().__init__(layout={"width": "100%", "min_width": "0"})
         self.add_class("memdfa-explorer")
-        self.controls = controls
-        self.message = ipywidgets.HTML()
-        self._due: asyncio.TimerHandle | None = None
-        try:
-            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop = None
+        self.start_from = start
+        self.message, self.picture, self.numbers = (ipywidgets.HTML() for _ in range(3))
+        self.controls: dict[str, Any] = {}
+        self.ticks: dict[str, Any] = {}
+        self._loop, self._parts = _running_loop(), self.parts()
+        self._task: asyncio.Task[None] | None = None
+        if self.trains:
+            if type(self) in self.at_work:
+                self.at_work[type(self)].stop()
+            self.at_work[type(self)] = self
+        shell = get_ipython()
+        if shell is not None:  # a function that is registered twice is called once
+            shell.events.register("pre_run_cell", _a_cell_begins)
+            shell.events.register("post_run_cell", _a_cell_has_ended)
 
     @abstractmethod
-    def draw(self) -> None:
-        """Put what the controls say on the screen; what it raises is said in a line."""
+    def parts(self) -> Parts:
+        """Show what follows from the controls. What it raises is shown in a line."""
 
-    def watch(self, controls: Iterable[Any]) -> None:
-        """Draw once now, and again whenever one of these controls is changed."""
-        self.show()
-        for control in controls:
-            control.observe(lambda change: self.changed(), "value")
+    @property
+    def setting(self) -> Any:
+        """What the controls say. Raises ValueError for what is not possible."""
+        values = {name: control.value for name, control in self.controls.items()}
+        if self.ticks:
+            values["rules"] = [rule for rule, tick in self.ticks.items() if tick.value]
+        return self.start_from.changed(**values)
 
-    def show(self) -> None:
-        """Draw; what cannot be is said in a line, and what was drawn stays."""
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
-        with BUSY, without_collection():  # a kernel's many objects can take longer than the answer
-            try:
-                self.draw()
-                self.say("")
-            except Exception as problem:
-                self.say(f"{' '.join(str(problem).split()) or type(problem).__name__}; below is what was shown before.")
+    def lay_out(self, groups: Mapping[str, Mapping[str, Choices]], right: Sequence[Any], below: Sequence[Any]) -> None:
+        """Put the controls beside what is shown, or above it where there is no room, and do the first part.
+
+        Args:
+            groups: The values to control, with their choices, by the title above them.
+            right: What is shown beside the controls.
+            below: What is shown below both, for it is wide.
+        """
+        columns = [
+            ipywidgets.VBox(
+                [ipywidgets.HTML(f"<b>{title}</b>"), *(self._control(*value) for value in values.items())],
+                layout={"flex": "2 1 340px" if "rules" in values else "1 1 270px", "min_width": "0"},
+            )
+            for title, values in groups.items()
+        ]
+        left = row(columns, flex="1 1 280px", min_width="0", align_content="flex-start")
+        shown = ipywidgets.VBox([self.message, *right], layout={"flex": "3 1 480px", "min_width": "0"})
+        self.children = [row([left, shown], width="100%", align_content="flex-start"), *below]
+        self.begin(self.parts())
+        self.next_part()
+
+    def _control(self, name: str, choices: Choices) -> Any:
+        """Return a control for one value of the setting, which starts at its value."""
+        value = getattr(self.start_from, name)
+        if name == "rules":
+            self.ticks = {rule: self.watch(tick(rule in value, label)) for rule, label in ALL_RULES.items()}
+            return row(self.ticks.values())
+        _, names, _, label = settings.setting(type(self.start_from), name)
+        look = {"value": value, "description": label or name, **WIDE}
+        if isinstance(choices, range):
+            control = ipywidgets.IntSlider(min=choices[0], max=max(value, choices[-1]), **look)
+        elif choices is not None:
+            labels = choices if isinstance(choices, dict) else {}
+            options = [(labels.get(number, f"{number:,}"), number) for number in sorted({*choices, value})]
+            control = (ipywidgets.Dropdown if labels else ipywidgets.SelectionSlider)(options=options, **look)
+        elif names is not None:
+            menu = [(label if isinstance(label, str) else name, name) for name, label in names.items()]
+            control = ipywidgets.Dropdown(options=menu, **look)
+        else:
+            control = (
+                tick(value, label) if isinstance(value, bool) else ipywidgets.Text(continuous_update=False, **look)
+            )
+        self.controls[name] = control
+        return self.watch(control)
+
+    def watch(self, control: Any) -> Any:
+        """Show what the controls say when this one changes, too."""
+        control.observe(lambda change: self.in_loop(self.changed), "value")
+        return control
+
+    def catch_up(self) -> None:
+        """Show a change that is still to be shown."""
+        if getgeneratorstate(self._parts) == GEN_CREATED:
+            self.next_part()
+
+    def changed(self) -> None:
+        """Show what the controls say a little later."""
+        if getgeneratorstate(self._parts) in (GEN_SUSPENDED, GEN_CLOSED):  # else its first part will show this, too
+            self.begin(self.parts(), DRAG_S)
+
+    def begin(self, parts: Parts, wait_s: float = 0.0) -> None:
+        """Do these parts in place of those that are still to come."""
+        self.stop()
+        self._parts = parts
+        if self._loop is not None:
+            self._task = self._loop.create_task(self._go_on(wait_s))
+
+    def stop(self) -> None:
+        """Leave out the parts that are still to come."""
+        if self._task is not None:
+            self._task.cancel()
+        self._parts.close()
+
+    def next_part(self) -> float | None:
+        """Do the next part, and return the seconds to wait before the one after it; None if there is none."""
+        try:
+            wait_s = next(self._parts, None)
+        except Exception as problem:
+            self.say(f"{' '.join(str(problem).split()) or type(problem).__name__}; below is what was shown before.")
+            return None
+        if wait_s is not None:
+            self.say("")
+        return wait_s
+
+    def finish(self) -> None:
+        """Do all parts that are still to come, without waiting."""
+        while self.next_part() is not None:
+            pass
+
+    async def _go_on(self, wait_s: float | None) -> None:
+        while wait_s is not None:
+            await asyncio.sleep(max(wait_s, PAUSE_S))
+            if not Explorer.a_cell_runs:  # one that awaits: its ledger and settings are not for us
+                wait_s = self.next_part()
+
+    def in_loop(self, call: Callable[[], None]) -> None:
+        """Call in the kernel's loop: JupyterLab sends clicks to another thread, even while a cell runs."""
+        if self._loop is None or self._loop is _running_loop():
+            call()
+        else:
+            self._loop.call_soon_threadsafe(call)
 
     def say(self, text: str) -> None:
         """Show a line above the picture, or none."""
         self.message.value = f"<p role='alert'><b>{html.escape(text)}</b></p>" if text else ""
 
-    def changed(self) -> None:
-        """Draw at once, or in a kernel a little later: a drag sends more changes than there is time to draw."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self.show()
-        else:
-            self._due = self._due or loop.call_later(0.02, self.show)
-
-    def soon(self, call: Any) -> None:
-        """Call from the kernel's own thread, once it has time; without a kernel, nobody is there to see it."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(call)
-
     def __repr__(self) -> str:
         """What is seen where widgets are not, on GitHub and in print; ipywidgets cuts it at 110 characters."""
-        return f"The {self.__doc__.partition(':')[0].lower()}: run this cell to use it."  # type: ignore[union-attr]
+        return f"The {str(self.__doc__).partition(':')[0].lower()}: run this cell to use it."
 
 
-def changed(what: str, start: T | None, kind: Any, changes: Mapping[str, Any]) -> T:
-    """Return start, or the kind's own, with what is changed. Raises TypeError or ValueError for what is none."""
+def start_from(kind: type[S], start: S | None, changes: dict[str, Any]) -> S:
+    """Return a start, or the kind's own, with some values changed. Raises TypeError for a start of another kind."""
     start = kind() if start is None else start
-    checks.check_type(what, start, kind, f"an ml.widgets.{kind.__name__}")
-    for name in changes:
-        checks.lookup(what, name, vars(start))
-    return replace(start, **changes)  # type: ignore[type-var]
+    check_type(str(kind.__doc__).partition(":")[0].lower(), start, kind, f"an ml.widgets.{kind.__name__}")
+    return start.changed(**changes)
 
 
-def chosen(rules: Any, table: Mapping[str, T]) -> dict[str, T]:
-    """Return the table's part of these rules, in their order. Raises TypeError or ValueError for what is no list."""
-    if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise TypeError(f"rules must be a list of names, such as ['bp', 'memdfa'], got {rules!r}")
-    found = {rule: checks.lookup("rule", rule, table) for rule in rules}
-    if not found:
-        raise ValueError("no rule is chosen: tick one or more")
-    return found
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
-def tick(value: bool, name: str) -> Any:
-    return ipywidgets.Checkbox(
-        value, description=name, indent=False, layout={"width": "auto", "margin": "2px 1.2em 2px 0"}
-    )
+def _a_cell_begins(info: Any) -> None:
+    Explorer.a_cell_runs = True
 
 
-def menu(options: Any, value: Any, name: str) -> Any:
-    return ipywidgets.Dropdown(options=options, value=value, description=name, **WIDE)
+def _a_cell_has_ended(result: Any) -> None:
+    Explorer.a_cell_runs = False
+    if result is None or isinstance(result.error_in_exec, KeyboardInterrupt):  # None: interrupted while it awaited
+        for explorer in Explorer.at_work.values():
+            explorer.stop()
 
 
-def seed(value: int) -> Any:
-    return whole(value, 0, max(20, checks.check_int("seed", value, 0)), "seed")
+def tick(value: bool, label: str | None) -> Any:
+    layout = {"width": "auto", "margin": "2px 1.2em 2px 0"}
+    return ipywidgets.Checkbox(value, description=label, indent=False, layout=layout)
 
 
-def whole(value: int, least: int, most: int, name: str, **options: Any) -> Any:
-    checks.check_int(name, value, least, most)
-    return ipywidgets.IntSlider(value, least, most, description=name, **options, **WIDE)
-
-
-def steps(values: Iterable[float], value: float, name: str) -> Any:
-    """Return a slider over some numbers; a value that is not among them is put there."""
-    options = [(f"{option:,g}" if option < 1 else f"{option:,}", option) for option in sorted({*values, value})]
-    return ipywidgets.SelectionSlider(options=options, value=value, description=name, **WIDE)
-
-
-def button(name: str, tooltip: str, call: Any) -> Any:
-    made = ipywidgets.Button(description=name, tooltip=tooltip, layout={"width": "7em"})
-    made.on_click(lambda button: call())
-    return made
-
-
-def group(name: str, controls: Sequence[Any], flex: str) -> Any:
-    """Return controls below one another, under a name."""
-    return ipywidgets.VBox([ipywidgets.HTML(f"<b>{name}</b>"), *controls], layout={"flex": flex, "min_width": "0"})
-
-
-def row(ticks: Iterable[Any]) -> Any:
-    """Return ticks beside one another, in as many lines as it takes."""
-    return ipywidgets.HBox(list(ticks), layout={"flex_flow": "row wrap"})
-
-
-def beside(controls: Sequence[Any], pictures: Sequence[Any]) -> Any:
-    """Return controls beside the pictures, or above them where there is no room."""
-    wrapped = {"flex_flow": "row wrap", "align_content": "flex-start"}
-    left = ipywidgets.HBox(controls, layout={"flex": "1 1 280px", "min_width": "0", **wrapped})
-    right = ipywidgets.VBox(pictures, layout={"flex": "3 1 480px", "min_width": "0"})
-    return ipywidgets.HBox([left, right], layout={"width": "100%", **wrapped})
-
-
-def image(figure: Figure, alt: str, margins: Margins | None = None, between: tuple[float, float] = (0.08, 0.45)) -> str:
-    """Return a figure as an image with a text in place of it; with margins, its layout is not worked out anew."""
-    if margins is not None:
-        width, height = figure.get_size_inches()
-        left, bottom, right, top = margins
-        figure.set_layout_engine(None)
-        figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, *between)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120, pil_kwargs={"compress_level": 1})
-    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return f"<img src='{source}' alt='{html.escape(alt)}' style='width:100%;max-width:900px;background:white'>"
-
-
-def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows as HTML, the first of each its name; no colours of its own: it is read in light and dark themes."""
-    look = "padding:2px 8px;text-align:right;border-bottom:1px solid rgba(128,128,128,0.4)"
-    head = "".join(f"<th scope='col' style='{look}'>{html.escape(name)}</th>" for name in names)
-    cell = f"style='{look};white-space:nowrap'"
-    body = "".join(
-        f"<tr><th scope='row' {cell}>{row[0]}</th>{''.join(f'<td {cell}>{value}</td>' for value in row[1:])}</tr>"
-        for row in rows
-    )
-    shown = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div style='overflow-x:auto;line-height:1.4'>{shown}</div>"
+def row(controls: Iterable[Any], **layout: str) -> Any:
+    """Return controls beside one another, in as many lines as it takes."""
+    return ipywidgets.HBox(list(controls), layout={"flex_flow": "row wrap", **layout})
