@@ -27,8 +27,30 @@ def test_a_cell_is_run_and_its_peak_shown(shell):
     assert shown.outputs[1].data["image/svg+xml"].startswith("<svg")
 
 
-def test_a_cell_that_fails_is_accounted_for_and_leaves_nothing_behind(shell):
-    with capture_output():
-        shell.run_cell("%%memory trace\nimport torch\na = torch.ones(1000)\nraise RuntimeError")
+@pytest.mark.parametrize("error", ["RuntimeError", "KeyboardInterrupt"])
+def test_a_cell_that_fails_is_accounted_for_and_fails(shell, error):
+    with capture_output() as shown:
+        result = shell.run_cell(f"%%memory trace\nimport torch\na = torch.ones(1000)\nraise {error}")
+    assert type(result.error_in_exec).__name__ == error  # the cells after it do not run
+    assert (shown.stdout + shown.stderr).count("Traceback") == 1
     assert shell.user_ns["trace"].peak_bytes == 4000
     assert memdfa_lab.core.phases.listeners == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [("%%memory\nimport asyncio\nawait asyncio.sleep(0)\nb = 1", "await"), ("%%memory 3 x\nb = 1", "'3 x'")],
+)
+def test_what_cannot_be_run_is_refused_in_a_line(shell, cell, message):
+    with capture_output() as shown:
+        result = shell.run_cell(cell)
+    assert message in str(result.error_in_exec)
+    assert shown.stdout.strip() == f"ValueError: {result.error_in_exec}"
+    assert "b" not in shell.user_ns
+
+
+def test_other_magics_may_stand_above_and_below(shell):
+    for cell in ("%%memory trace\n%%time\nb = 1", "%%time\n%%memory trace\nb = 1"):
+        with capture_output():
+            assert shell.run_cell(cell).success
+        assert shell.user_ns.pop("b") == 1

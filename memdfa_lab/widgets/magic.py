@@ -5,7 +5,8 @@ from typing import Any
 from IPython.core.magic import Magics, cell_magic, magics_class
 from IPython.display import SVG, display
 
-from memdfa_lab.memory import Ledger, Trace
+from memdfa_lab.memory import Ledger
+from memdfa_lab.widgets.pictures import sparkline
 
 
 @magics_class
@@ -14,28 +15,30 @@ class MemoryMagic(Magics):
 
     @cell_magic
     def memory(self, line: str, cell: str) -> None:
-        """Run the cell, then show the peak of the tensors it made, by category, and a small timeline.
+        """Run the cell, then show the peak of the tensors it makes, by category, and a small timeline.
 
-        `%%memory name` also leaves the Trace in that variable. The account is given for a cell that fails, too.
+        `%%memory name` also leaves the Trace in that variable. A cell that fails is accounted for, too, and fails.
+        Raises ValueError for what is not a name, and for a cell with await.
         """
         shell: Any = self.shell
+        name = line.strip()
+        if name and not name.isidentifier():
+            raise _in_a_line(ValueError(f"%%memory takes the name of one variable, such as trace, got {name!r}"))
+        if shell.should_run_async(cell, transformed_cell=shell.transform_cell(cell)):
+            raise _in_a_line(ValueError("%%memory runs no cell with await: move what awaits to a cell of its own"))
         with Ledger() as ledger:
-            shell.run_cell(cell)  # it shows the traceback itself, if there is one
+            result = shell.run_cell(cell)  # it shows the traceback itself, if there is one
         trace = ledger.trace()
-        if line.strip():
-            shell.user_ns[line.strip()] = trace
+        if name:
+            shell.user_ns[name] = trace
         display(trace)
-        display(SVG(_sparkline(trace)))
+        display(SVG(sparkline(list(trace.totals), trace.peak_bytes)))
+        problem = result.error_before_exec or result.error_in_exec
+        if problem is not None:  # so that the cells after it do not run
+            raise _in_a_line(problem)
 
 
-def _sparkline(trace: Trace, width: int = 480, height: int = 60) -> str:
-    """Return a picture of the bytes alive, event by event."""
-    totals: list[Any] = [0, *trace.timeline["total_bytes"]]
-    top = max(*totals, 1) if len(totals) > 1 else 1
-    last = max(len(totals) - 1, 1)
-    points = " ".join(f"{width * i / last:.1f},{height * (1 - total / top):.1f}" for i, total in enumerate(totals))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height + 4}" role="img">'
-        f"<title>bytes alive over the cell, peak {trace.peak_bytes:,}</title>"
-        f'<polyline points="0,{height} {points} {width},{height}" fill="#0072B233" stroke="#0072B2"/></svg>'
-    )
+def _in_a_line(problem: Any) -> BaseException:
+    """Return a problem for which the notebook shows a line in place of a traceback."""
+    problem._render_traceback_ = lambda: [f"{type(problem).__name__}: {problem}"]
+    return problem
