@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from memdfa_lab.core import feedback
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import losses
+from memdfa_lab.rivals import BASELINES
 
 CLASSES = 5
 
@@ -78,68 +81,72 @@ class Residual(nn.Module):
         return self.activation(self.body(h) + self.skip(h))
 
 
+class Skip(nn.Sequential):
+    """A residual unit of layers that keep the shape: a Sequential with a forward of its own, no chain."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + super().forward(h)
+
+
+class Partial(nn.Module):
+    """A unit with a weight that it does not use, and one that it uses twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.used(torch.tanh(self.used(h)))
+
+
+class ChannelsLast(nn.Conv2d):
+    """A convolution that puts out channels-last images."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h).contiguous(memory_format=torch.channels_last)
+
+
+class FlattenLinear(nn.Linear):
+    """A block that begins with a feature map, so that e B_i is one."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.flatten(1))
+
+
+# The nets, a list a block.
+
+
 def _mlp(activation: Callable[[], nn.Module]) -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 12), activation(), nn.Linear(12, 10), activation(), nn.Linear(10, CLASSES))
 
 
 def _conv_pool() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Conv2d(4, 6, 3, padding=1),
-        nn.ReLU(),
-        nn.AvgPool2d(3, stride=2),
-        nn.Flatten(),
-        nn.Linear(6, CLASSES),
-    )
+    first = [nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.ReLU()]
+    second = [nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.AvgPool2d(3, stride=2), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(6, CLASSES))
 
 
 def _batchnorm(momentum: float | None) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False),
-        nn.BatchNorm2d(4, momentum=momentum),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16, 8),
-        nn.BatchNorm1d(8, momentum=momentum),
-        nn.Sigmoid(),
-        nn.Linear(8, CLASSES),
-    )
+    first = [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.Flatten()]
+    second = [nn.Linear(16, 8), nn.BatchNorm1d(8, momentum=momentum), nn.Sigmoid()]
+    return nn.Sequential(*first, *second, nn.Linear(8, CLASSES))
 
 
 def _leading() -> nn.Sequential:
-    return nn.Sequential(
-        nn.BatchNorm2d(2, momentum=None), nn.Flatten(), nn.Linear(18, 10), nn.Tanh(), nn.Linear(10, CLASSES)
-    )
+    first = [nn.BatchNorm2d(2, momentum=None), nn.Flatten(), nn.Linear(18, 10), nn.Tanh()]
+    return nn.Sequential(*first, nn.Linear(10, CLASSES))
 
 
 def _dropout() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Dropout(0.2),
-        nn.Conv2d(2, 6, 3),
-        nn.ReLU(),
-        nn.Dropout2d(0.4),
-        nn.Flatten(),
-        nn.Linear(24, 12),
-        nn.Dropout(0.5, inplace=True),
-        nn.Tanh(),
-        nn.Linear(12, 10),
-        nn.AlphaDropout(0.3),
-        nn.Linear(10, CLASSES),
-    )
+    first = [nn.Dropout(0.2), nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Dropout2d(0.4), nn.Flatten()]
+    second = [nn.Linear(24, 12), nn.Dropout(0.5, inplace=True), nn.Tanh()]
+    return nn.Sequential(*first, *second, nn.Linear(12, 10), nn.AlphaDropout(0.3), nn.Linear(10, CLASSES))
 
 
 def _residual() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.ReLU(),
-        Residual(4, 4),
-        Residual(4, 6, stride=2, inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, CLASSES),
-    )
+    first = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU()]
+    units = [Residual(4, 4), Residual(4, 6, stride=2, inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*first, *units, nn.Linear(6, CLASSES))
 
 
 def _inplace() -> nn.Sequential:
@@ -148,120 +155,61 @@ def _inplace() -> nn.Sequential:
 
 
 def _conv_settings() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=(2, 1), groups=2, bias=False),
-        nn.ReLU(),
-        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1),
-        nn.Tanh(),
-        nn.Conv2d(6, 6, 2, dilation=2, groups=3),
-        nn.Flatten(),
-        nn.Linear(48, CLASSES),
-    )
+    first = [nn.Conv2d(2, 4, 3, padding=(2, 1), groups=2, bias=False), nn.ReLU()]
+    second = [nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1), nn.Tanh()]
+    third = [nn.Conv2d(6, 6, 2, dilation=2, groups=3), nn.Flatten()]
+    return nn.Sequential(*first, *second, *third, nn.Linear(48, CLASSES))
 
 
 def _circular() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
-        nn.Tanh(),
-        nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
-        nn.Flatten(),
-        nn.Linear(48, CLASSES),
-    )
+    first = [nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Tanh()]
+    second = [nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(48, CLASSES))
 
 
 def _same(kernel: Any) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 3, kernel, padding="same"),
-        nn.Tanh(),
-        nn.Conv2d(3, 4, kernel, padding="same", dilation=(1, 2)),
-        nn.ReLU(),
-        nn.Conv2d(4, 2, 3, padding="valid"),
-        nn.Flatten(),
-        nn.Linear(24, CLASSES),
-    )
+    first = [nn.Conv2d(2, 3, kernel, padding="same"), nn.Tanh()]
+    second = [nn.Conv2d(3, 4, kernel, padding="same", dilation=(1, 2)), nn.ReLU()]
+    return nn.Sequential(*first, *second, nn.Conv2d(4, 2, 3, padding="valid"), nn.Flatten(), nn.Linear(24, CLASSES))
 
 
 def _conv1d() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv1d(2, 4, 3, stride=2, padding=1),
-        nn.Tanh(),
-        nn.Conv1d(4, 4, 3, padding="same", dilation=2, groups=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(20, CLASSES),
-    )
+    first = [nn.Conv1d(2, 4, 3, stride=2, padding=1), nn.Tanh()]
+    second = [nn.Conv1d(4, 4, 3, padding="same", dilation=2, groups=2), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(20, CLASSES))
 
 
 def _conv3d() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv3d(1, 3, (2, 3, 3), stride=(1, 2, 1), padding=(0, 1, 0)),
-        nn.ReLU(),
-        nn.Conv3d(3, 2, (2, 2, 1), padding=(0, 0, 1)),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(8, CLASSES),
-    )
+    first = [nn.Conv3d(1, 3, (2, 3, 3), stride=(1, 2, 1), padding=(0, 1, 0)), nn.ReLU()]
+    second = [nn.Conv3d(3, 2, (2, 2, 1), padding=(0, 0, 1)), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(8, CLASSES))
 
 
 def _transposed() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 2),
-        nn.Tanh(),
-        nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
-        nn.Tanh(),
-        nn.ConvTranspose2d(4, 3, (2, 3), padding=(0, 1), dilation=2, bias=False),
-        nn.Flatten(2),
-        nn.ConvTranspose1d(3, 2, 3, stride=3, padding=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(376, CLASSES),
-    )
+    first = [nn.Conv2d(2, 4, 2), nn.Tanh()]
+    second = [nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1, groups=2), nn.Tanh()]
+    third = [nn.ConvTranspose2d(4, 3, (2, 3), padding=(0, 1), dilation=2, bias=False), nn.Flatten(2)]
+    fourth = [nn.ConvTranspose1d(3, 2, 3, stride=3, padding=2), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*first, *second, *third, *fourth, nn.Linear(376, CLASSES))
 
 
 def _tokens() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(4, 6),
-        nn.Tanh(),
-        nn.Linear(6, 5),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(15, CLASSES),
-    )
+    layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(15, CLASSES))
 
 
 def _layernorm() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(4, 6),
-        nn.LayerNorm(6),
-        nn.GELU(),
-        nn.Linear(6, 4),
-        nn.PReLU(),
-        nn.Flatten(),
-        nn.Linear(12, 8),
-        nn.LayerNorm(8),
-        nn.GELU(),
-        nn.Linear(8, CLASSES),
-    )
+    on_tokens = [nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 4), nn.PReLU(), nn.Flatten()]
+    return nn.Sequential(*on_tokens, nn.Linear(12, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, CLASSES))
 
 
 def _everything() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Dropout(0.1),
-        nn.Conv2d(2, 4, 3, padding="same", bias=False),
-        nn.BatchNorm2d(4, momentum=None),
-        nn.ReLU(inplace=True),
-        nn.Sequential(Residual(4, 4, inplace=True), nn.Dropout2d(0.3)),
-        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2),
-        nn.GroupNorm(2, 4),
-        nn.PReLU(4),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.5)),
-        nn.Linear(8, 6),
-        nn.BatchNorm1d(6),
-        nn.ReLU(inplace=True),
-        nn.Linear(6, CLASSES),
-    )
+    first = [nn.Conv2d(2, 4, 3, padding="same", bias=False), nn.BatchNorm2d(4, momentum=None), nn.ReLU(inplace=True)]
+    second = nn.Sequential(Residual(4, 4, inplace=True), nn.Dropout2d(0.3))
+    third = [nn.Conv2d(4, 4, 3, 2, 1, groups=2), nn.GroupNorm(2, 4), nn.PReLU(4), nn.MaxPool2d(2), nn.Flatten()]
+    fourth = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.5))
+    fifth = [nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True)]
+    return nn.Sequential(nn.Dropout(0.1), *first, second, *third, fourth, *fifth, nn.Linear(6, CLASSES))
 
 
 def _nested() -> nn.Sequential:
@@ -270,25 +218,9 @@ def _nested() -> nn.Sequential:
     return nn.Sequential(features, nn.Sequential(), head)
 
 
-def _frozen() -> nn.Sequential:
-    net = _mlp(nn.Tanh)
-    net[0].bias.requires_grad_(False)  # part of a block
-    net[2].requires_grad_(False)  # a whole block, in the middle
-    return net
-
-
-def _frozen_ends() -> nn.Sequential:
-    net = _batchnorm(0.1)
-    net[0].requires_grad_(False)
-    net[1].requires_grad_(False)  # its statistics go on
-    net[7].requires_grad_(False)
-    return net
-
-
-def _frozen_filters() -> nn.Sequential:
-    net = _conv_pool()
-    net[0].weight.requires_grad_(False)  # its bias learns
-    net[3].bias.requires_grad_(False)
+def _frozen(net: nn.Sequential, *prefixes: str) -> nn.Sequential:
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not name.startswith(prefixes))
     return net
 
 
@@ -322,21 +254,22 @@ PROBLEMS = [
     Problem("layernorm_gelu", _layernorm, (3, 4)),
     Problem("everything", _everything, (2, 8, 8), random=True),
     Problem("nested", _nested, (2, 4, 4), losses.bce, twin=True),
-    Problem("partly_frozen", _frozen, (8,)),
-    Problem("frozen_ends", _frozen_ends, (2, 4, 4)),
-    Problem("frozen_filters", _frozen_filters, (2, 8, 8), dtype=torch.float64),
+    # A part of the first block, and all of the one in the middle.
+    Problem("partly_frozen", lambda: _frozen(_mlp(nn.Tanh), "0.bias", "2."), (8,)),
+    # The first block's statistics go on.
+    Problem("frozen_ends", lambda: _frozen(_batchnorm(0.1), "0.", "1.", "7."), (2, 4, 4)),
+    # The bias of the frozen filters learns.
+    Problem("frozen_filters", lambda: _frozen(_conv_pool(), "0.weight", "3.bias"), (2, 8, 8), dtype=torch.float64),
     Problem("inplace_on_tokens", _inplace_tokens, (3, 4), random=True),
     Problem("eval_mode", lambda: _batchnorm(0.1).eval(), (2, 4, 4)),
     Problem("float64", _conv_pool, (2, 8, 8), dtype=torch.float64),
+    Problem("unused", lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Partial(), nn.Linear(8, CLASSES)), (8,)),
+    Problem("channels_last", lambda: nn.Sequential(ChannelsLast(2, 3, 3), FlattenLinear(48, CLASSES)), (2, 6, 6)),
+    Problem("bias_alone", lambda: _frozen(_mlp(nn.ReLU), "0.weight"), (8,)),
+    # Autograd gives the gradient of this loss as one number, expanded, and by hand it is changed in place.
+    Problem("sum", lambda: nn.Sequential(*_mlp(nn.ReLU), nn.Sigmoid()), (8,), lambda out, y: out.sum() / len(y)),
 ]
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
-
-
-def params(wanted: Callable[[Problem], bool] = lambda problem: True) -> list[Any]:
-    """Return the problems as pytest parameters, with their marks."""
-    return [pytest.param(p, id=p.name, marks=p.marks) for p in PROBLEMS if wanted(p)]
-
-
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1),
     "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
@@ -344,13 +277,47 @@ OPTIMIZERS = {
 }
 STORAGES = feedback.KINDS
 RULE_NAMES = list(RULES)
+EVERY_RULE: dict[str, type[Rule]] = {**RULES, **BASELINES}
+
+
+def params(wanted: Callable[[Problem], bool] = lambda problem: True) -> list[Any]:
+    """Return the problems as pytest parameters, with their marks."""
+    return [pytest.param(p, id=p.name, marks=p.marks) for p in PROBLEMS if wanted(p)]
+
+
+def rotated(names: str, items: Iterable[Any], *factors: Iterable[Any], turns: int = 1) -> pytest.MarkDecorator:
+    """Parametrise a test over items, such as params(), each with some combinations of the factors' levels.
+
+    Instead of the full product each item is met `turns` times, with another level of the first factor each time, so
+    with as many turns as it has levels every item meets all of them. Every combination of the factors' levels is met by
+    some items.
+
+    Args:
+        names: The test's arguments, the item's first.
+        items: Values, or pytest parameters of one value with their marks.
+        *factors: The levels of each factor.
+        turns: How often each item is met.
+    """
+    given = [item if hasattr(item, "marks") else pytest.param(item, id=_label(item)) for item in items]
+    levels, rows = list(product(*factors)), []
+    for place, item in enumerate(given):
+        for turn in range(turns):
+            row = levels[(place + turn * len(levels) // turns) % len(levels)]
+            label = "-".join([str(item.id), *map(_label, row)])
+            rows.append(pytest.param(*item.values, *row, id=label, marks=item.marks))
+    assert {row.values[1:] for row in rows} == set(levels), "some combinations are not met: take more turns"
+    return pytest.mark.parametrize(names.split(), rows)
+
+
+def _label(level: Any) -> str:
+    return str(getattr(level, "__name__", level))
 
 
 def make_rule(
     rule: str | type[Rule], problem: Problem, optimizer: Any = "sgd", storage: Any = "stored", **options: Any
 ) -> Rule:
     """Return the rule on a fresh net of the problem; rule, optimizer and storage by name or as they are."""
-    rule = RULES[rule] if isinstance(rule, str) else rule
+    rule = EVERY_RULE[rule] if isinstance(rule, str) else rule
     optimizer = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     storage = STORAGES[storage](seed=3) if isinstance(storage, str) else storage
     return rule(problem.build(), optimizer, problem.loss, storage, **options)
@@ -368,13 +335,13 @@ class Record:
 
 def record(losses: list[Tensor], net: nn.Module, optimizers: list[Any]) -> Record:
     """Return copies, in the order of the net's parameters, however many optimizers there are."""
-    states = {p: state for made in optimizers if made is not None for p, state in made.state.items()}
+    states = {p: state for optimizer in optimizers if optimizer is not None for p, state in optimizer.state.items()}
     per_parameter = [deepcopy(states.get(p, {})) for p in net.parameters()]
     tensors = [tensor.detach().clone() for tensor in net.state_dict().values()]
     return Record(losses, tensors, per_parameter, torch.get_rng_state())
 
 
-def train(rule: Rule, problem: Problem, steps: int = 4, each_step: Callable[[], None] | None = None) -> Record:
+def train(rule: Rule, problem: Problem, steps: int = 4, each_step: Callable[[], object] | None = None) -> Record:
     """Train from a fixed global seed and return what came of it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
@@ -384,3 +351,14 @@ def train(rule: Rule, problem: Problem, steps: int = 4, each_step: Callable[[], 
             if each_step is not None:
                 each_step()
         return record(losses, rule.blocks, rule.optimizers)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch work with this many threads within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""What the rules are held against: numpy twins in float64 written from the equations, plain autograd, comparisons.
+"""What the rules are compared with: numpy twins in float64 written from the equations, plain autograd, comparisons.
 
 The twins know h_i = f_i(W_i h_{i-1} + b_i), e = dL/dlogits and three ways back (BP: W^T; FA: B in its place; DFA: e B_i
 at each block's output). No torch computes anything in them; the model gives its numbers and settings.
@@ -6,7 +6,7 @@ at each block's output). No torch computes anything in them; the model gives its
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from problems import Problem, Record, record, train
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from memdfa_lab.core.compat import ANY_CONVOLUTION
 from memdfa_lab.core.feedback import Feedback, Regenerated
 from memdfa_lab.core.rule import Rule
 
@@ -81,6 +81,16 @@ def refuses(error: type[Exception], *hints: str) -> Iterator[None]:
         assert hint in message, f"{hint!r} is not in: {message}"
 
 
+@contextmanager
+def refuses_and_keeps(rule: Rule, error: type[Exception], *hints: str) -> Iterator[None]:
+    """Expect the error as `refuses` does, and that it leaves the rule's state as it was, and no gradients."""
+    before = copy.deepcopy(rule.state_dict())
+    with refuses(error, *hints):
+        yield
+    assert_identical(rule.state_dict(), before)
+    assert all(p.grad is None for p in rule.blocks.parameters())
+
+
 # ---------------------------------------------------------------------------------------------- plain autograd
 
 
@@ -102,23 +112,19 @@ def train_plainly(problem: Problem, make_optimizer: Callable[..., torch.optim.Op
 
 def surrogate_gradients(rule: Rule, x: Tensor, y: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
     """Return the loss and DFA's gradients, block by block, as those of one scalar: sum_i <h_i, e B_i> + L."""
-    h, total = x, torch.zeros((), dtype=x.dtype)
-    outputs = []
+    outputs = [x]
     for block in rule.blocks:
-        h = block(h.detach())
-        outputs.append(h)
-    loss = rule.loss_fn(h, y)
-    e = torch.autograd.grad(loss, h, retain_graph=True)[0].flatten(1) if h.requires_grad else None
-    if e is None:  # a frozen last block: e comes from a copy of the logits
-        logits = h.detach().requires_grad_()
-        e = torch.autograd.grad(rule.loss_fn(logits, y), logits)[0].flatten(1)
-    for i, output in enumerate(outputs[:-1]):
+        outputs.append(block(outputs[-1].detach()))
+    logits = outputs[-1].detach().requires_grad_()  # the last block may be frozen
+    e = torch.autograd.grad(rule.loss_fn(logits, y), logits)[0].flatten(1)
+    total = loss = rule.loss_fn(outputs[-1], y)
+    for i, output in enumerate(outputs[1:-1]):
         B = rule.feedback.dense(i, e.shape[1], output[0].numel(), like=e)
         total = total + (output.flatten(1) * (e @ B)).sum()
     wanted = [[p for p in block.parameters() if p.requires_grad] for block in rule.blocks]
-    flat = torch.autograd.grad(total + loss, [p for block in wanted for p in block])
-    grads = iter(flat)
-    return loss.detach(), [[next(grads) for _ in block] for block in wanted]
+    flat = [p for block in wanted for p in block]
+    gradients = iter(torch.autograd.grad(total, flat, materialize_grads=True))  # 0 for a weight that is not used
+    return loss.detach(), [[next(gradients) for _ in block] for block in wanted]
 
 
 # -------------------------------------------------------------------------------------------------- numpy layers
@@ -141,101 +147,95 @@ class LinearTwin:
         return np.einsum("...o,oi->...i", g, B)
 
 
-def _taps(kernel: tuple[int, ...], sizes: Any, stride: Any, dilation: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each position k in the kernel, and where in the padded image it meets the `sizes` outputs."""
+Taps = list[tuple[Any, Any]]  # each position in the kernel, and where in the image it meets the outputs
+
+
+def _taps(kernel: tuple[int, ...], sizes: Any, stride: Any, dilation: Any) -> Taps:
+    taps = []
     for k in np.ndindex(*kernel):
         starts = [d * offset for d, offset in zip(dilation, k, strict=True)]
         ends = [start + s * (size - 1) + 1 for start, s, size in zip(starts, stride, sizes, strict=True)]
-        yield (..., *k), (..., *(slice(*cut) for cut in zip(starts, ends, stride, strict=True)))
+        taps.append(((..., *k), (..., *(slice(*cut) for cut in zip(starts, ends, stride, strict=True)))))
+    return taps
 
 
 def _grouped(image: Array, groups: int) -> Array:
-    return image.reshape(image.shape[0], groups, image.shape[1] // groups, -1)
+    """Return (N, channels, ...) as (N, group, channel of the group, pixel)."""
+    return image.reshape(len(image), groups, image.shape[1] // groups, -1)
+
+
+def _gather(image: Array, W: Array, groups: int, taps: Taps, sizes: Any) -> Array:
+    """Return out[n, o, p] = sum over c, k of W[o, c, k] image[n, c, s p + d k], in groups of channels."""
+    out = 0
+    for k, where in taps:
+        weights = W[k].reshape(groups, len(W) // groups, -1)
+        out = out + np.einsum("ngcp,goc->ngop", _grouped(image[where], groups), weights)
+    return out.reshape(len(image), len(W), *sizes)
+
+
+def _scatter(g: Array, W: Array, groups: int, taps: Taps, shape: Any) -> Array:
+    """Add W[o, c, k] g[n, o, p] to image[n, c, s p + d k]: the transpose of `_gather`."""
+    image = np.zeros(shape)
+    for k, where in taps:
+        weights = W[k].reshape(groups, len(W) // groups, -1)
+        image[where] += np.einsum("ngop,goc->ngcp", _grouped(g, groups), weights).reshape(image[where].shape)
+    return image
+
+
+def _correlate(image: Array, g: Array, W: Array, groups: int, taps: Taps) -> Array:
+    """Return dW[o, c, k] = sum over n, p of g[n, o, p] image[n, c, s p + d k]."""
+    dW = np.zeros_like(W)
+    for k, where in taps:
+        dW[k] = np.einsum("ngop,ngcp->goc", _grouped(g, groups), _grouped(image[where], groups)).reshape(W.shape[:2])
+    return dW
 
 
 class ConvTwin:
-    """a[n, o, p] = sum over c, k of W[o, c, k] x[n, c, s p + d k - padding], in groups of channels."""
+    """A convolution: `_gather` on the padded image."""
 
-    def __init__(self, W: Array, b: Array | None, layer: _ConvNd):
-        self.W, self.b, self.groups = W, b, layer.groups
-        self.stride, self.dilation, self.kernel = layer.stride, layer.dilation, W.shape[2:]
-        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
-        if layer.padding == "same":
-            self.padding = [(total // 2, total - total // 2) for total in reach]
-        else:
-            self.padding = [(p, p) for p in ([0] * len(reach) if layer.padding == "valid" else layer.padding)]
-        self.reach = reach
-
-    def _weights_at(self, W: Array, k: Any) -> Array:
-        return W[k].reshape(self.groups, W.shape[0] // self.groups, W.shape[1])
+    def __init__(self, W: Array, b: Array | None, layer: Any):
+        self.W, self.b, self.groups, self.kernel = W, b, layer.groups, W.shape[2:]
+        self.stride, self.dilation, self.padding = layer.stride, layer.dilation, layer.padding
+        self.output_padding = layer.output_padding
+        self.reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
 
     def forward(self, x: Array) -> Array:
-        self.padded = np.pad(x, [(0, 0), (0, 0), *self.padding])
-        sizes = [
-            (n - reach - 1) // s + 1 for n, reach, s in zip(self.padded.shape[2:], self.reach, self.stride, strict=True)
-        ]
-        out = np.zeros((len(x), self.groups, len(self.W) // self.groups, math.prod(sizes)))
-        self.taps = list(_taps(self.kernel, sizes, self.stride, self.dilation))
-        for k, where in self.taps:
-            patch = _grouped(self.padded[where], self.groups)
-            out += np.einsum("ngcp,goc->ngop", patch, self._weights_at(self.W, k))
-        out = out.reshape(len(x), len(self.W), *sizes)
-        return out if self.b is None else out + self.b.reshape(-1, *[1] * len(sizes))
+        named = {"same": [(total // 2, total - total // 2) for total in self.reach], "valid": [(0, 0)] * (x.ndim - 2)}
+        sides = named[self.padding] if isinstance(self.padding, str) else [(p, p) for p in self.padding]
+        self.padded = np.pad(x, [(0, 0), (0, 0), *sides])
+        outer = self.padded.shape[2:]
+        sizes = [(n - reach - 1) // s + 1 for n, reach, s in zip(outer, self.reach, self.stride, strict=True)]
+        self.taps = _taps(self.kernel, sizes, self.stride, self.dilation)
+        self.crop = (..., *(slice(low, n - high) for (low, high), n in zip(sides, outer, strict=True)))
+        return self._with_bias(_gather(self.padded, self.W, self.groups, self.taps, sizes))
 
     def backward(self, g: Array, B: Array) -> Array:
-        self.dW, dpadded = np.zeros_like(self.W), np.zeros_like(self.padded)
         self.db = g.sum(axis=(0, *range(2, g.ndim)))
-        flat = _grouped(g, self.groups)
-        for k, where in self.taps:
-            patch = self.padded[where]
-            dW = np.einsum("ngop,ngcp->goc", flat, _grouped(patch, self.groups))
-            self.dW[k] = dW.reshape(self.W.shape[:2])
-            dpadded[where] += np.einsum("ngop,goc->ngcp", flat, self._weights_at(B, k)).reshape(patch.shape)
-        cuts = [slice(low, n - high) for (low, high), n in zip(self.padding, dpadded.shape[2:], strict=True)]
-        return dpadded[(..., *cuts)]
+        self.dW = _correlate(self.padded, g, self.W, self.groups, self.taps)
+        return _scatter(g, B, self.groups, self.taps, self.padded.shape)[self.crop]
+
+    def _with_bias(self, out: Array) -> Array:
+        return out if self.b is None else out + self.b.reshape(-1, *[1] * (out.ndim - 2))
 
 
-class ConvTransposeTwin:
-    """Each input pixel p adds W[c, o, k] x[n, c, p] to the output at s p + d k - padding."""
-
-    def __init__(self, W: Array, b: Array | None, layer: _ConvTransposeNd):
-        self.W, self.b, self.groups = W, b, layer.groups
-        self.stride, self.dilation, self.kernel = layer.stride, layer.dilation, W.shape[2:]
-        self.padding, self.output_padding = layer.padding, layer.output_padding
-
-    def _weights_at(self, W: Array, k: Any) -> Array:
-        return W[k].reshape(self.groups, W.shape[0] // self.groups, W.shape[1])
+class ConvTransposeTwin(ConvTwin):
+    """A transposed convolution: `_scatter` into an image that is then cropped; W is (in, out / groups, ...)."""
 
     def forward(self, x: Array) -> Array:
-        self.x, self.outputs = x, self.W.shape[1] * self.groups
-        sizes = x.shape[2:]
-        full = [
-            (n - 1) * s + d * (k - 1) + 1 + extra
-            for n, s, d, k, extra in zip(
-                sizes, self.stride, self.dilation, self.kernel, self.output_padding, strict=True
-            )
-        ]
-        self.full_shape = (len(x), self.outputs, *full)
-        self.crop = (..., *(slice(p, n - p) for p, n in zip(self.padding, full, strict=True)))
-        self.taps = list(_taps(self.kernel, sizes, self.stride, self.dilation))
-        out = np.zeros(self.full_shape)
-        for k, where in self.taps:
-            term = np.einsum("ngcp,gco->ngop", _grouped(x, self.groups), self._weights_at(self.W, k))
-            out[where] += term.reshape(len(x), self.outputs, *sizes)
-        out = out[self.crop]
-        return out if self.b is None else out + self.b.reshape(-1, *[1] * len(sizes))
+        self.x, sizes = x, x.shape[2:]
+        axes = zip(sizes, self.stride, self.reach, self.output_padding, strict=True)
+        outer = [(n - 1) * s + reach + 1 + extra for n, s, reach, extra in axes]
+        self.taps = _taps(self.kernel, sizes, self.stride, self.dilation)
+        self.crop = (..., *(slice(p, n - p) for p, n in zip(self.padding, outer, strict=True)))
+        self.shape = (len(x), self.W.shape[1] * self.groups, *outer)
+        return self._with_bias(_scatter(x, self.W, self.groups, self.taps, self.shape)[self.crop])
 
     def backward(self, g: Array, B: Array) -> Array:
-        self.dW, dx = np.zeros_like(self.W), np.zeros_like(_grouped(self.x, self.groups))
         self.db = g.sum(axis=(0, *range(2, g.ndim)))
-        full = np.zeros(self.full_shape)
+        full = np.zeros(self.shape)
         full[self.crop] = g
-        for k, where in self.taps:
-            patch = _grouped(full[where], self.groups)
-            dW = np.einsum("ngcp,ngop->gco", _grouped(self.x, self.groups), patch)
-            self.dW[k] = dW.reshape(self.W.shape[:2])
-            dx += np.einsum("ngop,gco->ngcp", patch, self._weights_at(B, k))
-        return dx.reshape(self.x.shape)
+        self.dW = _correlate(full, self.x, self.W, self.groups, self.taps)
+        return _gather(full, B, self.groups, self.taps, self.x.shape[2:])
 
 
 class PoolTwin:
@@ -265,7 +265,7 @@ class PoolTwin:
 
 
 class ElementwiseTwin:
-    """h = f(a), with f' told from h alone."""
+    """h = f(a), whose slope f' follows from h."""
 
     def __init__(self, f: Callable[[Array], Array], slope: Callable[[Array], Array]):
         self.f, self.slope = f, slope
@@ -309,10 +309,8 @@ def _twin_of(layer: nn.Module) -> Any:
     W, b = (None if p is None else p.detach().numpy().copy() for p in (layer.weight, layer.bias))
     if isinstance(layer, nn.Linear):
         return LinearTwin(W, b)
-    if isinstance(layer, _ConvTransposeNd):
-        return ConvTransposeTwin(W, b, layer)
-    assert isinstance(layer, _ConvNd), layer
-    return ConvTwin(W, b, layer)
+    assert isinstance(layer, ANY_CONVOLUTION), layer
+    return ConvTransposeTwin(W, b, layer) if layer.transposed else ConvTwin(W, b, layer)
 
 
 def _loss_and_error(name: str, logits: Array, y: Any) -> tuple[float, Array]:

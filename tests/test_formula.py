@@ -7,11 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from problems import RULE_NAMES, rotated
+from reference import refuses
 from torch import Tensor
 
 import memdfa_lab as ml
 from memdfa_lab.memory import Trace, allocator_peak, formula, measure, predict
-from memdfa_lab.memory.formula import C, L, N, deepest, depth_from_which, largest_batch, moments, n, n_0, peak, s, terms
+from memdfa_lab.memory.formula import C, L, N, deepest, depth_from_which, largest_batch, moments, n, n_0, s, terms
 
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=1e-3),
@@ -27,18 +29,24 @@ def net(widths):
     return ml.models.mlp(widths[0], widths[1:-1], widths[-1])
 
 
-def made(rule, widths, batch, feedback="stored", optimizer="sgd") -> tuple[ml.Rule, Tensor, Tensor]:
+def learner_and_batch(rule, widths, batch, feedback="stored", optimizer="sgd") -> tuple[ml.Rule, Tensor, Tensor]:
     rule = ml.RULES[rule] if isinstance(rule, str) else rule
     x = torch.randn(batch, widths[0], generator=torch.Generator().manual_seed(0))
     return rule(net(widths), OPTIMIZERS[optimizer], feedback=FEEDBACK[feedback]()), x, torch.arange(batch) % widths[-1]
 
 
-def measured(*setting) -> Trace:
-    return measure(*made(*setting), warm_up=1)
+def measured(*setting, **how) -> Trace:
+    return measure(*learner_and_batch(*setting, **how), warm_up=1)
 
 
 def predicted(rule, widths, batch, feedback="stored", optimizer="sgd") -> Trace:
     return predict(rule, lambda: net(widths), (batch, widths[0]), OPTIMIZERS[optimizer], FEEDBACK[feedback]())
+
+
+def total(*setting, **how) -> int:
+    """Return what a step needs, with what is in memory between steps."""
+    trace = predicted(*setting, **how)
+    return trace.resting_bytes + trace.peak_bytes
 
 
 def value(expression, widths=None, **symbols) -> int:
@@ -50,7 +58,7 @@ def value(expression, widths=None, **symbols) -> int:
 
 
 def just_before(trace: Trace, phase: str, category: str) -> int:
-    """Return what a category held when a phase began."""
+    """Return the bytes of a category when a phase began."""
     start = int((trace.timeline["phase"] == phase).idxmax())
     assert start > 0
     return int(trace.by_category[category].iloc[start - 1])
@@ -67,19 +75,19 @@ def terms_of(trace: Trace, rule: str) -> dict[str, int]:
     }
 
 
-HOW = [("stored", "sgd"), ("regenerated", "adam"), ("shared", "momentum")]
+HOW = {
+    optimizer: {"feedback": feedback, "optimizer": optimizer}
+    for feedback, optimizer in (("stored", "sgd"), ("regenerated", "adam"), ("shared", "momentum"))
+}
 
 
-@pytest.mark.parametrize("batch", [2, 33])
-@pytest.mark.parametrize(("feedback", "optimizer"), HOW)
-@pytest.mark.parametrize("rule", ml.RULES)
-def test_each_term_is_what_the_ledger_counts(rule, optimizer, feedback, batch):
+@rotated("rule how batch", RULE_NAMES, HOW, [2, 33], turns=3)
+def test_each_term_is_what_the_ledger_counts(rule, how, batch):
     for widths in [*EQUAL, *UNEQUAL]:
-        found = terms_of(measured(rule, widths, batch, feedback, optimizer), rule)
-        assert {k: value(v, batch=batch) for k, v in terms(rule, widths, feedback, optimizer).items()} == found
+        found = terms_of(measured(rule, widths, batch, **HOW[how]), rule)
+        assert {k: value(v, batch=batch) for k, v in terms(rule, widths, **HOW[how]).items()} == found
         if widths in EQUAL and len(widths) > 3:
-            symbolic = terms(rule, feedback=feedback, optimizer=optimizer)
-            assert {k: value(v, widths, batch=batch) for k, v in symbolic.items()} == found
+            assert {k: value(v, widths, batch=batch) for k, v in terms(rule, None, **HOW[how]).items()} == found
 
 
 def test_the_slopes_over_depth_are_the_textbooks():
@@ -93,53 +101,31 @@ def test_the_slopes_over_depth_are_the_textbooks():
     assert terms("memdfa", feedback="regenerated")["feedback"] == 0
 
 
-def by_the_ledger(*setting) -> int:
-    return measured(*setting).peak_bytes
+def ledger_peak(*batch) -> int:
+    return measure(*batch, warm_up=1).peak_bytes
 
 
-def by_the_allocator(*setting) -> int:
-    return allocator_peak(*made(*setting))
-
-
-@pytest.mark.parametrize("seen", [by_the_ledger, by_the_allocator])
-@pytest.mark.parametrize("batch", [8, 100])
-@pytest.mark.parametrize("rule", ml.RULES)
-def test_the_peak_grows_by_the_slope(rule, batch, seen):
-    width = 16
-    peaks = [seen(rule, [16, *[width] * depth, 10], batch) for depth in (4, 8, 16)]
+@pytest.mark.parametrize(("seen", "batch"), [(ledger_peak, 8), (ledger_peak, 100), (allocator_peak, 8)])
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_the_peak_grows_by_the_slope(rule, seen, batch):
+    """Whether MEM-DFA is flat, too: its slope is 0."""
+    peaks = {depth: seen(*learner_and_batch(rule, [16] * (depth + 1) + [10], batch)) for depth in (4, 8, 64)}
     # The larger of the two, not the sum: in BP an activation is freed as a block's gradients are made.
     stored = [terms(rule)[name].diff(L) for name in ("activations", "gradients")]
-    slope = max(value(term.subs(n, width), batch=batch) for term in stored)
-    assert peaks[1] - peaks[0] == 4 * slope
-    assert peaks[2] - peaks[1] == 8 * slope
+    slope = max(value(term.subs(n, 16), batch=batch) for term in stored)
+    assert {depth: value - peaks[4] for depth, value in peaks.items()} == {4: 0, 8: 4 * slope, 64: 60 * slope}
 
 
-@pytest.mark.parametrize("batch", [2, 200])
-@pytest.mark.parametrize(("feedback", "optimizer"), HOW)
-@pytest.mark.parametrize("rule", ml.RULES)
-def test_the_peak_is_the_largest_of_the_moments(rule, optimizer, feedback, batch):
-    how = {"feedback": feedback, "optimizer": optimizer}
+@rotated("rule how batch", RULE_NAMES, HOW, [2, 200], turns=3)
+def test_the_peak_is_the_largest_of_the_moments(rule, how, batch):
     for widths in EQUAL if batch == 2 else [EQUAL[-1], *UNEQUAL]:
-        trace = predicted(rule, widths, batch, feedback, optimizer)
-        assert max(value(held, batch=batch) for held in moments(rule, widths, **how).values()) == trace.peak_bytes
-        assert value(formula.resting(rule, widths, **how), batch=batch) == trace.resting_bytes
+        trace = predicted(rule, widths, batch, **HOW[how])
+        assert max(value(size, batch=batch) for size in moments(rule, widths, **HOW[how]).values()) == trace.peak_bytes
+        assert value(formula.resting(rule, widths, **HOW[how]), batch=batch) == trace.resting_bytes
         if widths in EQUAL and len(widths) > 3:
-            assert max(value(held, widths, batch=batch) for held in moments(rule, **how).values()) == trace.peak_bytes
-            assert value(formula.resting(rule, **how), widths, batch=batch) == trace.resting_bytes
-
-
-class KeepsOneMore(ml.MemDFA):
-    def teach(self, i: int, block, e: Tensor) -> Tensor:
-        out = super().teach(i, block, e)
-        self.kept = [*getattr(self, "kept", []), out][-2:]
-        return out
-
-
-def test_a_rule_that_keeps_one_more_is_noticed():
-    widths = [9, 9, 9, 9, 4]
-    for rule, right in ((ml.MemDFA, True), (KeepsOneMore, False)):
-        trace = measured(rule, widths, 20)
-        assert (trace.peak_bytes == value(peak("memdfa", widths), batch=20)) is right
+            symbolic = moments(rule, None, **HOW[how]).values()
+            assert max(value(size, widths, batch=batch) for size in symbolic) == trace.peak_bytes
+            assert value(formula.resting(rule, **HOW[how]), widths, batch=batch) == trace.resting_bytes
 
 
 def test_widths_can_be_symbols():
@@ -152,44 +138,31 @@ def test_widths_can_be_symbols():
 # ------------------------------------------------------------------------------------------------ what it solves
 
 
-def held(rule, widths, batch, feedback, optimizer) -> int:
-    trace = predicted(rule, widths, batch, feedback, optimizer)
-    return trace.resting_bytes + trace.peak_bytes
-
-
-@pytest.mark.parametrize(("feedback", "optimizer"), HOW)
-@pytest.mark.parametrize("rule", ml.RULES)
-def test_one_more_example_does_not_fit(rule, feedback, optimizer):
-    how = {"feedback": feedback, "optimizer": optimizer}
+@rotated("rule how", RULE_NAMES, HOW, turns=3)
+def test_one_more_example_does_not_fit(rule, how):
     for widths in ([20, 32, 32, 32, 32, 10], [20, 50, 10], [20, 7, 600, 10]):
-        least = held(rule, widths, 1, feedback, optimizer)
+        least = total(rule, widths, 1, **HOW[how])
         for budget in (least + 2_000, 9 * least + 123, 10**8):
-            batch = largest_batch(budget, rule, widths, **how)
-            assert held(rule, widths, batch, feedback, optimizer) <= budget
-            assert held(rule, widths, batch + 1, feedback, optimizer) > budget
+            batch = largest_batch(budget, rule, widths, **HOW[how])
+            assert total(rule, widths, batch, **HOW[how]) <= budget < total(rule, widths, batch + 1, **HOW[how])
 
 
-@pytest.mark.parametrize(("feedback", "optimizer"), HOW)
-@pytest.mark.parametrize("rule", ml.RULES)
-def test_one_more_layer_does_not_fit(rule, feedback, optimizer):
-    how = {"feedback": feedback, "optimizer": optimizer}
+@rotated("rule how", RULE_NAMES, HOW, turns=3)
+def test_one_more_layer_does_not_fit(rule, how):
     for depth in (1, 2, 6):
-        budget = held(rule, [20, *[24] * depth, 10], 50, feedback, optimizer) + 7
-        found = deepest(budget, rule, batch=50, width=24, inputs=20, classes=10, **how)
-        assert found == depth
-        assert held(rule, [20, *[24] * (found + 1), 10], 50, feedback, optimizer) > budget
+        budget = total(rule, [20, *[24] * depth, 10], 50, **HOW[how]) + 7
+        assert deepest(budget, rule, batch=50, width=24, inputs=20, classes=10, **HOW[how]) == depth
+        assert total(rule, [20, *[24] * (depth + 1), 10], 50, **HOW[how]) > budget
 
 
-@pytest.mark.parametrize(("feedback", "optimizer"), HOW)
-@pytest.mark.parametrize("against", ["bp", "dfa"])
-@pytest.mark.parametrize(("batch", "width", "inputs"), [(64, 32, 32), (500, 8, 30), (16, 50, 400)])
-def test_depth_from_which_memdfa_holds_less(batch, width, inputs, against, feedback, optimizer):
-    how = {"feedback": feedback, "optimizer": optimizer}
-    depth = depth_from_which(batch=batch, width=width, inputs=inputs, classes=10, against=against, **how)
+@rotated("sizes against how", [(64, 32, 32), (500, 8, 30), (16, 50, 400)], ["bp", "dfa"], HOW, turns=2)
+def test_depth_from_which_memdfa_holds_less(sizes, against, how):
+    batch, width, inputs = sizes
+    depth = depth_from_which(batch=batch, width=width, inputs=inputs, classes=10, against=against, **HOW[how])
 
     def less(layers: int) -> bool:
         widths = [inputs, *[width] * layers, 10]
-        return held("memdfa", widths, batch, feedback, optimizer) < held(against, widths, batch, feedback, optimizer)
+        return total("memdfa", widths, batch, **HOW[how]) < total(against, widths, batch, **HOW[how])
 
     assert all(less(layers) for layers in (depth, depth + 1, 12))
     assert depth == 1 or not less(depth - 1)
@@ -200,23 +173,26 @@ def test_a_deep_net_is_solved_at_once():
     assert found > 100_000
 
 
-def test_what_has_no_solution_is_said():
-    with pytest.raises(ValueError, match="not even one example fits into 1000 B: it takes"):
-        largest_batch(1000, "bp", [20, 30, 30, 10])
-    with pytest.raises(ValueError, match="not even one hidden layer fits into 1000 B: it takes"):
-        deepest(1000, "bp", batch=5, width=20, inputs=20, classes=10)
-    with pytest.raises(ValueError, match="MEM-DFA never holds less than bp"):  # B grows faster than what BP keeps
-        depth_from_which(batch=2, width=4, inputs=4, classes=100)
-    with pytest.raises(ValueError, match="batch must be a whole number from 1 on, got 0"):
-        deepest(10**6, "bp", batch=0, width=20, inputs=20, classes=10)
-    with pytest.raises(ValueError, match="one or more"):
-        terms("bp", [3, 4])
-    with pytest.raises(ValueError, match="memdfa"):
-        moments("memdfaa")
-    with pytest.raises(ValueError, match="adam"):
-        moments("bp", optimizer="adamm")
-    with pytest.raises(ValueError, match="stored"):
-        moments("bp", feedback="store")
+ONE_LAYER = {"batch": 5, "width": 20, "inputs": 20, "classes": 10}
+REFUSED = [
+    (partial(largest_batch, 1000, "bp", [20, 30, 30, 10]), "not even one example fits into 1000 B"),
+    (partial(largest_batch, 1000, "bp", [20, 30.5, 10]), "a width must be a whole number", "30.5"),
+    (partial(deepest, 1000, "bp", **ONE_LAYER), "not even one hidden layer fits into 1000 B"),
+    (partial(deepest, 10**6, "bp", **{**ONE_LAYER, "batch": 0}), "batch must be a whole number from 1 on", "0"),
+    # B grows faster than what BP keeps
+    (partial(depth_from_which, batch=2, width=4, inputs=4, classes=100), "MEM-DFA never holds less than bp"),
+    (partial(terms, "bp", [3, 4]), "one or more hidden layers"),
+    (partial(moments, "memdfaa"), "'memdfa'"),
+    (partial(moments, "bp", optimizer="adamm"), "'adam'"),
+    (partial(moments, "bp", feedback="store"), "'stored'"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_solution_is_refused(case):
+    solve, *hints = case
+    with refuses(ValueError, *hints):
+        solve()
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers():

@@ -36,7 +36,7 @@ def test_labels_that_are_no_classes_are_refused(name):
             LOSSES[name](torch.zeros(2, 5), torch.tensor(wrong))
 
 
-@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")  # torch says so before it raises
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")  # torch warns before it raises
 @pytest.mark.parametrize("name", ON_ONE_HOT)
 def test_labels_of_another_shape_or_dtype_are_refused(name):
     with pytest.raises((RuntimeError, ValueError), match="size"):

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from problems import BY_NAME, OPTIMIZERS, STORAGES, Problem, make_rule, train
-from reference import assert_close_training, assert_matches_twin, assert_same_training, train_plainly
+from problems import BY_NAME, OPTIMIZERS, Problem, make_rule, train
+from reference import assert_matches_twin, assert_same_training, refuses_and_keeps, train_plainly
+from test_baselines import check_equals_bp
 from test_recompute import assert_left_as_it_was
-from test_rules import assert_bad_batch_changes_nothing
-from torch import Tensor, nn
+from test_steps import nan
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from memdfa_lab.core.blocks import as_blocks, run_block
+from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.feedback import Stored
 from memdfa_lab.core.local import block_gradient
-from memdfa_lab.core.recompute import buffers_restored, forward_without_trace
+from memdfa_lab.core.recompute import buffers_restored
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP, DFA, FA, MemDFA
 from memdfa_lab.core.signal import Signal
+from memdfa_lab.rivals import lean_bp
+
+pytestmark = pytest.mark.slow
 
 # ---------------------------------------------------------------------------------- the checks, as in the other files
 
@@ -43,22 +48,11 @@ def check_equals_twin(rule: type[Rule], problem: Problem, storage: Any = "stored
 
 
 def check_refuses_nan(rule: type[Rule], problem: Problem) -> None:
-    made = make_rule(rule, problem)
-    good, factors = made.loss_fn, iter((1.0, float("nan")))  # the second step's loss is NaN
-    made.loss_fn = lambda logits, y: good(logits, y) * next(factors)
-    assert_bad_batch_changes_nothing(made, problem, problem.x)
-
-
-def check_fa_with_weights_is_bp(rule: type[Rule], problem: Problem) -> None:
-    problem = problem.double()
-    fa = make_rule(rule, problem)
-
-    def feed_back() -> None:
-        fa.feedback.matrices = {("weight", j): p.detach().clone() for j, p in enumerate(fa.blocks.parameters())}
-
-    feed_back()
-    got = train(fa, problem, each_step=feed_back)
-    assert_close_training(got, train(make_rule("bp", problem), problem))
+    learner = make_rule(rule, problem)
+    learner.step(problem.x, problem.y)
+    learner.loss_fn = nan
+    with refuses_and_keeps(learner, FloatingPointError, "no weight was changed"):
+        learner.step(problem.x, problem.y)
 
 
 # ------------------------------------------------------------------------------------------- mutants of MEM-DFA
@@ -93,66 +87,15 @@ class UpdatesBeforeRecompute(MemDFAWithOwnPass):
     old_weights = False
 
 
-class DoesNotPutBuffersBack(MemDFAWithOwnPass):
+class DoesNotRestoreBuffers(MemDFAWithOwnPass):
     put_back = False
 
 
-class DoesNotForkTheGenerator(MemDFAWithOwnPass):
+class DoesNotRestoreGenerators(MemDFAWithOwnPass):
     fork = False
 
 
-class UpdatesOnlyTheLastBlock(MemDFA):
-    def update(self, i: int) -> None:
-        if i == len(self.blocks) - 1:
-            super().update(i)
-
-
 # ------------------------------------------------------------------------------------ mutants of any rule: mixins
-
-
-class SumOverTheBatch(Rule):
-    def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss, e = super().error(logits, y)
-        return loss, e * len(y)
-
-
-class LastBlockIsGivenBe(Rule):
-    def signal(self, i: int, e: Tensor) -> Signal:
-        return Signal(i, e, self.feedback)
-
-
-class Times(Signal):
-    factor = 1.0
-
-    def slices(self, *sizes: int):
-        for part, s in super().slices(*sizes):
-            yield part, s * self.factor
-
-
-class Zeroed(Times):
-    factor = 0.0
-
-
-class Negated(Times):
-    factor = -1.0
-
-
-class BackwardZeroed(Rule):
-    def signal(self, i: int, e: Tensor) -> Signal:
-        last = i == len(self.blocks) - 1
-        return super().signal(i, e) if last else Zeroed(i, e, self.feedback)
-
-
-class WrongSign(Rule):
-    def signal(self, i: int, e: Tensor) -> Signal:
-        last = i == len(self.blocks) - 1
-        return super().signal(i, e) if last else Negated(i, e, self.feedback)
-
-
-class ErrorZeroed(Rule):
-    def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss, e = super().error(logits, y)
-        return loss, torch.zeros_like(e)
 
 
 class LooksAtTheErrorTooLate(Rule):
@@ -162,11 +105,23 @@ class LooksAtTheErrorTooLate(Rule):
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
-class LossAfterTheUpdate(Rule):
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        super().step(x, y)
-        with torch.no_grad():
-            return self.loss_fn(forward_without_trace(self.blocks, x), y)
+class LastBlockIsTaughtBe(Rule):
+    def signal(self, i: int, e: Tensor) -> Signal:
+        return Signal(i, e, self.feedback)
+
+
+class ChannelsLast(Signal):
+    """e B_i laid out over the feature map with the channels last."""
+
+    def shaped_like(self, out: Tensor) -> Tensor:
+        channels, *rest = out.shape[1:]
+        signal = super().shaped_like(out).contiguous()
+        return signal.view(-1, *rest, channels).movedim(-1, 1).contiguous()
+
+
+class InMemoryOrder(Rule):
+    def signal(self, i: int, e: Tensor) -> Signal:
+        return super().signal(i, e) if i == len(self.blocks) - 1 else ChannelsLast(i, e, self.feedback)
 
 
 def mutant(mixin: type[Rule], base: type[Rule]) -> type[Rule]:
@@ -177,13 +132,8 @@ def mutant(mixin: type[Rule], base: type[Rule]) -> type[Rule]:
 
 
 class RedrawnEachUse(Stored):
-    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
-        B = super().dense(i, error_size, output_size, like)
-        self.seed, self.matrices = self.seed + 1, {}
-        return B
-
-    def weight(self, j: int, weight: Tensor) -> Tensor:
-        B = super().weight(j, weight)
+    def _matrix(self, *given: Any) -> Tensor:
+        B = super()._matrix(*given)
         self.seed, self.matrices = self.seed + 1, {}
         return B
 
@@ -191,10 +141,10 @@ class RedrawnEachUse(Stored):
 class RedrawnEachStep(Stored):
     """Right in the first step, another B in each later one."""
 
-    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
-        if i == 0:
+    def dense(self, i: int, *given: Any) -> Tensor:
+        if i == 0 and self.matrices:
             self.seed, self.matrices = self.seed + 1, {}
-        return super().dense(i, error_size, output_size, like)
+        return super().dense(i, *given)
 
 
 class FromTheGlobalGenerator(Stored):
@@ -205,28 +155,9 @@ class FromTheGlobalGenerator(Stored):
 class Transposed(Stored):
     """B read row by row where it should be read column by column."""
 
-    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
-        return super().dense(i, error_size, output_size, like).t().reshape(error_size, output_size)
-
-
-class ChannelsLast(Signal):
-    """B_i e laid out over the feature map with the channels last."""
-
-    def shaped_like(self, out: Tensor) -> Tensor:
-        channels, *rest = out.shape[1:]
-        signal = super().shaped_like(out).contiguous()
-        return signal.view(-1, *rest, channels).movedim(-1, 1).contiguous()
-
-
-class InMemoryOrder(Rule):
-    def signal(self, i: int, e: Tensor) -> Signal:
-        last = i == len(self.blocks) - 1
-        return super().signal(i, e) if last else ChannelsLast(i, e, self.feedback)
-
-
-class ZeroFeedback(Stored):
-    def weight(self, j: int, weight: Tensor) -> Tensor:
-        return torch.zeros_like(weight)
+    def dense(self, *given: Any) -> Tensor:
+        B = super().dense(*given)
+        return B.t().reshape(B.shape)
 
 
 class WeightTransport(Stored):
@@ -241,120 +172,85 @@ class NumberedFromOne(Stored):
         return super().weight(j + 1, weight)
 
 
-def with_storage(check: Callable[..., None], storage: type[Stored]) -> Callable[[type[Rule], Problem], None]:
-    """Return the check with feedback of that class and the seed that all checks use."""
-    return lambda rule, problem: check(rule, problem, storage(seed=3 - (storage is RedrawnEachStep)))
-
-
+# name -> rule, the check that must catch it, on which problem, and with which feedback if not Stored
 MUTANTS = {
     "update before recompute": (UpdatesBeforeRecompute, check_equals_dfa, "mlp_relu"),
     "update before recompute, with dropout and BatchNorm": (UpdatesBeforeRecompute, check_equals_dfa, "everything"),
-    "buffers not restored": (DoesNotPutBuffersBack, check_equals_dfa, "batchnorm"),
-    "buffers not restored, momentum=None": (DoesNotPutBuffersBack, check_equals_dfa, "batchnorm_momentum_none"),
-    "RNG not forked": (DoesNotForkTheGenerator, check_equals_dfa, "dropout"),
-    "only the last block learns": (UpdatesOnlyTheLastBlock, check_equals_dfa, "mlp_relu"),
-    "B redrawn at each use, MEM-DFA": (MemDFA, with_storage(check_equals_twin, RedrawnEachUse), "mlp_relu"),
-    "B redrawn each step, DFA": (DFA, with_storage(check_equals_twin, RedrawnEachStep), "mlp_relu"),
-    "B redrawn each step, MEM-DFA": (MemDFA, with_storage(check_equals_twin, RedrawnEachStep), "conv_pool"),
-    "B redrawn at each use, FA": (FA, with_storage(check_equals_twin, RedrawnEachUse), "mlp_relu"),
-    "B from the global generator": (DFA, with_storage(check_equals_twin, FromTheGlobalGenerator), "mlp_relu"),
-    "B transposed": (DFA, with_storage(check_equals_twin, Transposed), "mlp_relu"),
+    "buffers not restored": (DoesNotRestoreBuffers, check_equals_dfa, "batchnorm"),
+    "buffers not restored, momentum=None": (DoesNotRestoreBuffers, check_equals_dfa, "batchnorm_momentum_none"),
+    "generators not restored": (DoesNotRestoreGenerators, check_equals_dfa, "dropout"),
+    "B redrawn at each use, MEM-DFA": (MemDFA, check_equals_twin, "mlp_relu", RedrawnEachUse),
+    "B redrawn each step, DFA": (DFA, check_equals_twin, "mlp_relu", RedrawnEachStep),
+    "B redrawn each step, MEM-DFA": (MemDFA, check_equals_twin, "conv_pool", RedrawnEachStep),
+    "B redrawn at each use, FA": (FA, check_equals_twin, "mlp_relu", RedrawnEachUse),
+    "B from the global generator": (DFA, check_equals_twin, "mlp_relu", FromTheGlobalGenerator),
+    "B transposed": (DFA, check_equals_twin, "mlp_relu", Transposed),
     "B in memory order": (mutant(InMemoryOrder, DFA), check_equals_twin, "conv_grouped_strided_dilated"),
-    "FA with the weights": (FA, with_storage(check_equals_twin, WeightTransport), "conv_pool"),
-    "FA with another layer's B": (FA, with_storage(check_equals_twin, NumberedFromOne), "conv_pool"),
-    "FA backward zeroed": (FA, with_storage(check_equals_twin, ZeroFeedback), "conv_pool"),
+    "FA with the weights": (FA, check_equals_twin, "conv_pool", WeightTransport),
+    "FA with another layer's B": (FA, check_equals_twin, "conv_pool", NumberedFromOne),
+    "the last block is taught B e, DFA": (mutant(LastBlockIsTaughtBe, DFA), check_equals_twin, "conv_pool"),
+    "the last block is taught B e, MEM-DFA": (mutant(LastBlockIsTaughtBe, MemDFA), check_equals_dfa, "residual"),
+    "BP with the weights of FA": (FA, check_equals_autograd, "mlp_relu"),
     "NaN not looked for": (mutant(LooksAtTheErrorTooLate, DFA), check_refuses_nan, "mlp_relu"),
 }
-for base in (DFA, MemDFA):
-    for mixin in (SumOverTheBatch, LastBlockIsGivenBe, BackwardZeroed, WrongSign, LossAfterTheUpdate):
-        MUTANTS[f"{mixin.__name__}, {base.__name__}"] = (mutant(mixin, base), check_equals_twin, "conv_pool")
-for mixin in (LastBlockIsGivenBe, BackwardZeroed, SumOverTheBatch):
-    MUTANTS[f"{mixin.__name__}, against DFA"] = (mutant(mixin, MemDFA), check_equals_dfa, "residual")
-for base, check in ((BP, check_equals_autograd), (BP, check_equals_twin), (FA, check_equals_twin)):
-    for mixin in (SumOverTheBatch, ErrorZeroed, LossAfterTheUpdate):
-        name = f"{mixin.__name__}, {base.__name__}, {check.__name__}"
-        MUTANTS[name] = (mutant(mixin, base), check, "mlp_tanh_mse")
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_rule_is_caught(name):
-    rule, check, problem = MUTANTS[name]
+    rule, check, problem, *storage = MUTANTS[name]
     with pytest.raises((AssertionError, pytest.fail.Exception)):
-        check(rule, BY_NAME[problem])
+        check(rule, BY_NAME[problem], *(kind(seed=3) for kind in storage))
 
 
+# each check with the rules that are right, on the problems of its mutants
 RIGHT = {
-    (rule, check, problem)
-    for checks, rules in (
-        ((check_equals_dfa,), (MemDFA, MemDFAWithOwnPass)),
-        ((check_equals_autograd,), (BP,)),
-        ((check_equals_twin,), (BP, FA, DFA, MemDFA, MemDFAWithOwnPass)),
-        ((check_refuses_nan,), (DFA,)),
-    )
-    for check in checks
-    for rule in rules
-    for problem in {problem for _, mutant_check, problem in MUTANTS.values()}
-    if check is not check_equals_twin or BY_NAME[problem].twin
+    check_equals_dfa: [MemDFA, MemDFAWithOwnPass],
+    check_equals_autograd: [BP],
+    check_equals_twin: [FA, DFA, MemDFA, MemDFAWithOwnPass],
+    check_refuses_nan: [DFA],
 }
 
 
-@pytest.mark.parametrize(
-    ("rule", "check", "problem"),
-    sorted(RIGHT, key=str),
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_the_same_checks_pass_the_right_rules(rule, check, problem):
+@pytest.mark.parametrize("check", RIGHT)
+def test_the_same_checks_pass_the_right_rules(check):
     """So that a mutant is caught for what is wrong with it."""
-    check(rule, BY_NAME[problem])
+    for name in {mutant[2] for mutant in MUTANTS.values() if mutant[1] is check}:
+        for rule in RIGHT[check]:
+            check(rule, BY_NAME[name])
 
 
-# ----------------------------------------------------------------- FA's own backward pass, and the pass without trace
+# ------------------------------------------------------------ what a pass leaves, FA's backward pass, the comparison
 
 
-def without(flag: str) -> Callable[..., Tensor]:
-    """Return forward_without_trace with one of its precautions left out."""
-
-    def forward(blocks: nn.Sequential, x: Tensor) -> Tensor:
-        rule = MemDFAWithOwnPass(blocks, OPTIMIZERS["sgd"])
-        setattr(rule, flag, False)
-        return rule.first_pass(x)
-
-    return forward
-
-
-@pytest.mark.parametrize(("flag", "problem"), [("put_back", "batchnorm"), ("fork", "dropout")])
-def test_a_pass_that_leaves_a_trace_is_caught(flag, problem):
-    problem = BY_NAME[problem]
-    blocks = as_blocks(problem.build())
+@pytest.mark.parametrize(
+    ("rule", "problem"), [(DoesNotRestoreBuffers, "batchnorm"), (DoesNotRestoreGenerators, "dropout")]
+)
+def test_a_pass_that_leaves_a_trace_is_caught(rule, problem):
+    learner, x = make_rule(rule, BY_NAME[problem]), BY_NAME[problem].x
     with torch.random.fork_rng(devices=[]), pytest.raises(AssertionError):
-        assert_left_as_it_was(blocks, lambda: without(flag)(blocks, problem.x))
+        assert_left_as_it_was(learner.blocks, lambda: learner.first_pass(x))
 
 
-@pytest.mark.parametrize("check", [check_equals_twin, check_fa_with_weights_is_bp])
-@pytest.mark.parametrize("problem", ["conv_pool", "conv_same_odd", "linear_on_tokens"])
-@pytest.mark.parametrize("wrong", [0, 1], ids=["input_gradient_zeroed", "weight_gradient_zeroed"])
-def test_a_wrong_backward_of_fas_layers_is_caught(wrong, problem, check, monkeypatch):
-    from memdfa_lab.core import transport
-
-    for layer in (transport._Linear, transport._Convolution):
-        right = layer.backward
-
-        def backward(ctx: Any, grad: Tensor, right: Any = right) -> tuple[Any, ...]:
-            gradients = list(right(ctx, grad))
-            if gradients[wrong] is not None:
-                gradients[wrong] = torch.zeros_like(gradients[wrong])
-            return tuple(gradients)
-
-        monkeypatch.setattr(layer, "backward", staticmethod(backward))
-    with pytest.raises(AssertionError):
-        check(FA, BY_NAME[problem])
+# a name in lean_bp -> what is wrong in its place, the problems on which that matters, and one on which it does not
+WRONG_BASELINES = {
+    "buffers_restored": (lambda block: nullcontext(), ["batchnorm", "batchnorm_momentum_none"], "dropout"),
+    "checkpoint": (partial(checkpoint, preserve_rng_state=False), ["dropout"], "batchnorm"),
+}
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_the_comparison_sees_each_part_of_what_training_leaves_behind(storage):
-    problem = BY_NAME["everything"]
-    good = train(make_rule("memdfa", problem, "adamw", storage), problem)
-    assert_same_training(good, train(make_rule("memdfa", problem, "adamw", storage), problem))
+@pytest.mark.parametrize("name", WRONG_BASELINES)
+def test_a_baseline_that_does_not_restore_for_the_second_run_is_caught(name, monkeypatch):
+    wrong, caught, passed = WRONG_BASELINES[name]
+    monkeypatch.setattr(lean_bp, name, wrong)
+    check_equals_bp("checkpoint", BY_NAME[passed], segments=3)
+    for problem in caught:
+        with pytest.raises(AssertionError):
+            check_equals_bp("checkpoint", BY_NAME[problem], segments=3)
+
+
+def test_the_comparison_sees_each_part_of_what_training_leaves_behind():
+    good, again = (train(make_rule("memdfa", BY_NAME["everything"], "adamw"), BY_NAME["everything"]) for _ in range(2))
+    assert_same_training(good, again)
     state = {name: value + 1 for name, value in good.optimizer[0].items()}
     for part, value in {
         "losses": [*good.losses[:-1], good.losses[-1] + 1e-6],

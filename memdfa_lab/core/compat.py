@@ -12,7 +12,7 @@ from torch._C._profiler import _EventType
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils import _python_dispatch
+from torch.utils import _python_dispatch, _pytree
 
 aten = torch.ops.aten
 _C: Any = torch._C  # torch's stubs lack some of it
@@ -22,6 +22,8 @@ ANY_BATCH_NORM = _BatchNorm
 has_global_hooks = _has_any_global_hook  # whether torch calls hooks for every module
 copying_view = aten._unsafe_view  # a reshaped tensor that autograd takes for one of its own: in-place changes are safe
 TRUTH_VALUE = aten._local_scalar_dense.default  # the operation by which a tensor becomes a number, as in `if tensor:`
+
+tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries, with what is of a type replaced
 
 # Autograd numbers its nodes in the order of the forward pass.
 next_node_number: Callable[[], int] = _C._autograd._get_sequence_nr

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from memdfa_lab.core.checks import first_difference
+from memdfa_lab.core.compat import tree_map_only
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import digest
@@ -34,7 +34,7 @@ def write(
         "progress": progress,
     }
     # numpy's numbers, such as a learning rate from a logspace, would be refused when they are read.
-    state = pytree.tree_map_only(np.generic, np.generic.item, state, lambda part: isinstance(part, OrderedDict))
+    state = tree_map_only(np.generic, np.generic.item, state, lambda part: isinstance(part, OrderedDict))
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:  # of a path, torch hides why it could not be written, such as a full disk

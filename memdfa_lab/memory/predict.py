@@ -71,7 +71,7 @@ def predict(
     shape that is none, and what the rule raises.
 
     Known limits: attention, Mish, convolutions of which only the bias learns, and Adam(foreach=True) run other
-    operations without data, and differ.
+    operations without data, and differ; so do layers that enlarge channels-last images of 1 x 1.
     """
     if not isinstance(x_shape, Sequence) or not x_shape:
         raise ValueError(f"x_shape must be the shape of a batch (N, ...), such as (128, 784), got {x_shape!r}")

@@ -1,0 +1,232 @@
+"""What is needed of each of torch's private names in core/compat.py."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.profiler import ProfilerActivity, profile
+
+from memdfa_lab.core import compat
+
+# ----------------------------------------------------------------------------------------------- tensors and modules
+
+
+def test_storage_id_is_that_of_all_views_and_another_for_a_copy():
+    x = torch.arange(6.0)
+    assert {compat.storage_id(view) for view in (x, x[2:], x.view(2, 3).t(), x.detach())} == {compat.storage_id(x)}
+    assert compat.storage_id(x.clone()) != compat.storage_id(x)
+    assert compat.storage_id(torch.empty(0)) != compat.storage_id(torch.empty(0, device="meta"))
+
+
+def test_version_counts_changes_in_place_through_views_too():
+    x = torch.ones(4)
+    before = compat.version(x)
+    x.sum(), x + 1
+    assert compat.version(x) == before
+    x[:2].add_(1)
+    x.mul_(2)
+    assert compat.version(x) == compat.version(x.detach()) == before + 2
+
+
+def test_what_buffers_of_returns_can_be_written_to():
+    norm = nn.BatchNorm1d(3)
+    compat.buffers_of(norm)["running_mean"] = torch.ones(3)
+    assert torch.equal(norm.running_mean, torch.ones(3))
+    assert list(compat.buffers_of(norm)) == [name for name, _ in norm.named_buffers()]
+    assert compat.buffers_of(nn.Sequential(norm)) == {}
+
+
+def test_any_convolution_and_any_batch_norm_are_the_classes_above_all_of_them():
+    for d in ("1d", "2d", "3d"):
+        convolutions = [getattr(nn, f"{kind}{d}") for kind in ("Conv", "ConvTranspose", "LazyConv")]
+        assert all(issubclass(kind, compat.ANY_CONVOLUTION) for kind in convolutions)
+        assert issubclass(getattr(nn, f"BatchNorm{d}"), compat.ANY_BATCH_NORM)
+        assert not issubclass(getattr(nn, f"InstanceNorm{d}"), compat.ANY_BATCH_NORM)
+    assert issubclass(nn.SyncBatchNorm, compat.ANY_BATCH_NORM)
+    assert not any(issubclass(kind, compat.ANY_CONVOLUTION) for kind in (nn.Linear, nn.Unfold, nn.MaxPool2d))
+
+
+HOOKS = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+
+
+def test_hooks_of_every_kind_are_seen_until_they_are_removed():
+    layer = nn.Linear(2, 2)
+    assert not compat.has_hooks(layer)
+    ways = [getattr(layer, f"register_{kind}_hook") for kind in HOOKS]
+    ways += [layer.bias.register_hook, layer.weight.register_post_accumulate_grad_hook]
+    for register in ways:
+        handle = register(lambda *given: None)
+        assert compat.has_hooks(layer)
+        assert not compat.has_hooks(nn.Sequential(layer))  # its own alone
+        handle.remove()
+        assert not compat.has_hooks(layer)
+    assert not compat.has_global_hooks()
+    handle = register_module_forward_hook(lambda *given: None)
+    assert compat.has_global_hooks()
+    handle.remove()
+    assert not compat.has_global_hooks()
+    for kind in ("pre", "post"):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        assert not compat.has_step_hooks(optimizer)
+        getattr(optimizer, f"register_step_{kind}_hook")(lambda *given: None)
+        assert compat.has_step_hooks(optimizer)
+
+
+def test_check_input_dim_refuses_what_the_layer_refuses():
+    for norm, right in ((nn.BatchNorm1d(2), (3, 2)), (nn.BatchNorm2d(2), (3, 2, 4, 4))):
+        compat.check_input_dim(norm, torch.ones(right))
+        with pytest.raises(ValueError, match="expected"):
+            compat.check_input_dim(norm, torch.ones(*right, 5, 5, 5))
+
+
+def test_tree_map_only_changes_what_is_of_a_type_however_deep_it_lies():
+    tree = {"a": [1, "one", (2.0, 2)], "b": 3}
+    assert compat.tree_map_only(int, lambda n: n + 1, tree) == {"a": [2, "one", (2.0, 3)], "b": 4}
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+class Doubled(torch.autograd.Function):
+    """Twice x, in another shape by the function `reshape`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reshape: Any) -> Tensor:
+        return reshape(x * 2, (6,))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return 2 * grad.view(2, 3), None
+
+
+def test_what_copying_view_returns_may_be_changed_in_place_and_a_view_may_not():
+    x = torch.tensor([[-1.0, 2, 3], [4, 5, 6]], requires_grad=True)
+    Doubled.apply(x, compat.copying_view).relu_().sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[0.0, 2, 2], [2, 2, 2]]))
+    with pytest.raises(RuntimeError, match="view and is being modified inplace"):
+        Doubled.apply(x, Tensor.view).relu_()
+
+
+def test_node_numbers_grow_with_the_forward_pass():
+    x, numbers, nodes = torch.ones(2, requires_grad=True), [], []
+    for _ in range(3):
+        numbers.append(compat.next_node_number())
+        x = (x * 2).exp()
+        nodes += [compat.node_number(x.grad_fn.next_functions[0][0]), compat.node_number(x.grad_fn)]
+    assert nodes == sorted(set(nodes))
+    for first, number, last in zip(nodes[::2], numbers, nodes[1::2], strict=True):
+        assert number == first < last
+    with torch.no_grad():
+        x * 2
+    assert compat.next_node_number() == nodes[-1] + 1
+
+
+def test_the_current_node_is_the_one_that_runs_and_none_outside_backward():
+    x, seen = torch.ones(2, requires_grad=True), []
+    h = x * 2
+    h.register_hook(lambda gradient: seen.append(compat.current_node()))
+    x.register_post_accumulate_grad_hook(lambda parameter: seen.append(compat.current_node()))
+    assert compat.current_node() is None
+    h.exp().sum().backward()
+    assert compat.current_node() is None
+    assert seen[0] is not None
+    assert seen[1].name().endswith("AccumulateGrad")
+
+
+# --------------------------------------------------------------------------------------- what sees torch's operations
+
+
+class Seen(compat.DispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_each_operation_but_those_without_modes():
+    x = torch.ones(2)
+    with Seen() as seen:
+        assert list(compat.active_modes()) == [seen]
+        x + 1
+        with compat.without_modes():
+            assert list(compat.active_modes()) == []
+            x * 2
+        bool(x.sum() > 0)
+    assert list(compat.active_modes()) == []
+    aten = compat.aten
+    assert seen.operations == [aten.add.Tensor, aten.sum.default, aten.gt.Scalar, compat.TRUTH_VALUE]
+
+
+def test_the_profiler_marks_allocations_and_tells_their_size():
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = torch.empty(1000, dtype=torch.uint8)
+    todo, sizes = list(profiler.profiler.kineto_results.experimental_event_tree()), []
+    while todo:
+        node = todo.pop()
+        todo += node.children
+        if node.tag == compat.ALLOCATION:
+            sizes.append(node.extra_fields.alloc_size)
+    assert len(kept) in sizes
+
+
+def test_schemas_and_whether_an_operation_is_written_as_several():
+    assert {"", "out"} <= {schema.overload_name for schema in compat.schemas_of("aten::mm")}
+    assert compat.schemas_of("aten::no_such_operation") == []
+    assert [compat.is_composite(f"aten::{name}") for name in ("cross_entropy_loss", "linear", "mm")] == [
+        True,
+        True,
+        False,
+    ]
+    with pytest.raises(RuntimeError):
+        compat.is_composite("aten::no_such_operation")
+
+
+# ----------------------------------------------------------------------------------------- what prediction leans on
+
+
+def fused_step(parameter: nn.Parameter) -> None:
+    torch.optim.Adam([parameter], fused=True).step()
+
+
+def many_at_once(parameter: nn.Parameter) -> None:
+    nn.utils.clip_grad_norm_([parameter], 1.0, foreach=True)
+
+
+@pytest.mark.parametrize(("name", "use"), list(zip(compat.DEVICE_LISTS, [many_at_once, fused_step], strict=True)))
+def test_a_device_list_is_asked_at_each_use(name, use):
+    devices = pkgutil.resolve_name(name)()
+    assert "cuda" in devices
+    assert "meta" not in devices
+    parameter = nn.Parameter(torch.empty(3, device="meta"))
+    parameter.grad = torch.empty_like(parameter)
+    with pytest.raises(RuntimeError, match=r"devices|meta"):
+        use(parameter)
+    with mock.patch(name, return_value=[*devices, "meta"]):
+        use(parameter)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_layout_of_a_convolution_is_known_without_data(layout):
+    h, weight = torch.ones(2, 3, 8, 8).contiguous(memory_format=layout), torch.ones(4, 3, 3, 3)
+    assert compat.convolution_layout(h, weight) == compat.convolution_layout(h.to("meta"), weight.to("meta")) == layout
+    assert F.conv2d(h, weight).is_contiguous(memory_format=layout)
+
+
+def test_cuda_history_records_what_runs_and_stops_also_after_an_exception(monkeypatch):
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **given: calls.append(given))
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: [*calls, "snapshot"])
+    assert compat.cuda_history(lambda: calls.append("ran")) == [{}, "ran", "snapshot"]
+    with pytest.raises(ZeroDivisionError):
+        compat.cuda_history(lambda: 1 / 0)
+    assert calls[2:] == [{"enabled": None}, {}, {"enabled": None}]
