@@ -54,8 +54,8 @@ def test_a_residual_network_is_torchvisions_with_a_stem_for_small_images():
     assert_same_function(ours, theirs, torch.rand(2, 1, 8, 8))
 
 
-WINDOWS = "maxpool2/1 avgpool3/2 maxpool3/2(ceil) avgpool2/3(ceil) maxpool1/4(ceil)".split()
-WINDOWS += "conv5x5(2)/2 conv4x4(2)/3 conv3x3(2,valid)/2 separable(2)/3".split()
+WINDOWS = ["maxpool2/1", "avgpool3/2", "maxpool3/2(ceil)", "avgpool2/3(ceil)", "maxpool1/4(ceil)"]
+WINDOWS += ["conv5x5(2)/2", "conv4x4(2)/3", "conv3x3(2,valid)/2", "separable(2)/3"]
 
 
 @pytest.mark.parametrize("text", WINDOWS)
