@@ -15,7 +15,6 @@ from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peak
 import memdfa_lab as ml
 from memdfa_lab import cli
 from memdfa_lab.lab.distributed import Group, ranks
-from memdfa_lab.lab.machines import measure
 
 ALONE = Group()
 QUICK = ["train", "--rule", "memdfa", "bp", "--epochs", "1", "--batch-size", "150"]
@@ -252,25 +251,6 @@ def test_ranks_that_never_come_are_missed_in_one_line(monkeypatch):
         pass
 
 
-def test_traffic_is_that_of_a_ring_and_memory_is_flat_in_depth():
-    networks = ["784-[32]x4-10", "784-[32]x8-10"]
-    table = measure([1, 2], [("memdfa", network) for network in networks], batch=32)
-    assert list(table["ranks"]) == [1, 1, 2, 2]
-    for _, rows in table.groupby("ranks"):
-        assert rows["peak_bytes"].nunique() == 1
-    alone, two = table[:2], table[2:]
-    assert list(alone["sent_bytes"]) == [0, 0]
-    assert list(two["gradient_bytes"]) == [
-        4 * sum(p.numel() for p in ml.models.build(n).parameters()) for n in networks
-    ]
-    if sys.platform == "linux":
-        assert ((two["sent_bytes"] / two["gradient_bytes"]).between(1, 1.1)).all()  # 2 (R - 1) / R = 1
-    axes = ml.figures.sent(table).axes[0]
-    assert [2**20 * value for value in axes.lines[0].get_ydata()[:2]] == pytest.approx(
-        [0, two["gradient_bytes"].iloc[0]]
-    )
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_no_thread_of_the_ranks_is_left_when_they_part(tmp_path):
     """One that is left can abort the interpreter at its end."""
@@ -293,8 +273,3 @@ def test_no_thread_of_the_ranks_is_left_when_they_part(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     subprocess.run(torchrun, check=True, capture_output=True, timeout=120)
     assert [(tmp_path / f"{rank}").read_text() for rank in (0, 1)] == ["True 0"] * 2
-
-
-def test_a_batch_that_is_too_small_for_all_ranks_is_refused():
-    with pytest.raises(ValueError, match="a batch of 3 has no example for each of 4 ranks"):
-        measure([1, 4], [("bp", "784-[32]x4-10")], batch=3)
