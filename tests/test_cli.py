@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 
 from memdfa_lab import cli
-from memdfa_lab.lab.settings import RunSettings
 
 QUICK = ["--epochs", "1", "--batch-size", "200"]
 
@@ -41,25 +40,14 @@ def test_train_goes_on_with_the_run_in_the_folder(capsys, tmp_path):
     ("arguments", "expected"),
     [
         ([], "required: command"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["train", "--rule", "bpp"], "invalid choice: 'bpp'"),
-        (["train", "--network", "mnist_con"], "did you mean 'mnist_conv'?"),
-        (["train", "--dataset", "mnist5"], "did you mean 'mnist5k'?"),
-        (["train", "--dataset", "no/such.npz"], "no such file"),
-        (["train", "--epochs", "0"], "epochs must be"),
-        (["train", "--epochs", "two"], "invalid int value: 'two'"),
-        (["train", "--lr", "-1"], "lr must be"),
-        (["train", "--scale", "0"], "scale must be"),
-        (["train", "--seed", "-1"], "seed must be"),
         (["train", "--device", "tpu0"], "tpu0"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--epochs", "two"], "invalid int value: 'two'"),
         (["reproduce", "--only", "77"], "no notebook '77'"),
         (["reproduce", "--only", "02", "-p", "epoch", "3"], "did you mean 'epochs'?"),
         (["reproduce", "-p", "epochs", "[1"], "-p takes a value as in YAML"),
-        (["profile", "--network", "long_fcc"], "did you mean 'long_fc'?"),
-        (["profile", "--batch", "0"], "the batch size must be a whole number from 1 on"),
         (["sweep", "status", "no/such.yaml"], "No such file"),
         (["sweep", "one.yaml", "two.yaml"], "invalid choice: 'one.yaml'"),
-        (["bench", "--network", "fc_relu", "--rounds", "0"], "rounds must be a whole number from 1 on"),
     ],
 )
 def test_wrong_arguments_get_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, expected):
@@ -70,17 +58,6 @@ def test_wrong_arguments_get_one_line_and_status_2(capsys, tmp_path, monkeypatch
     assert err.count("\n") == 1
     assert "Traceback" not in err + out
     assert list(tmp_path.rglob("*")) == []  # nothing was written
-
-
-def test_a_dataset_that_cannot_be_fetched_says_what_to_do(capsys, tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("network is unreachable")
-
-    monkeypatch.setattr("torchvision.datasets.mnist.MNIST.download", no_network)
-    status, _, err = run(capsys, "train", "--dataset", "mnist", "--root", tmp_path)
-    assert status == 2
-    assert "--dataset mnist5k" in err
-    assert err.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -107,11 +84,6 @@ def test_a_baseline_is_trained_like_a_rule(capsys, tmp_path):
     assert status == 0
     one, other = (pd.read_csv(tmp_path / rule / "history.csv") for rule in ("checkpoint", "bp"))
     pd.testing.assert_frame_equal(one.drop(columns="seconds"), other.drop(columns="seconds"))
-
-
-def test_every_setting_of_a_run_is_an_option(capsys):
-    _, out, _ = run(capsys, "train", "--help")
-    assert all(f"--{name.replace('_', '-')} " in out for name in RunSettings.model_fields)
 
 
 @pytest.mark.parametrize("command", ["train", "reproduce", "profile", "bench", "sweep"])

@@ -268,6 +268,8 @@ def test_without_a_network_the_message_says_what_to_do(name, file, tmp_path, off
         load(name, tmp_path)
     assert offline
     assert socket.getdefaulttimeout() == before
+    with refuses(ValueError, f"cannot download {name} to /proc/nowhere"):
+        load(name, "/proc/nowhere")
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), TimeoutError("timed out"), OSError()])
