@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -344,6 +345,34 @@ OPTIMIZERS = {
 }
 STORAGES = feedback.KINDS
 RULE_NAMES = list(RULES)
+
+
+def rotated(names: str, items: Iterable[Any], *factors: Iterable[Any], turns: int = 1) -> pytest.MarkDecorator:
+    """Parametrise a test over items, such as params(), each with some combinations of the factors' levels.
+
+    Instead of the full product each item is met `turns` times, with another level of the first factor each time, so
+    with as many turns as it has levels every item meets all of them. Every combination of the factors' levels is met by
+    some items.
+
+    Args:
+        names: The test's arguments, the item's first.
+        items: Values, or pytest parameters of one value with their marks.
+        *factors: The levels of each factor.
+        turns: How often each item is met.
+    """
+    given = [item if hasattr(item, "marks") else pytest.param(item, id=_label(item)) for item in items]
+    levels, rows = list(product(*factors)), []
+    for place, item in enumerate(given):
+        for turn in range(turns):
+            row = levels[(place + turn * len(levels) // turns) % len(levels)]
+            label = "-".join([str(item.id), *map(_label, row)])
+            rows.append(pytest.param(*item.values, *row, id=label, marks=item.marks))
+    assert {row.values[1:] for row in rows} == set(levels), "some combinations are not met: take more turns"
+    return pytest.mark.parametrize(names.split(), rows)
+
+
+def _label(level: Any) -> str:
+    return str(getattr(level, "__name__", level))
 
 
 def make_rule(
