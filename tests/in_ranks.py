@@ -213,10 +213,21 @@ EQUAL["layouts"] = {"rule": "dfa", "optimizer": "sgd", "net": "conv", "sizes": [
 EQUAL["some kept"] = {"rule": "memdfa", "optimizer": "adamw", "net": "mlp", "sizes": [12, 13], "keep_bytes": 3000}
 
 
+def threads():
+    """Count the threads of this process by which ranks talk."""
+    tasks = Path("/proc/self/task")
+    return sum("gloo" in (task / "comm").read_text() for task in tasks.iterdir()) if tasks.exists() else 0
+
+
 def well(folder):
-    """Run all cases; then rank 1 is killed."""
+    """Join for a step and part; then join again and run all cases; then rank 1 is killed."""
     with ranks() as group:
-        torch.save(all_cases(group, folder), folder / f"cases-{group.rank}")
+        learn(group, "memdfa", "sgd", "mlp", [12])
+        during = threads()
+    after, os.environ["MASTER_PORT"] = threads(), os.environ["SECOND_PORT"]
+    with ranks() as group:
+        found = all_cases(group, folder) | {"threads": (during, after)}
+        torch.save(found, folder / f"cases-{group.rank}")
         torch.save(lost(group, "killed"), folder / "killed")
 
 

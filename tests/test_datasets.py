@@ -248,38 +248,39 @@ def test_an_unknown_name_is_refused_with_those_there_are(name, message):
 
 
 @pytest.fixture
-def offline(monkeypatch):
+def offline(request, monkeypatch):
     """Let torchvision's download fail, as without a network; return a list of the addresses that it asks for."""
     asked = []
 
-    def refuse(url, *args, **options):
+    def fail(url, *args, **options):
         asked.append(url)
-        raise URLError("[Errno -3] Temporary failure in name resolution")
+        raise getattr(request, "param", URLError("[Errno -3] Temporary failure in name resolution"))
 
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
-        monkeypatch.setattr(module, "download_and_extract_archive", refuse)
+        monkeypatch.setattr(module, "download_and_extract_archive", fail)
     return asked
 
 
-@pytest.mark.parametrize(("name", "file"), [("mnist", "train-images-idx3-ubyte"), ("cifar10", "cifar-10-batches-py")])
-def test_without_a_network_the_message_says_what_to_do(name, file, tmp_path, offline):
+@pytest.mark.parametrize(
+    ("name", "file", "offline", "reason"),
+    [
+        ("mnist", "train-images-idx3-ubyte", URLError("name resolution"), "name resolution"),
+        ("mnist", "MNIST/raw", TimeoutError("timed out"), "timed out"),
+        ("cifar10", "cifar-10-batches-py", ConnectionResetError(104, "reset by peer"), "reset by peer"),
+        ("cifar10", "cifar10.npz", OSError(), "OSError"),
+    ],
+    indirect=["offline"],
+)
+def test_where_a_download_fails_the_message_says_what_to_do(name, file, offline, reason, tmp_path):
     before = socket.getdefaulttimeout()
-    with refuses(ValueError, "--dataset mnist5k", "name resolution", f"{name}.npz", file, str(tmp_path)):
+    with refuses(
+        ValueError, f"cannot download {name}", "--dataset mnist5k", reason, f"{name}.npz", file, str(tmp_path)
+    ):
         load(name, tmp_path)
     assert offline
     assert socket.getdefaulttimeout() == before
     with refuses(ValueError, f"cannot download {name} to /proc/nowhere"):
         load(name, "/proc/nowhere")
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), TimeoutError("timed out"), OSError()])
-def test_a_download_may_fail_in_other_ways(error, tmp_path, monkeypatch):
-    def fail(*args, **options):
-        raise error
-
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
-    with refuses(ValueError, "cannot download cifar10"):
-        load("cifar10", tmp_path)
 
 
 def test_where_data_are_looked_for(tmp_path, monkeypatch, offline):
