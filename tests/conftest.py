@@ -1,4 +1,4 @@
-"""What tests of several files start from."""
+"""Fixtures that the tests of several files use."""
 
 import pytest
 

@@ -57,6 +57,13 @@ def examples(n, dtype=torch.float64, seed=2):
     return torch.randn(n, 2, 6, 6, dtype=dtype, generator=generator), torch.randint(5, (n,), generator=generator)
 
 
+def learner(group, rule, net, optimizer=OPTIMIZERS["sgd"], dtype=torch.float64, seed=1, **options):
+    """Return a rule on a new network, whose ranks are the group's."""
+    found = {**ml.RULES, **ml.BASELINES}[rule](build(net, dtype, seed), optimizer, **options)
+    found.group = group
+    return found
+
+
 def outcome(rule, **more):
     state = {name: value.clone() for name, value in rule.blocks.state_dict().items()}
     return {"state": state, **more}
@@ -65,27 +72,22 @@ def outcome(rule, **more):
 def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, **options):
     """Learn from batches of these sizes, this rank's part of each, with BatchNorm's statistics over all if `sync`."""
     options |= {"clip_norm": 0.3} if optimizer == "clipped" else {}
-    made = {**ml.RULES, **ml.BASELINES}[rule](build(NETS[net], dtype), OPTIMIZERS[optimizer], **options)
-    made.group = group
+    trained = learner(group, rule, NETS[net], OPTIMIZERS[optimizer], dtype, **options)
     if sync:
-        synchronise(made.blocks, group)
+        synchronise(trained.blocks, group)
     losses = []
     for step, n in enumerate(sizes):
         x, y = examples(n, dtype, seed=step)
         mine = group.part(torch.arange(n))
-        losses.append(made.step(x[mine], y[mine]).item())
-    made.blocks.eval()
-    return outcome(made, losses=losses, output=made.blocks(x).detach())
+        losses.append(trained.step(x[mine], y[mine]).item())
+    trained.blocks.eval()
+    return outcome(trained, losses=losses, output=trained.blocks(x).detach())
 
 
 def peaks(group, rule):
     """Return this rank's peak above rest, and the gradients at it, for two depths."""
-    traces = []
-    for depth in (4, 24):
-        made = ml.RULES[rule](build(partial(mlp, depth)), OPTIMIZERS["sgd"], feedback=ml.feedback.Regenerated())
-        made.group = group
-        x, y = examples(16)
-        traces.append(ml.memory.measure(made, x, y, warm_up=1))
+    deeper = [learner(group, rule, partial(mlp, depth), feedback=ml.feedback.Regenerated()) for depth in (4, 24)]
+    traces = [ml.memory.measure(one, *examples(16), warm_up=1) for one in deeper]
     return [trace.peak_bytes for trace in traces], [trace.peak_by_category.get("gradients", 0) for trace in traces]
 
 
@@ -100,9 +102,8 @@ def with_dropout():
 
 def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_seed=1, tests=20, **options):
     """Fit, and evaluate on `tests` images; `cut`: a step in which this rank is asked to stop, as by Ctrl-C."""
-    made = ml.RULES[rule](build(make, seed=net_seed), partial(torch.optim.SGD, lr=lr, momentum=0.9))
-    made.group = group
-    steps, step = [], made.step
+    trained = learner(group, rule, make, partial(torch.optim.SGD, lr=lr, momentum=0.9), seed=net_seed)
+    steps, step = [], trained.step
 
     def counting(x, y):
         steps.append(len(x))
@@ -110,13 +111,13 @@ def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_see
             os.kill(os.getpid(), signal.SIGINT)
         return step(x, y)
 
-    made.step = counting
+    trained.step = counting
     settings = {"epochs": 3, "batch_size": 23, "checkpoint": path, "save_every_s": 1e9, **options}
     try:
-        history = ml.fit(made, data(tests), **settings).rows
+        history = ml.fit(trained, data(tests), **settings).rows
     except KeyboardInterrupt:
         history = "interrupted"
-    return outcome(made, history=history, steps=steps)
+    return outcome(trained, history=history, steps=steps)
 
 
 def refused(run, *arguments, **options):
@@ -135,11 +136,10 @@ def not_finite(group):
         def loss_fn(logits, y, wrong=wrong):
             return F.cross_entropy(logits, y) + (wrong(logits) if group.rank else 0)
 
-        made = ml.MemDFA(build(mlp), OPTIMIZERS["sgd"], loss_fn=loss_fn)
-        made.group = group
-        before = outcome(made)["state"]
-        problem = refused(made.step, *examples(8))
-        unchanged = all(torch.equal(value, before[name]) for name, value in made.blocks.state_dict().items())
+        rule = learner(group, "memdfa", mlp, loss_fn=loss_fn)
+        before = outcome(rule)["state"]
+        problem = refused(rule.step, *examples(8))
+        unchanged = all(torch.equal(value, before[name]) for name, value in rule.blocks.state_dict().items())
         found.append((problem, unchanged))
     return found
 
@@ -166,11 +166,11 @@ def all_cases(group, folder):
     found["files"] = sorted(path.name for path in folder.glob("*.pt"))
     found["two to one"] = fitted(group, folder / "two.pt", cut=6 if group.rank else None)
     found["one to two"] = fitted(group, folder / "one.pt", tests=1)  # rank 1 has none
-    whole = fitted(group, make=with_dropout)
+    never_cut = fitted(group, make=with_dropout)
     torch.manual_seed(99)
     cut = fitted(group, folder / "dropout.pt", with_dropout, cut=6)
     torch.manual_seed(98)
-    found["dropout"] = whole, cut, fitted(group, folder / "dropout.pt", with_dropout)
+    found["dropout"] = never_cut, cut, fitted(group, folder / "dropout.pt", with_dropout)
     group.draw_apart(1, 2, 3)
     found["drawn"] = torch.rand(5)
     found["refused"] = {
@@ -185,8 +185,7 @@ def all_cases(group, folder):
 
 def lost(group, how):
     """Rank 1 is killed, or hangs, in its third step; say how that ended for rank 0, after how long, in which step."""
-    made = ml.MemDFA(build(mlp), OPTIMIZERS["sgd"])
-    made.group = group
+    rule = learner(group, "memdfa", mlp)
     for step in range(10):
         started = time.monotonic()
         if group.rank and step == 2:
@@ -194,7 +193,7 @@ def lost(group, how):
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(3600)
         try:
-            made.step(*examples(8))
+            rule.step(*examples(8))
         except RankLost as problem:
             return str(problem), time.monotonic() - started, step
     return "nobody was missed"

@@ -66,7 +66,7 @@ BATCHES = {
 }
 
 
-def held(learner: ml.Rule) -> list[Tensor]:
+def state(learner: ml.Rule) -> list[Tensor]:
     return [p.detach() for p in learner.blocks.parameters()] + learner.tensors()["optimizer state"]
 
 
@@ -75,10 +75,10 @@ def test_a_batch_that_is_none_changes_nothing(batch, rule):
     x, y, error, message = BATCHES[batch]
     learner = make_rule(rule, MLP, "momentum")
     learner.step(X, Y)
-    before = copy.deepcopy(held(learner))
+    before = copy.deepcopy(state(learner))
     with refuses(error, message):
         learner.step(x, y)
-    assert_identical(held(learner), before)
+    assert_identical(state(learner), before)
     assert all(p.grad is None for p in learner.blocks.parameters())
     learner.step(X, Y)  # nothing is broken
 
