@@ -24,16 +24,11 @@ from torch import Tensor, nn
 import memdfa_lab as ml
 from memdfa_lab import cli, figures, memory, widgets
 from memdfa_lab.core import feedback
-from memdfa_lab.lab import alignment, bench, datasets, experiments, models
+from memdfa_lab.lab import alignment, bench, experiments, models
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 MLP, NORM = BY_NAME["mlp_relu"], BY_NAME["batchnorm"]
 NAN = math.nan
-
-
-@pytest.fixture(scope="module")
-def data() -> datasets.Data:
-    return datasets.load("mnist5k").subset(50, 20)
 
 
 # ------------------------------------------------------------------------------------------- batches that are none
@@ -176,12 +171,10 @@ REFUSED = {
     "classes": (lambda d: models.build("fc_relu", classes=0), "classes must be a whole number from 1 on"),
     "model seed": (lambda d: models.build("fc_relu", seed="a"), "seed must be"),
     "model shape": (lambda d: models.build("fc_relu", "abc"), "must be (C, H, W), such as (1, 28, 28), got 'abc'"),
-    "image too small": (lambda d: models.build("mnist_conv", (1, 2, 2)), "too small"),
     "initialisation": (lambda d: models.build("fc_relu", initialisation="he_norm"), "did you mean 'he_normal'?"),
     "widths": (lambda d: models.mlp(8, 3, 5), "hidden must be a list"),
     "part of a unit": (lambda d: models.mlp(8, [3.5], 5), "got 3.5"),
     # experiments
-    "rule": (lambda d: experiments.train("memdf", "fc_relu", d, 1), "did you mean 'memdfa'?"),
     "device": (lambda d: experiments.train("bp", "fc_relu", d, 1, device="cud"), "device 'cud' is not there"),
     "rules": (lambda d: experiments.compare("fc_relu", d, "bp", [0], 1), "rules and seeds are lists"),
     "no seeds": (lambda d: experiments.compare("fc_relu", d, ["bp"], [], 1), "rules and seeds are lists"),
