@@ -6,7 +6,6 @@ Each entry of REFUSED is a call and what its message must say; each of COMMANDS 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import subprocess
@@ -205,18 +204,13 @@ REFUSED = {
     "picture": (lambda d: figures.picture("a", "b"), "figure must be a matplotlib Figure"),
     "images": (lambda d: figures.images(X), "images takes data as ml.datasets.load returns it, not a Tensor"),
     "no image": (lambda d: figures.images(d.subset(3)), "there is no training image of class"),
-    "confusion": (lambda d: figures.confusion([]), "matrices must be a dict, label -> what is drawn, not a list"),
-    "no confusion": (lambda d: figures.confusion({}), "matrices is empty"),
-    "confusion of whom": (lambda d: figures.confusion({"memdf": np.eye(3, dtype=int)}), "did you mean 'memdfa'?"),
-    "wide confusion": (lambda d: figures.confusion({"bp": np.ones((2, 3), int)}), "must be square and of counts"),
     "signals": (lambda d: figures.signal_images({"B": FLAT}), "rows['B'] must be an array (channels, H, W)"),
     "no signals": (lambda d: figures.signal_images({}), "rows is empty"),
     "no spectrum": (lambda d: SPECTRUM([], FLAT, FLAT, None, pd.DataFrame()), "of one number or more, got a list"),
     "spectrum of none": (lambda d: SPECTRUM(FLAT, None, FLAT, None, pd.DataFrame()), "own must be an array (N)"),
     "spectrum, no angles": (lambda d: SPECTRUM(FLAT, FLAT, FLAT, None, None), "angles must be a pandas table"),
     "spectrum, angles": (lambda d: SPECTRUM(FLAT, FLAT, FLAT, None, pd.DataFrame({"run": [1]})), "lacks step, angle"),
-    "spectrum's width": (lambda d: figures.spectrum(made("spectrum"), 1, 7), "no row of bp with width 7"),
-    "references": (lambda d: figures.against_scale(made("against_scale"), None), "references must be a dict"),
+    "spectrum's width": (lambda d: figures.spectrum(made("spectrum"), 1, 7), "no row of n with width 7"),
     "rings": (lambda d: figures.peak_against(made("peak_against"), "x", "", [1]), "measured must be a pandas table"),
     "depth": (lambda d: figures.peak_at_depth(made("peak_at_depth"), "a", ""), "depth must be a finite number above 0"),
     "whose pipeline": (lambda d: figures.pipelines({"memdf": made("pipelines")}), "did you mean 'memdfa'?"),
@@ -277,76 +271,78 @@ def test_a_call_that_makes_no_sense_gets_one_line(call, data, tmp_path, monkeypa
 
 # ---------------------------------------------------------------------------------------------- figures of tables
 
-DRAWN: dict[str, tuple] = {  # what a figure takes after its table
-    **dict.fromkeys(["sent", "peak_fillings", "frontier", "keep_frontier", "theory_and_measurement", "balance"], ()),
-    **dict.fromkeys(["peaks_by_network", "block_angles", "learning_curves", "live_curves", "training_curves"], ()),
-    "peak_against": ("x", "x"),
-    "rest_against": ("x", "x"),
-    "peak_at_depth": (1, "bytes"),
-    "alignment": (),
-    "spectrum": (1, 1),
-    "against_scale": ({"BP": 0.5},),
-    "sweep_summary": ([],),
-    "memory_profiles": (),
-    "lifetimes": (),
-    "step_profiles": ("bytes",),
-    "pipelines": (),
-    "utilisation": (),
+TABLES: dict[str, tuple[str, str, tuple]] = {  # figure -> columns of names, of numbers, what follows the table
+    "lines": ("rule", "x y", ("x", "y")),
+    "learning_curves": ("rule", "epoch loss test_accuracy", ()),
+    "live_curves": ("rule", "step loss accuracy angle_deg", ()),
+    "alignment": ("rule block", "step gradient_deg", ()),
+    "peak_against": ("rule", "x peak_bytes", ("x", "x")),
+    "peak_at_depth": ("rule", "depth bytes", (1, "bytes")),
+    "peak_fillings": ("rule", "activations", ()),
+    "frontier": ("network batch_size rule feedback", "ratio ratio_low ratio_high peak_bytes", ()),
+    "block_angles": ("network rule layer", "block before_deg after_deg", ()),
+    "spectrum": ("distribution", "width draw value", (1, 1)),
+    "sweep_summary": ("run", "", ([],)),
+    "memory_profiles": ("phase category", "bytes", ()),
+    "lifetimes": ("phase category", "storage block bytes", ()),
+    "step_profiles": ("phase", "activations", ("bytes",)),
+    "pipelines": ("task", "machine batch start end", ()),
 }
-TEXTS = {"rule": "bp", "category": "activations", "task": "forward", "phase": "forward", "network": "n"}
-TEXTS |= {"distribution": "bp", "layer": "dense"}
-OF_MANY = ["memory_profiles", "lifetimes", "step_profiles", "pipelines", "utilisation"]
+TEXTS = {"rule": "bp", "category": "activations", "task": "forward", "phase": "forward"}
+OF_MANY = ["memory_profiles", "lifetimes", "step_profiles", "pipelines"]
 
 
 def draw(name: str, table: object) -> object:
-    return getattr(figures, name)({"bp": table} if name in OF_MANY else table, *DRAWN[name])
-
-
-def needed(name: str) -> list[str]:
-    """Return the columns that a figure says it needs; of those of which it needs one or more, the first."""
-    with pytest.raises(TypeError, match="must be a pandas table with the columns") as caught:
-        draw(name, [])
-    said = str(caught.value).partition("with the columns ")[2].rpartition(", not a")[0]
-    columns, _, some = said.partition(" and one or more of ")
-    return columns.split(", ") + [some.split(", ")[0]] * bool(some)
+    return getattr(figures, name)({"bp": table} if name in OF_MANY else table, *TABLES[name][2])
 
 
 def made(name: str) -> pd.DataFrame:
-    """Return a table with the columns that a figure says it needs, and no others."""
-    numbers = {"bytes": (100, 200)}  # what is smaller is no tensor
-    return pd.DataFrame({one: [TEXTS.get(one, n) for n in numbers.get(one, (1, 2))] for one in needed(name)})
+    """Return a table of two rows with the columns of a figure, and no others; 100 bytes are a tensor."""
+    names, numbers, _ = TABLES[name]
+    columns = {one: [TEXTS.get(one, "n")] * 2 for one in names.split()}
+    return pd.DataFrame(columns | {one: [100, 200] if one == "bytes" else [1, 2] for one in numbers.split()})
 
 
 def test_every_figure_is_among_those_whose_input_is_looked_at():
-    others = {"save", "picture", "images", "confusion", "signal_images", "feedback"}
-    assert {name for name in figures.__all__ if callable(getattr(figures, name))} == {*DRAWN, *others}
+    others = {
+        "draw_lines",
+        "feedback",
+        "images",
+        "legend",
+        "marchenko_pastur",
+        "panels",
+        "picture",
+        "save",
+        "signal_images",
+    }
+    assert {name for name in figures.__all__ if callable(getattr(figures, name))} == {*TABLES, *others}
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_takes_the_columns_that_it_names_and_a_table_without_one_makes_no_sense(name):
-    table, figure = made(name), getattr(figures, name)
-    text = f"{inspect.signature(figure)} {figure.__doc__}"
+@pytest.mark.parametrize("name", TABLES)
+def test_a_figure_takes_its_columns_and_a_table_without_one_makes_no_sense(name):
+    table = made(name)
     draw(name, table)
     for column in table:
-        assert column in text or column in ("parameters", "optimizer state")  # one or more of those
         with refuses(ValueError, " lacks "):
             draw(name, table.drop(columns=column))
-        if column not in figures.needs.NAMES:
-            with refuses(ValueError, f"column {column} of ", "must be of numbers, and has 'a'"):
-                draw(name, table.assign(**{column: ["a", 1]}))
-    with refuses(ValueError, "has no row, so there is nothing to draw"):
+    for column in TABLES[name][1].split():
+        with refuses(ValueError, f"column {column} of ", "must be of numbers, and has 'a'"):
+            draw(name, table.assign(**{column: ["a", 1]}))
+    with refuses(ValueError, "has no row"):
         draw(name, table[:0])
-    if "rule" in table and name != "alignment":
+    with refuses(TypeError, "must be a pandas table"):
+        draw(name, [])
+    if "rule" in table and name not in ("alignment", "lines"):  # which take other names, too
         with refuses(ValueError, "unknown rule 'memdf'; did you mean 'memdfa'?"):
             draw(name, table.assign(rule="memdf"))
 
 
 @pytest.mark.parametrize("name", OF_MANY)
 def test_no_table_at_all_makes_no_sense_to_a_figure(name):
-    with refuses(ValueError, "is empty, so there is nothing to draw"):
-        getattr(figures, name)({}, *DRAWN[name])
-    with refuses(TypeError, "must be a dict, label -> what is drawn, not a DataFrame"):
-        getattr(figures, name)(made(name), *DRAWN[name])
+    with refuses(ValueError, "is empty"):
+        getattr(figures, name)({}, *TABLES[name][2])
+    with refuses(TypeError, "must be a dict"):
+        getattr(figures, name)(made(name), *TABLES[name][2])
 
 
 # --------------------------------------------------------------------------------------------------------- folders

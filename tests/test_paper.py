@@ -468,24 +468,6 @@ def test_the_committed_tables_are_found_from_anywhere_and_agree_with_the_reports
         paper.tables.load("no/where")
 
 
-# Figures
-
-
-def test_figures_draw_what_the_tables_have(measured):
-    curves = figures.training_curves(table_of(("a", "bp", 0, 3, 0.9), ("a", "bp", 1, 3, 0.8), ("b", "fa", 0, 2, 0.7)))
-    assert len(curves.axes) == 6
-    assert list(curves.axes[1].lines[0].get_ydata()) == pytest.approx([15] * 3)
-    assert list(curves.axes[2].lines[0].get_xdata()) == [1, 2, 3]
-    depth = figures.theory_and_measurement(measured["depth"])
-    panel = depth.axes[1]
-    crosses = next(line for line in panel.lines if line.get_label() == "closed form")
-    drawn = [y for y in crosses.get_ydata() if y == y]
-    assert len(drawn) == 8
-    peaks = figures.peaks_by_network(measured["peaks"]).axes[0]
-    bp = next(line for line in peaks.lines if line.get_label() == "BP")
-    assert list(bp.get_xdata() * 2**20) == list(measured["peaks"].query("rule == 'bp'")["peak_bytes"])
-
-
 def test_the_report_says_what_the_tables_say():
     text = (ml_reports().parent / "index.md").read_text()
     said = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]

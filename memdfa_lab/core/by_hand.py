@@ -48,7 +48,7 @@ class ByHand:
     """`local.BlockGradient` in parts of the batch; a part is in memory from its forward pass to its gradient."""
 
     def __init__(self, weight: Any, layers: list[nn.Module], h: Tensor, during: AbstractContextManager[Any]):
-        self.weight, self.layers, self.h, self.during = weight, layers, h.detach(), during
+        self.weight, self.layers, self.h, self.during = weight, layers, h, during
         self.parts, self.laid_out = _parts(weight, layers, h), _layout_for(weight, h)
         self.kept: deque[Ran] = deque()
 

@@ -87,11 +87,12 @@ class Rule(ABC):
         with phase("forward", i):
             return run_block(self.chain[i], h)
 
-    def keep(self, i: int, h: Tensor) -> tuple[BlockGradient, Tensor]:
-        """Run block i on h (N, ...), and return what its gradient needs, and its output."""
+    def keep(self, i: int, h: Tensor) -> BlockGradient:
+        """Run block i on h (N, ...), and return it with what its gradient needs."""
         with phase("forward", i):
             block = block_gradient(self.chain[i], h)
-            return block, block.forward()
+            block.forward()
+            return block
 
     def recompute(self, i: int, h: Tensor) -> BlockGradient:
         """Return the same for the second time that h passes the block, which will run while it is taught."""

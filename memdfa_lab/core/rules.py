@@ -66,10 +66,9 @@ class DFA(Rule):
         h = self.begin(x)
         kept: deque[BlockGradient] = deque()
         for i in range(len(self.blocks)):
-            block, h = self.keep(i, h)
-            kept.append(block)
+            kept.append(self.keep(i, h))
+            h = kept[-1].output()
         loss, e = self.error(h, y)
-        del block, h
         for i in range(len(self.blocks)):
             self.teach(i, kept.popleft(), e)
         return loss
@@ -107,8 +106,8 @@ class MemDFA(Rule):
         h = self.begin(x)
         kept: deque[BlockGradient] = deque()
         for i in range(self._how_many_fit(h)):
-            block, h = self.keep(i, h)
-            kept.append(block)
+            kept.append(self.keep(i, h))
+            h = kept[-1].output()
         loss, e = self.error(forward_without_trace(self.chain[len(kept) :], h, len(kept)), y)
         for i in range(len(self.blocks)):  # h_i comes from the old W_i, which is not needed again
             h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)

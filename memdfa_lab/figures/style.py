@@ -1,29 +1,36 @@
-"""What all figures have in common: each rule's look, the categories' colours, how a figure is written.
+"""What all figures have in common: the looks of rules and of memory, settings, panels, legends, and how they are saved.
 
 Colours are Okabe and Ito's, safe for colour-blind eyes; each rule has its own line style and marker besides, so that a
 grey print can be read."""
 
 import io
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import PIL.Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.textpath import TextPath
 
 from memdfa_lab.core.checks import check_type
 from memdfa_lab.lab.files import write_whole
 
-# rule -> name in a legend, colour, line style, marker. DFA is wide and pale, so that MEM-DFA is seen on top of it.
+MIB = 2**20
+
+# rule -> name in a legend, look. DFA is wide, pale and below the others, so that MEM-DFA is seen on top of it.
 STYLES: dict[str, tuple[str, dict[str, Any]]] = {
     "bp": ("BP", {"color": "#000000", "linestyle": "-", "marker": "o"}),
     "fa": ("FA", {"color": "#E69F00", "linestyle": "--", "marker": "s"}),
-    "dfa": ("DFA", {"color": "#56B4E9", "linestyle": "-", "marker": "D", "linewidth": 4.5, "markersize": 7}),
+    "dfa": (
+        "DFA",
+        {"color": "#56B4E9", "linestyle": "-", "marker": "D", "linewidth": 4.5, "markersize": 7, "zorder": 1.9},
+    ),
     "memdfa": ("MEM-DFA", {"color": "#D55E00", "linestyle": "-.", "marker": "^"}),
     "checkpoint": ("BP, checkpointing", {"color": "#009E73", "linestyle": ":", "marker": "v"}),
     "step_in_backward": ("BP, step in backward", {"color": "#CC79A7", "linestyle": (0, (5, 1)), "marker": "P"}),
@@ -33,25 +40,24 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "last_layer": ("last layer only", {"color": "#999999", "linestyle": "--", "marker": "*"}),
 }
-
-
-# category -> colour (Okabe and Ito) and hatch, in the order in which they are stacked
+# The looks of lines that are no rule's, in their order.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")
+DASHES: Any = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+LOOKS: list[dict[str, Any]] = [
+    {"color": color, "linestyle": dashes, "marker": marker}
+    for color, dashes, marker in zip(COLOURS, DASHES, "o^sDvPX*", strict=True)
+]
+# category of memory -> colour and hatch, in the order in which they are stacked
 FILLS = {
+    "parameters": ("#dddddd", ""),
+    "buffers": ("#bbbbbb", "||"),
     "optimizer state": ("#999999", ""),
     "feedback": ("#F0E442", "xx"),
+    "input": ("#009E73", "--"),
     "activations": ("#0072B2", ""),
     "error": ("#E69F00", "//"),
     "gradients": ("#D55E00", "\\\\"),
     "workspace": ("#CC79A7", ".."),
-}
-
-# What rests, below what a step adds
-FILLS_AT_REST = {
-    "parameters": ("#dddddd", ""),
-    "buffers": ("#bbbbbb", "||"),
-    "optimizer state": FILLS["optimizer state"],
-    "feedback": FILLS["feedback"],
-    "input": ("#009E73", "--"),
 }
 
 SETTINGS: Any = {
@@ -65,25 +71,76 @@ SETTINGS: Any = {
     "svg.hashsalt": "memdfa_lab",  # the same figure gives the same file
     "axes.titley": 1.0,  # looking for a free place takes a third of the time to draw
     "figure.dpi": 100,
+    "hatch.linewidth": 0.4,
 }
-HATCHED: Any = {**SETTINGS, "axes.grid": False, "hatch.linewidth": 0.4}
 BELOW: Any = {"loc": "outside lower center", "frameon": False, "fontsize": 9}  # where a figure's legend is
 
 
-MIB = 2**20
+def panels(
+    number: int = 1, columns: int = 1, height: float = 3.5, sharey: bool = False, grid: bool = True
+) -> tuple[Figure, list[Any]]:
+    """Return a new figure, 8 inches wide, and its axes, one a panel, row by row.
+
+    Args:
+        number: How many panels there are.
+        columns: How many panels a row has.
+        height: Height of a row in inches; half an inch is added for a legend below.
+        sharey: Whether the panels share their vertical axis.
+        grid: Whether there are lines at the ticks.
+    """
+    rows = math.ceil(number / columns)
+    size = (8, height * rows + 0.5)
+    with plt.rc_context({**SETTINGS, "axes.grid": grid}):
+        figure, all_axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
+    plt.close(figure)  # or pyplot would keep it, and a notebook would show it twice
+    for axes in all_axes.flat[number:]:
+        axes.remove()
+    return figure, list(all_axes.flat[:number])
+
+
+def legend(figure: Figure, of: Sequence[Any] = (), handlelength: float = 3.5) -> None:
+    """Name each line once below the panels, in as many columns as there is room for; rules are in the order of STYLES.
+
+    Args:
+        figure: Where the legend is drawn.
+        of: The axes whose lines are named; all of the figure, if there are none.
+        handlelength: Length of the piece of line beside a name, over the size of the letters.
+    """
+    handles: dict[str, Any] = {}
+    for axes in of or figure.axes:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [label for label, _ in STYLES.values()]
+    labels = sorted(handles, key=lambda label: order.index(label) if label in order else len(order))
+    size, columns = BELOW["fontsize"], max(1, len(labels))
+    widths = [TextPath((0, 0), label, size).get_extents().width + (handlelength + 3) * size for label in labels]
+    while columns > 1 and sum(map(max, np.array_split(widths, columns))) > 72 * figure.get_figwidth():
+        columns -= 1
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))  # there is room for one
+    figure.legend([handles[label] for label in labels], labels, ncols=columns, handlelength=handlelength, **BELOW)
+
+
+def legend_of_fills(figure: Figure, largest: "pd.Series[float]", above: float = 0) -> None:
+    """Name the colours and hatches of the categories whose largest size is above a size, below the panels."""
+    names = [name for name in FILLS if largest.get(name, 0) > above]
+    boxes = [Rectangle((0, 0), 1, 1, facecolor=FILLS[n][0], hatch=FILLS[n][1], edgecolor="white") for n in names]
+    figure.legend(boxes, names, ncols=6, handlelength=1.4, **BELOW)
 
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
-    """Write the figure beside each other as svg and png, whole or not at all; `path` has no suffix."""
+    """Write the figure as PATH.svg and PATH.png, each whole or not at all, and return the two paths.
+
+    A suffix of .svg or .png is replaced; any other dot belongs to the name.
+    """
     check_type("figure", figure, Figure, "a matplotlib Figure")
-    written = [Path(path).with_suffix(f".{kind}") for kind in ("svg", "png")]
+    path = Path(path)
+    path = path.with_suffix("") if path.suffix in (".svg", ".png") else path
+    svg, png = (path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png"))
     with plt.rc_context(SETTINGS):
-        for file in written:
-            kind = file.suffix[1:]
-            # A date would make the same figure another file each day.
-            given: Any = {"format": kind, "dpi": 150, "metadata": {"Date": None} if kind == "svg" else None}
-            write_whole(file, partial(figure.savefig, **given))
-    return written
+        # A date would make the same figure another file each day.
+        write_whole(svg, partial(figure.savefig, format="svg", metadata={"Date": None}))
+        write_whole(png, partial(figure.savefig, format="png", dpi=150))
+    return [svg, png]
 
 
 def picture(figure: Figure, alt: str) -> Any:
@@ -95,39 +152,4 @@ def picture(figure: Figure, alt: str) -> Any:
     figure.savefig(drawn, format="png", dpi=150)
     pixels = PIL.Image.open(drawn).convert("RGB")
     pixels.quantize(255, dither=PIL.Image.Dither.NONE).save(data, "png", optimize=True)  # notebooks stay small
-    width = round(figure.get_figwidth() * 100)
-    return Image(data.getvalue(), width=width, alt=alt)
-
-
-def two_a_row(
-    number: int, height: float, columns: int = 2, width: float = 8, legend: float = 0.5, **options: Any
-) -> tuple[Figure, list[Any]]:
-    """Return a figure with as many panels, row by row; `height` is of a row, in inches, `legend` of what is below."""
-    rows = math.ceil(number / columns)
-    size = (width, height * rows + legend)
-    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
-    for axes in panels.flat[number:]:
-        axes.remove()
-    return figure, list(panels.flat[:number])
-
-
-def visible(most: pd.Series, total: float) -> list[str]:
-    """Return the categories that can be seen where `total` bytes are drawn, by the most that each holds."""
-    return [str(name) for name, held in most.items() if held > total / 300]
-
-
-def legend_below(figure: Figure, categories: list[str], columns: int = 6) -> None:
-    looks = [{**FILLS_AT_REST, **FILLS}[name] for name in categories]
-    handles = [Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor="white") for color, hatch in looks]
-    figure.legend(handles, categories, ncols=columns, handlelength=1.4, **BELOW)
-
-
-def logarithmic(axes: Any, ticks: list[Any], xlabel: str) -> None:
-    """Give both axes logarithmic scales with plain numbers, and put the legend beside them."""
-    axes.set(xscale="log", yscale="log", xlabel=xlabel)
-    axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False, fontsize=9, handlelength=3.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return Image(data.getvalue(), width=round(figure.get_figwidth() * 100), alt=alt)

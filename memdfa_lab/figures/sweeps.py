@@ -1,91 +1,63 @@
-"""What came of many runs."""
+"""The results of a sweep's runs against what was varied."""
 
-from typing import Any
-
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from pandas.api.types import is_numeric_dtype
 
 from memdfa_lab.core.checks import check_type, lookup
-from memdfa_lab.figures.needs import needs
-from memdfa_lab.figures.signals import LOOKS, _draw_band
-from memdfa_lab.figures.style import BELOW, SETTINGS, STYLES
-
-MOST_LINES = 8  # of one look each
-MOST_TICKS = 10
+from memdfa_lab.figures.inputs import draws
+from memdfa_lab.figures.lines import draw_lines, logarithmic, looks_of
+from memdfa_lab.figures.style import LOOKS, STYLES, legend, panels
 
 
-@needs("run")
+@draws("run")
 def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
-    """Draw what runs ended with against the parameters that were varied; None if no result has numbers.
+    """Draw the runs' last results against what was varied: means, with the least and the largest.
 
+    Drawn is test_accuracy, or the last result of numbers; against the number that took the most values (not the seed),
+    a line for each rule, or for each value of another parameter. None is returned if no result has numbers.
     `table` has the columns run, parameters, results (`ml.sweep.collect`); where there are epochs, the last ones count.
-    Drawn is test_accuracy, or the last result with numbers; against the number that took the most values (not the
-    seed), a line for each rule, or for each value of another parameter. Means over the rest, in a band from the least
-    to the largest.
     """
     check_type("varied", varied, (list, tuple), "a list of parameters' names, such as ['lr', 'rule']")
-    named = (f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied)
-    varied = [name for name in named if name in table]  # else no run that was given it was finished
-    numbers = [str(name) for name in table if is_numeric_dtype(table[name]) and name not in varied]
-    value = next(
-        (name for name in ["test_accuracy", *reversed(numbers)] if name in numbers and name != "seconds"), None
-    )
-    if value is None:
+    named = [f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied]
+    varied = [name for name in named if name in table]  # a run that was given another may not be finished
+    results = [str(name) for name in table if is_numeric_dtype(table[name]) and name not in [*varied, "seconds"]]
+    if not results:
         return None
+    value = "test_accuracy" if "test_accuracy" in results else results[-1]
     if "epoch" in table:
-        one = [name for name in ("run", "rule", "seed") if name in table]
-        table = table[table["epoch"] == table.groupby(one)["epoch"].transform("max")]
-    told = [name for name in varied if name != "seed" and table[name].nunique() > 1]
-    along = max(
-        (name for name in told if is_numeric_dtype(table[name])), key=lambda name: table[name].nunique(), default=None
-    )
-    lines = [name for name in dict.fromkeys(["rule", *told]) if name in table and name != along]
-    by = next((name for name in lines if 1 < table[name].nunique() <= MOST_LINES), None)
-    table = table.assign(value=table[value] * 100 if value.endswith("accuracy") else table[value])
+        training = [name for name in ("run", "rule", "seed") if name in table]
+        table = table[table["epoch"] == table.groupby(training)["epoch"].transform("max")]
+    table = table.assign(value=table[value] * (100 if value.endswith("accuracy") else 1), **{"all runs": "all runs"})
+    several = {name: table[name].nunique() for name in varied if name != "seed" and table[name].nunique() > 1}
+    across = max((name for name in several if is_numeric_dtype(table[name])), key=several.__getitem__, default=None)
+    others = [name for name in ["rule", *several] if name in table and name != across]
+    by = next((name for name in others if 1 < table[name].nunique() <= len(LOOKS)), "all runs")
     for rule in table["rule"].unique() if by == "rule" else ():
         lookup("rule", rule, STYLES)
-    ylabel = value.replace("_", " ") + " (%)" * value.endswith("accuracy")
 
-    with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
-        groups = list(table.groupby(by)) if by else [("", table)]
-        if by == "rule":  # in the order of legends everywhere
-            groups.sort(key=lambda group: list(STYLES).index(str(group[0])))
-        for place, (name, runs) in enumerate(groups):
-            label, look = STYLES[str(name)] if by == "rule" else (f"{by} {name!s}" * bool(by), _look(place))
-            if along:
-                _draw_band(axes, runs.set_index(along)["value"], label, look)
-            else:
-                mean = runs["value"].mean()
-                spread = [[mean - runs["value"].min()], [runs["value"].max() - mean]]
-                axes.errorbar([place], [mean], yerr=spread, capsize=4, **look)
-        axes.set(ylabel=ylabel)
-        if along:
-            _ticks(axes, sorted(set(table[along].dropna())))
-            axes.set_xlabel(along.replace("_", " "))
-            if by:
-                figure.legend(ncols=4, handlelength=3.5, **{**BELOW, "fontsize": 9})
-        else:
-            labels = [STYLES[str(name)][0] if by == "rule" else str(name) for name, _ in groups]
-            axes.set_xticks(range(len(groups)), labels=labels if by else ["all runs"])
-            axes.set_xlabel(by or "")
-            axes.margins(x=0.2)
-    plt.close(figure)
+    names = [name for name in STYLES if name in set(table[by])] if by == "rule" else sorted(table[by].unique())
+    looks = looks_of(names)
+    figure, (axes,) = panels()
+    if across is None:
+        for place, (name, (_, look)) in enumerate(looks.items()):
+            found = table.loc[table[by] == name, "value"]
+            below, above = found.mean() - found.min(), found.max() - found.mean()
+            axes.errorbar(place, found.mean(), [[below], [above]], capsize=4, **look)
+        axes.set_xticks(range(len(names)), labels=[label for label, _ in looks.values()])
+        axes.margins(x=0.2)
+    else:
+        prefix = "" if by == "rule" else f"{by} "
+        draw_lines(
+            axes, table, across, "value", by, {name: (prefix + looks[name][0], looks[name][1]) for name in names}
+        )
+        ticks = sorted(table[across].dropna().unique())
+        if ticks[0] > 0 and ticks[-1] >= 8 * ticks[0]:
+            logarithmic(axes, "x", ticks)
+        elif len(ticks) <= 10:
+            axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        if by != "all runs":
+            legend(figure)
+    axes.set(xlabel=(across or by).replace("_", " "))
+    axes.set(ylabel=value.replace("_", " ") + " (%)" * value.endswith("accuracy"))
     return figure
-
-
-def _look(place: int) -> dict[str, Any]:
-    if place < len(LOOKS):
-        return LOOKS[place]
-    return list(STYLES.values())[place][1]
-
-
-def _ticks(axes: Any, values: list[float]) -> None:
-    if values[0] > 0 and values[-1] >= 8 * values[0]:
-        axes.set_xscale("log")
-    if len(values) <= MOST_TICKS:
-        axes.set_xticks(values, labels=[f"{value:g}" for value in values])
-        axes.xaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,125 @@
+"""What the explorers draw anew as a knob is turned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from memdfa_lab.core.checks import check_number, check_type, lookup
+from memdfa_lab.figures.inputs import categories_in, check_array, draws, require_columns
+from memdfa_lab.figures.lines import draw_lines, from_zero, in_units, lines, logarithmic, looks_of, right_angle
+from memdfa_lab.figures.profiles import draw_steps
+from memdfa_lab.figures.style import FILLS, MIB, legend, legend_of_fills, panels
+
+
+@draws("rule", "depth bytes")
+def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: int | None = None) -> Figure:
+    """Draw bytes against depth, a line a rule, both axes logarithmic.
+
+    Args:
+        table: The columns rule, depth and bytes, and a row a rule at `depth`.
+        depth: The number of layers at which each line is marked.
+        ylabel: Name of the vertical axis.
+        budget_bytes: Where a level line is drawn, if it is given.
+    """
+    check_number("depth", depth, or_more=False)
+    if budget_bytes is not None:
+        check_number("budget_bytes", budget_bytes, or_more=False)
+    figure, (axes,) = panels(height=2.9)
+    for rule, (label, look) in looks_of(table["rule"]).items():
+        rows = table[table["rule"] == rule]
+        axes.plot(rows["depth"], in_units(rows, "bytes"), label=label, **look | {"markevery": [0, -1]})
+        here = rows[rows["depth"] == depth]
+        axes.plot(here["depth"], in_units(here, "bytes"), **look | {"markersize": 9, "markeredgecolor": "black"})
+    axes.axvline(depth, color="black", linewidth=0.8, zorder=0)
+    axes.text(depth, 1.02, f"{depth:,}", transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
+    if budget_bytes is not None:
+        axes.axhline(budget_bytes / MIB, color="black", linewidth=1, linestyle=(0, (8, 4)), label="budget")
+    axes.set(xlabel="hidden layers", ylabel=ylabel)
+    logarithmic(axes, "xy", [1, 10, 100, 1000])
+    axes.legend(frameon=False, fontsize=9, handlelength=3.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+@draws("phase", each=True)
+def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
+    """Draw one step of each rule, bytes stacked by category, the peak marked; the vertical axis is shared.
+
+    `steps`: label -> a row a moment, with the column phase and a column of bytes a category.
+    """
+    for label, table in steps.items():
+        for name in table.columns.drop("phase"):
+            lookup("category", name, FILLS)
+        categories_in(f"steps[{label!r}]", table)
+    figure = draw_steps(steps, ylabel, height=2.1)
+    for axes in figure.axes:
+        axes.set_xticks([])  # a deep step is drawn from some of its moments
+    legend_of_fills(figure, pd.concat(steps).drop(columns="phase").max())
+    return figure
+
+
+@draws("rule", "step loss accuracy angle_deg")
+def live_curves(table: pd.DataFrame) -> Figure:
+    """Draw loss, accuracy and angle to BP against steps, a line a rule.
+
+    `table` has the columns rule, step, loss, accuracy (a part of one) and angle_deg.
+    """
+    labels = {"step": "steps", "loss": "training loss", "accuracy": "test accuracy (%)"}
+    labels |= {"angle_deg": "angle to BP (degrees)"}
+    shown = table.assign(accuracy=100 * table["accuracy"])
+    figure = lines(shown, "step", ["loss", "accuracy", "angle_deg"], labels=labels)
+    loss, accuracy, angle = figure.axes
+    from_zero(loss)
+    accuracy.set_ylim(0, 100)
+    right_angle(angle)
+    for axes in figure.axes:
+        axes.set_xlim(0, max(100, table["step"].max()))
+    return figure
+
+
+@draws()
+def feedback(
+    values: np.ndarray,
+    own: np.ndarray,
+    grid: np.ndarray,
+    theory: np.ndarray | None,
+    angles: pd.DataFrame,
+    title: str,
+    steps: int,
+) -> Figure:
+    """Draw the spectrum of B beside theory (left), and angles to BP against steps (right), a line a run.
+
+    Args:
+        values: Singular values of B and of others drawn like it, over the entries' deviation and the root of n, (N,).
+        own: Those of B alone, (M,).
+        grid: Where the theory is known, (K,).
+        theory: Density of the singular values on `grid`, (K,); None if they are all to be alike.
+        angles: The columns run, step and angle_deg, or an empty table.
+        title: Title of the spectrum.
+        steps: Where the axis of the steps ends.
+    """
+    for what, numbers in (("values", values), ("own", own), ("grid", grid)):
+        check_array(what, numbers, "N")
+    check_type("angles", angles, pd.DataFrame, "a pandas table")
+    figure, (spectrum, angle) = panels(2, columns=2, height=2.9)
+    if theory is None:
+        spectrum.axvline(values.mean(), color="#cccccc", linewidth=6, label="orthogonal: all alike")
+        top = 1.0
+    else:
+        spectrum.fill_between(grid, theory, color="#cccccc", lw=0, label="Marchenko–Pastur")
+        look: Any = {"histtype": "step", "color": "#0072B2", "linewidth": 1.6, "label": "drawn"}
+        heights, _, _ = spectrum.hist(values, np.linspace(0, grid[-1], 40), density=True, **look)
+        top = 1.3 * max(heights.max(), theory.max())
+    spectrum.plot(own, np.full(len(own), 0.03 * top), "|", color="#D55E00", markersize=12, label="this B")
+    spectrum.set(xlabel="singular value of B / (σ √n)", ylabel="density", xlim=(0, grid[-1]), ylim=(0, top))
+    spectrum.set_title(title, fontsize=10)
+    spectrum.legend(frameon=False, fontsize=8, loc="upper left")
+    if len(angles):
+        require_columns("angles", angles, ["run"], ["step", "angle_deg"])
+        draw_lines(angle, angles, "step", "angle_deg", by="run")
+    right_angle(angle, 119)
+    angle.set(xlabel="steps", ylabel="angle to BP (degrees)", xlim=(0, steps))
+    legend(figure, [angle])
+    return figure
