@@ -10,6 +10,7 @@ import in_ranks
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peaks
 from reference import refuses
 
@@ -45,20 +46,16 @@ def in_two_ranks(what, folder, timeout_s=300):
     return (out, errors), second.communicate()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def both(tmp_path_factory):
-    """Return what every case gave on rank 0 and on rank 1, and the folder."""
-    folder = tmp_path_factory.mktemp("well")
-    fitted(ALONE, folder / "one.pt", cut=6, tests=1)
-    in_two_ranks("well", folder)
+    """Return what every case gave on rank 0 and on rank 1, and the folder; pytest's workers share one run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "two_ranks"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "killed").exists():  # written last
+            fitted(ALONE, folder / "one.pt", cut=6, tests=1)
+            in_two_ranks("well", folder)
     return *(torch.load(folder / f"cases-{rank}", weights_only=False) for rank in (0, 1)), folder
-
-
-@pytest.fixture(scope="module")
-def ill(tmp_path_factory):
-    """Return the folder of ranks that differ and hang, and what each printed."""
-    folder = tmp_path_factory.mktemp("ill")
-    return folder, in_two_ranks("ill", folder)
 
 
 def assert_same(ours, theirs, rtol=1e-12, atol=1e-12):
@@ -174,19 +171,15 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_clear_error(both):
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_others_with_a_clear_error(ill):
-    assert_lost(ill[0], "hangs")
-
-
-@pytest.mark.slow
-def test_the_command_refuses_different_seeds_in_one_line_a_rank(ill):
-    folder, printed = ill
+def test_ranks_that_differ_or_hang_end_with_one_line_each(tmp_path):
+    printed = in_two_ranks("ill", tmp_path)
+    assert_lost(tmp_path, "hangs")
     for rank, (out, errors) in enumerate(printed):
-        assert torch.load(folder / f"status-{rank}") == 2
+        assert torch.load(tmp_path / f"status-{rank}") == 2
         assert out == ""
         assert errors.startswith("memdfa: ranks differ in feedback: ")
         assert errors.count("\n") == 1
-    assert not (folder / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
