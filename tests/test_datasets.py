@@ -93,11 +93,11 @@ def test_normalisation_is_the_authors_and_from_the_training_set_alone(tmp_path):
 
 def test_images_are_padded_with_the_darkest_pixel_and_grey_is_repeated(tmp_path):
     bright = {key: np.maximum(x, 1) for key, x in small().items() if key[0] == "x"}
-    data = load(save(tmp_path, **bright), shape=(3, 8, 7))  # the odd row and column go below and right
+    data = load(save(tmp_path, **bright), shape=(3, 9, 11))  # the odd column goes to the right
     assert data.mean.shape == (3, 1, 1)
     for x, own in ((data.x_train, bright["x_train"]), (data.x_test, bright["x_test"])):
-        wanted = np.ones((len(x), 3, 8, 7), dtype=np.uint8)
-        wanted[:, :, 1:6, :6] = own[:, None]
+        wanted = np.ones((len(x), 3, 9, 11), dtype=np.uint8)
+        wanted[:, :, 2:7, 2:8] = own[:, None]
         assert np.array_equal(pixels(data, x), wanted)
         assert x.is_contiguous()
 

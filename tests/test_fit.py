@@ -76,24 +76,26 @@ def test_a_run_that_stops_within_an_epoch_resumes_to_the_result_of_one_that_does
         assert all(module.training for module in rule.blocks.modules())
         return {"norm": rule.blocks[0][1].weight.detach().norm(), "twice": np.float32(2 * epoch)}  # not plain numbers
 
-    settings = {"batch_size": 32, "scheduler": partial(schedulers.StepLR, step_size=1, gamma=0.5), "on_epoch": watch}
+    settings = {"batch_size": 32, "scheduler": partial(schedulers.StepLR, step_size=2, gamma=0.5), "on_epoch": watch}
     never_cut, stopped, resumed = (learner(rule) for _ in range(3))
     torch.manual_seed(7)
     expected = ml.fit(never_cut, data, 3, **settings)
     assert list(expected.table)[5:] == ["norm", "twice"]
     assert list(expected.table["twice"]) == [2, 4, 6]
 
-    taken, path = before_step(stopped, 14, stop), tmp_path / "run.pt"
+    taken, path = before_step(stopped, 11, stop), tmp_path / "run.pt"
     torch.manual_seed(7)
     with pytest.raises((Cut, KeyboardInterrupt)):
         ml.fit(stopped, data, 3, checkpoint=path, save_every_s=0, **settings)
-    assert len(taken) == (15 if stop is press_ctrl_c else 14)  # the running step ends first
+    assert len(taken) == (12 if stop is press_ctrl_c else 11)  # the running step ends first
+    with refuses(ValueError, "past 1 epochs, to batch"):
+        ml.fit(resumed, data, 1, checkpoint=path, **settings)
     torch.manual_seed(99)  # what the generator does in between must not matter
     history = ml.fit(resumed, data, 3, checkpoint=path, **settings)
 
     assert_identical(state(resumed), state(never_cut))
     assert without_seconds(history).equals(without_seconds(expected))
-    assert [optimizer.param_groups[0]["lr"] for optimizer in resumed.optimizers] == [0.05 / 8] * 2
+    assert [optimizer.param_groups[0]["lr"] for optimizer in resumed.optimizers] == [0.05 / 2] * 2
     settings["on_epoch"] = None  # nobody watches any more
     assert math.isnan(ml.fit(resumed, data, 4, checkpoint=path, **settings).table["twice"][3])
 
@@ -292,6 +294,14 @@ def test_a_file_is_written_whole_or_not_at_all_and_is_as_readable_as_any_other(t
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    path = tmp_path / "new" / "run.pt"
+    with files.locked(path), refuses(ValueError, f"another run is writing {path}"), files.locked(path):
+        raise AssertionError("it is not locked")
+    with files.locked(path):
+        path.touch()
+
+
 # what training does
 
 
@@ -346,6 +356,16 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     torch.rand(5)
     assert first == order(1000, 3, 2).tolist()
     assert first not in (order(1000, 3, 1).tolist(), order(1000, 2, 2).tolist())
+
+
+def test_batches_are_those_of_fit(data):
+    batches, like = data.batches(200, seed=3), torch.zeros(1, dtype=torch.float64)
+    for epoch, part in ((0, slice(200)), (0, slice(200, 300)), (1, slice(200))):
+        chosen = order(300, 3, epoch)[part]
+        x, y = next(batches)
+        assert torch.equal(x, data.x_train[chosen])
+        assert torch.equal(y, data.y_train[chosen])
+    assert next(data.batches(200, like=like))[0].dtype == torch.float64
 
 
 def test_evaluation_is_in_eval_mode_in_batches_and_puts_each_mode_back(data):
