@@ -189,6 +189,7 @@ DIFFERENT = {
     "batch_size 100, this one has 50": {"batch_size": 50},
     "seed 0, this one has 1": {"seed": 1},
     "data mnist5k-holdout, 240 examples": {"split": 1},
+    "240 examples of shape (1, 28, 28), digest": {"negative": slice(120, None)},
     "T_max=8": {"scheduler": partial(schedulers.CosineAnnealingLR, T_max=12)},
     "this one has StepLR(step_size=1": {"scheduler": partial(schedulers.StepLR, step_size=1)},
     "this one has None": {"scheduler": None},
@@ -207,11 +208,12 @@ def finished(data, tmp_path_factory):
     """Return a checkpoint of two epochs, and a function that fits a rule from it, by other settings if given."""
     path = tmp_path_factory.mktemp("finished") / "run.pt"
 
-    def fit(epochs=2, split=0, batch_size=100, seed=0, scheduler=COSINE, **of_rule):
-        rule = learner(**{"loss": SMOOTH, **of_rule})
+    def fit(epochs=2, split=0, negative=slice(0), batch_size=100, seed=0, scheduler=COSINE, **of_rule):
+        rule, chosen = learner(**{"loss": SMOOTH, **of_rule}), data.holdout(0.2, seed=split)
+        chosen.x_train[negative] *= -1
         before, how = state(rule), {"seed": seed, "scheduler": scheduler, "checkpoint": path}
         try:
-            return ml.fit(rule, data.holdout(0.2, seed=split), epochs, batch_size, **how).rows
+            return ml.fit(rule, chosen, epochs, batch_size, **how).rows
         except ValueError:
             assert_identical(state(rule), before)
             raise

@@ -191,6 +191,7 @@ REFUSED = {
     "angles of a model": (lambda d: alignment.angles(net(), X, Y), "rule must be a rule, such as ml.MemDFA(model, opt"),
     "angle of what": (lambda d: alignment.angles(rule(), X, Y, "gradients"), "did you mean 'gradient'?"),
     "responses of none": (lambda d: alignment.responses(None, X, Y), "not a NoneType"),
+    "responses to nothing": (lambda d: alignment.responses(rule(), None, Y), "got a NoneType"),
     "follow a model": (lambda d: alignment.follow(net(), d, [1]), "rule must be a rule"),
     "at a number": (lambda d: alignment.follow(rule(), d, 3), "such as [0, 100], not a int"),
     "at nothing": (lambda d: alignment.follow(rule(), d, []), "at is empty"),
