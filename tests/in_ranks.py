@@ -203,7 +203,7 @@ EQUAL = {}  # name -> arguments of `learn`: each rule on each network, and each 
 for i, rule in enumerate(ml.RULES):
     for k, net in enumerate(NETS):
         optimizer = list(OPTIMIZERS)[(i + k) % 3]
-        last = 3 if net == "mlp_batchnorm" else 1  # too small for two ranks, but where BatchNorm needs two examples
+        last = 2 if net == "mlp_batchnorm" else 1  # too small for two ranks, but where BatchNorm needs two examples
         EQUAL[f"{rule} {net}"] = {"rule": rule, "optimizer": optimizer, "net": net, "sizes": [12, 13, last]}
 for rule, optimizer in zip(ml.BASELINES, ["adamw", "sgd", "clipped", "adamw"], strict=True):
     EQUAL[rule] = {"rule": rule, "optimizer": optimizer, "net": "mlp", "sizes": [12, 13]}

@@ -24,6 +24,8 @@ def test_compare_gives_each_rule_the_same_start_and_dfa_and_memdfa_the_same_end(
     assert list(zip(table["rule"], table["seed"], strict=True)) == runs
     assert table["loss"][0] != table["loss"][1]
     assert all((tmp_path / rule / f"seed{seed}" / "history.csv").exists() for rule, seed in runs)
+    again, _ = compare("fc_relu", data, ["dfa", "memdfa"], [0, 1], 1, folder=tmp_path)
+    assert again.equals(table)  # the seconds, too: nothing is trained again
 
 
 def test_the_summary_is_mean_and_spread_over_seeds_of_the_last_epoch():

@@ -186,6 +186,7 @@ REFUSED = {
     "convnet shape": (lambda d: models.convnet((28, 28), [8], 10), "the input shape must be (C, H, W)"),
     "convnet filters": (lambda d: models.convnet((1, 28, 28), 8, 10), "filters must be a list"),
     "half a filter": (lambda d: models.convnet((1, 28, 28), [8.5], 10), "must be a whole"),
+    "frontier batch": (lambda d: bench.frontier("fc_relu", 0), "batch size must be a whole number from 1 on"),
     "points": (lambda d: bench.frontier("fc_relu", 3, points=1), "points must be a whole number from 2 on"),
     # alignment
     "angles of a model": (lambda d: alignment.angles(net(), X, Y), "rule must be a rule, such as ml.MemDFA(model, opt"),

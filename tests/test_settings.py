@@ -49,6 +49,11 @@ def test_an_unknown_setting_is_refused_with_the_nearest():
         RunSettings(epoch=3)
 
 
+def test_the_smallest_values_are_taken():
+    least = {"epochs": 1, "batch_size": 1, "lr": 0.0, "weight_decay": 0.0, "seed": 0}
+    assert dict(RunSettings(**least)).items() >= least.items()
+
+
 def test_numbers_of_numpy_are_numbers():
     run = RunSettings(epochs=np.int64(3), lr=np.float32(0.5), scale=2)
     assert run == RunSettings(epochs=3, lr=0.5, scale=2.0)
