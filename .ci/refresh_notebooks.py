@@ -9,9 +9,9 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 
 from memdfa_lab.batch.headless import ENGINE
+from memdfa_lab.batch.sweep_file import from_yaml
 from memdfa_lab.lab.files import write_whole
 
 HOOKS = Path(__file__).resolve().parent.parent / ".pre-commit-config.yaml"
@@ -31,7 +31,7 @@ def steady(notebook: nbformat.NotebookNode) -> None:
 
 def run(path: Path) -> None:
     """Run the notebook where it lies and write it, whole or not at all."""
-    hooks = yaml.safe_load(HOOKS.read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    hooks = from_yaml(HOOKS.read_text(encoding="utf-8"))["repos"][0]["hooks"]
     strip = next(hook["args"] for hook in hooks if hook["id"] == "nbstripout")
     with tempfile.TemporaryDirectory() as folder:
         executed = Path(folder) / path.name

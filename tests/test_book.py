@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 import codespell_lib
 import pytest
-from ruamel.yaml import YAML
 
 import memdfa_lab as ml
+from memdfa_lab.batch.sweep_file import from_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
@@ -122,7 +122,7 @@ def further_reading(path):
 
 
 def test_each_reference_has_a_link_and_a_work_has_the_same_one_everywhere():
-    citation = YAML(typ="safe", pure=True).load(CITATION)
+    citation = from_yaml(CITATION)
     assert citation["repository-code"] == REPOSITORY
     found = {
         one["title"].lower(): {one.get("url") or f"https://doi.org/{one['doi']}"} for one in citation["references"]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from ruamel.yaml import YAML
 
 import memdfa_lab
+from memdfa_lab.batch.sweep_file import from_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -47,7 +47,7 @@ def make(*arguments, cwd=ROOT):
 
 
 def test_environment_yml_has_the_packages_and_bounds_of_pyproject():
-    environment = YAML(typ="safe", pure=True).load(ROOT / "environment.yml")
+    environment = from_yaml((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [line for line in environment["dependencies"] if isinstance(line, str) and line != "pip"]
     pip = [line for line in environment["dependencies"] if isinstance(line, dict)]
 
@@ -63,7 +63,7 @@ def test_environment_yml_has_the_packages_and_bounds_of_pyproject():
 
 
 def test_citation_and_command_are_of_this_version():
-    citation = YAML(typ="safe", pure=True).load(ROOT / "CITATION.cff")
+    citation = from_yaml((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert (citation["version"], citation["license"]) == (memdfa_lab.__version__, PROJECT["license"])
     module, function = PROJECT["scripts"]["memdfa"].split(":")

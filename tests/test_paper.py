@@ -1,18 +1,18 @@
 """The comparison: what is run, cut, chosen and kept, and what the tables say."""
 
-import argparse
 import json
+import re
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
 import memdfa_lab as ml
-from memdfa_lab import cli, figures
+from memdfa_lab import cli
 from memdfa_lab.batch import paper
+from memdfa_lab.batch.notebooks import notebooks_folder
 from memdfa_lab.batch.paper.plan import Experiment
 from memdfa_lab.lab import experiments
 
@@ -53,32 +53,39 @@ def refuse(*_, **__):
 # The plan
 
 
-def test_the_plan_can_be_read_and_all_it_names_is_known(monkeypatch):
-    tiny = ml.models.build("784-[2]x1-10")
-    monkeypatch.setattr(ml.models, "build", lambda *_: tiny)
-    takes = set(experiments.RunSettings.model_fields) - {"rule", "network", "dataset", "seed", "device"}
+def test_the_plan_can_be_read_and_all_it_names_is_known():
     listed = paper.plan.experiments()
     assert len({one.name for one in listed}) == len(listed) > 10
     for one in listed:
-        assert one.network in ml.models.names()
         assert one.dataset in ml.datasets.names()
-        assert one.schedule in paper.runs.SCHEDULES
         assert one.why
-        assert one.epochs > 0 < one.epoch_s
         assert bool(one.search) == (one.search_epochs > 0)
         assert set(one.goal) | set(one.by_rule) <= set(one.seeds) <= set(ml.RULES)
-        data = SimpleNamespace(input_shape=ml.models.get(one.network).input_shape, classes=10)
-        for rule, seeds in one.seeds.items():
-            assert seeds == sorted(set(seeds))
-            for chosen in one.tried(rule):
-                options = one.options(rule, chosen)
-                assert set(options) <= takes
-                experiments.make_rule(rule, one.network, data, **options)  # names and numbers are taken
+        assert all(seeds == sorted(set(seeds)) for seeds in one.seeds.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": "mnist_con"}, "did you mean 'mnist_conv'?"),
+        ({"seeds": {"memdf": [0]}}, "did you mean 'memdfa'?"),
+        ({"settings": {"optimiser": "adam"}}, "did you mean 'optimizer'?"),
+        ({"by_rule": {"bp": {"loss": "mse_"}}}, "did you mean 'mse'?"),
+        ({"search": {"lr": [0.1, "fast"]}}, "lr must be a valid number"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'?"),
+        ({"epoch": 3}, "did you mean 'epochs'?"),
+        ({"epochs": 0}, "epochs must be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_experiment_is_refused_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as problem:
+        ONE.changed(**changes)
+    assert "\n" not in str(problem.value)
 
 
 def test_the_search_is_the_same_for_each_rule_but_for_what_bp_does_not_have():
     both = {"lr": [1.0, 2.0], "distribution": ["uniform", "normal"]}
-    one = replace(ONE, search=both)
+    one = ONE.changed(search=both)
     assert (
         one.tried("memdfa")
         == one.tried("fa")
@@ -91,23 +98,23 @@ def test_the_search_is_the_same_for_each_rule_but_for_what_bp_does_not_have():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("0.5h", 1800), ("75s", 75)]
+    ("text", "expected"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("0.5h", 1800), ("75s", 75), ("90min", 5400)]
 )
-def test_a_budget_is_read(text, expected):
-    assert paper.plan.seconds(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "h", "2x", "2", "-1h", "m30"])
-def test_what_is_no_time_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="2h, 90m or 1h30m"):
-        paper.plan.seconds(text)
+def test_a_budget_is_read(text, expected, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(paper.runs, "run", lambda out, only, budget_s, say: budgets.append(budget_s))
+    monkeypatch.setattr(paper.memory, "measure", lambda out: None)
+    assert cli.main(["reproduce", "--paper", "--budget", text]) == 0
+    assert budgets == [expected]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--budget", "soon"], "a time is given as 2h, 90m or 1h30m, got 'soon'"),
-        (["--budget", "5s"], "a minute or more, got 5 s"),
+        *[(["--budget", text], "a time is given as 2h, 90m or 1h30m") for text in ("", "h", "2x", "m30")],
+        (["--budget=-1h"], "a time is given as 2h, 90m or 1h30m"),
+        *[(["--budget", text], "must be a minute or more, got ") for text in ("5s", "2")],
         (["--only", "mnist_2x80"], "did you mean 'mnist_2x800'?"),
         (["-p", "epochs", "3"], "do not go with --paper"),
         (["--overwrite"], "do not go with --paper"),
@@ -129,8 +136,8 @@ def test_the_command_refuses_in_one_line(capsys, tmp_path, arguments, said):
 
 
 def test_within_keeps_the_budget_shortens_leaves_out_and_says_so():
-    plain = replace(ONE, search={}, search_epochs=0, seeds={"memdfa": [0]}, epoch_s=10)
-    wanted = [replace(plain, name=name, epochs=epochs) for name, epochs in (("a", 10), ("b", 20), ("c", 40), ("d", 1))]
+    plain = ONE.changed(search={}, search_epochs=0, seeds={"memdfa": [0]}, epoch_s=10)
+    wanted = [plain.changed(name=name, epochs=epochs) for name, epochs in (("a", 10), ("b", 20), ("c", 40), ("d", 1))]
     assert [one.seconds for one in wanted] == [100, 200, 400, 10]
     assert paper.plan.within(wanted, 710) == (wanted, [])
     chosen, said = paper.plan.within(wanted, 250)
@@ -143,7 +150,7 @@ def test_within_keeps_the_budget_shortens_leaves_out_and_says_so():
 
 @pytest.mark.parametrize("budget_s", [60, 200, 333, 419, 420, 1000])
 def test_within_never_takes_longer_than_the_budget_search_included(budget_s):
-    wanted = [ONE, replace(ONE, name="other", epochs=9)]
+    wanted = [ONE, ONE.changed(name="other", epochs=9)]
     chosen, said = paper.plan.within(wanted, budget_s)
     assert sum(one.seconds for one in chosen) <= budget_s
     assert len(chosen) + sum(line.startswith("left out") for line in said) == 2
@@ -187,7 +194,7 @@ def test_a_choice_is_recorded_and_not_repeated_and_dfas_is_memdfas(data, monkeyp
     shutil.rmtree(tmp_path / "runs")  # as in a fresh clone
     assert paper.runs.choose(ONE, "memdfa", data, tmp_path) == first
     with pytest.raises(AssertionError, match="done before"):  # other epochs, another search
-        paper.runs.choose(replace(ONE, search_epochs=2), "memdfa", data, tmp_path)
+        paper.runs.choose(ONE.changed(search_epochs=2), "memdfa", data, tmp_path)
 
 
 def test_a_rule_that_runs_away_is_the_worst_choice(data, monkeypatch, tmp_path):
@@ -212,13 +219,13 @@ def test_a_run_trains_as_set_and_what_is_finished_is_skipped(small, data, monkey
     assert any("memdfa, seed 1: test error" in line for line in said)
 
     made = experiments.make_rule("memdfa", ONE.network, data, seed=1, lr=0.003, scale=1.0, **ONE.settings)
-    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=paper.runs.SCHEDULES["cosine"](2)).table
+    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=paper.runs.schedule(ONE, 2)).table
     ours = table.query("rule == 'memdfa' and seed == 1")[NUMBERS].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone[NUMBERS], check_exact=True, check_dtype=False)
 
     written = (tmp_path / "histories.csv").read_bytes()
     monkeypatch.setattr(paper.runs, "fit", refuse)
-    again = paper.runs.train(ONE, "bp", 0, {}, data, tmp_path)  # as of a plan that a budget has shortened
+    again = paper.runs.train(ONE, "bp", 0, {"lr": 0.003}, data, tmp_path)  # as of a plan that a budget has shortened
     assert list(again["loss"]) == list(table.query("rule == 'bp'")["loss"])
     assert paper.runs.run(tmp_path, say=said.append) == []
     shutil.rmtree(tmp_path / "runs")
@@ -229,8 +236,34 @@ def test_a_run_trains_as_set_and_what_is_finished_is_skipped(small, data, monkey
     assert (tmp_path / "histories.csv").read_bytes() == written
 
 
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 60}, {"schedule": "constant"}, {"images": 500}, {"settings": {"optimizer": "sgd"}}]
+)
+def test_a_run_with_other_settings_is_not_done(changes, small, data, monkeypatch, tmp_path):
+    quick = ONE.changed(seeds={"memdfa": [0]}, search={}, search_epochs=0, epochs=1)
+    paper.runs.train(quick, "memdfa", 0, {}, data, tmp_path)
+    paper.runs.collect(tmp_path)
+    other = quick.changed(**changes)
+    assert paper.plan.unfinished([quick], paper.runs.read(tmp_path, "histories")) == []
+    assert paper.plan.unfinished([other], paper.runs.read(tmp_path, "histories")) == [other]
+    paper.runs.train(other, "memdfa", 0, {}, data.subset(train=other.images), tmp_path)
+    table = paper.runs.read(tmp_path, "histories")
+    assert paper.plan.unfinished([quick, other], table) == []  # nothing that was finished is lost
+    for one in (quick, other):
+        monkeypatch.setattr(paper.plan, "experiments", lambda one=one: (one,))
+        (kept,) = paper.plan.current(table)["settings"]
+        assert kept == one.described("memdfa", {})
+
+
+def test_a_run_that_states_the_networks_own_settings_is_the_same_run():
+    own = ONE.changed(settings={}, by_rule={}, search={}, search_epochs=0, batch_size=None, schedule="constant")
+    spelt = own.changed(settings={"optimizer": ml.models.get(ONE.network).optimizer})
+    assert spelt.has("memdfa", own.described("memdfa", {}))
+    assert not spelt.has("memdfa", own.changed(batch_size=7).described("memdfa", {}))
+
+
 def test_images_cut_the_training_images_and_are_said_in_the_settings_and_the_table(data, monkeypatch, tmp_path):
-    few = replace(ONE, search={}, search_epochs=0, seeds={"memdfa": [0]}, images=200)
+    few = ONE.changed(search={}, search_epochs=0, seeds={"memdfa": [0]}, images=200)
     monkeypatch.setattr(paper.plan, "experiments", lambda: (few,))
     monkeypatch.setattr(experiments, "load_for", lambda *_: data)
     seen = []
@@ -284,7 +317,7 @@ def test_a_run_without_a_result_does_not_stop_the_others(small, monkeypatch, tmp
 
 
 def test_new_runs_join_the_table_that_is_there_digit_for_digit(data, monkeypatch, tmp_path):
-    other = replace(ONE, name="other")
+    other = ONE.changed(name="other")
     monkeypatch.setattr(paper.plan, "experiments", lambda: (other, ONE))
     shutil.copy(ml_reports() / "histories.csv", tmp_path)
     before = (tmp_path / "histories.csv").read_text().splitlines()
@@ -298,7 +331,7 @@ def test_new_runs_join_the_table_that_is_there_digit_for_digit(data, monkeypatch
 
 
 def test_angles_are_taken_after_each_epoch_but_for_bp(data, tmp_path):
-    one = replace(ONE, angles=True)
+    one = ONE.changed(angles=True)
     for rule in ("memdfa", "bp"):
         paper.runs.train(one, rule, 0, {"lr": 0.003}, data, tmp_path)
     table = paper.runs.read(tmp_path, "histories")
@@ -306,7 +339,7 @@ def test_angles_are_taken_after_each_epoch_but_for_bp(data, tmp_path):
     assert set(found["rule"]) == {"memdfa"}
     assert sorted(zip(found["step"], found["block"], strict=True)) == [(s, b) for s in (1, 2) for b in (1, 2, 3)]
     made = experiments.make_rule("memdfa", ONE.network, data, lr=0.003, **ONE.settings)
-    ml.fit(made, data, 2, 50, scheduler=paper.runs.SCHEDULES["cosine"](2))
+    ml.fit(made, data, 2, 50, scheduler=paper.runs.schedule(ONE, 2))
     expected = ml.alignment.angles(made, data.x_train[:500], data.y_train[:500])
     assert list(found.query("step == 2").sort_values("block")["gradient_deg"]) == expected
     assert len(paper.tables.angles(table, "other")) == 0
@@ -337,7 +370,8 @@ def test_memory_is_predicted_measured_and_derived(measured):
     assert set(derived["network"]) == {"long_fc2"}
     assert len(derived) == 8
     long_conv = ml.models.sizes("long_conv")["parameters"].sum()
-    assert sum(p.numel() for p in paper.memory._chains()["long_conv"](30).parameters()) == long_conv
+    chain = ml.models.from_layers(paper.memory.CHAINS["long_conv"].format(depth=30), (1, 28, 28), 10)
+    assert sum(p.numel() for p in chain.parameters()) == long_conv
 
 
 def test_peaks_are_made_of_categories_and_profiles_reach_them(measured):
@@ -359,18 +393,31 @@ def test_peaks_are_made_of_categories_and_profiles_reach_them(measured):
 
 
 def ml_reports():
-    return paper.tables.notebooks_folder().parent / "reports" / "paper"
+    return notebooks_folder().parent / "reports" / "paper"
 
 
 def table_of(*runs):
     """Make a table of runs (experiment, rule, seed, epochs, last accuracy), an epoch a row, as `ml.paper` writes it."""
     rows = [
-        (name, name, "mnist", rule, seed, epochs, epoch, 1 / epoch, accuracy, accuracy, 1.0)
+        (
+            name,
+            name,
+            "mnist",
+            rule,
+            seed,
+            epochs,
+            ONE.described(rule, ONE.tried(rule)[0]),
+            epoch,
+            1 / epoch,
+            accuracy,
+            accuracy,
+            1.0,
+        )
         for name, rule, seed, epochs, accuracy in runs
         for epoch in range(1, epochs + 1)
     ]
     return pd.DataFrame(
-        rows, columns=["experiment", "network", "dataset", "rule", "seed", "epochs", *NUMBERS, "seconds"]
+        rows, columns=["experiment", "network", "dataset", "rule", "seed", "epochs", "settings", *NUMBERS, "seconds"]
     )
 
 
@@ -384,7 +431,7 @@ def test_errors_are_of_the_longest_runs_that_ended():
 
 
 def test_what_is_missing_is_computed_from_the_plan(small):
-    nothing = paper.tables.missing(pd.DataFrame(columns=["experiment", "rule", "seed", "epochs", "epoch"]))
+    nothing = paper.tables.missing(table_of())
     assert nothing[["memdfa", "bp", "fa", "dfa"]].values.tolist() == [["0, 1", "0", "", "0"]]
     some = table_of(("small", "memdfa", 0, 2, 0.9), ("small", "bp", 0, 1, 0.9), ("small", "dfa", 0, 2, 0.9))
     assert paper.tables.missing(some)[["memdfa", "bp", "dfa"]].values.tolist() == [["1", "0", ""]]  # bp: too short
@@ -394,7 +441,7 @@ def test_what_is_missing_is_computed_from_the_plan(small):
 
 def test_goals_are_met_or_not_or_not_run(monkeypatch):
     monkeypatch.setattr(
-        paper.plan, "experiments", lambda: (replace(ONE, goal={"memdfa": 10.0, "bp": 10.0, "dfa": 10.0}),)
+        paper.plan, "experiments", lambda: (ONE.changed(goal={"memdfa": 10.0, "bp": 10.0, "dfa": 10.0}),)
     )
     table = table_of(("small", "memdfa", 0, 2, 0.95), ("small", "bp", 0, 2, 0.85))
     assert list(paper.tables.goals(table)["met"]) == ["yes", "no", "not run yet"]
@@ -464,32 +511,8 @@ def test_the_committed_tables_are_found_from_anywhere_and_agree_with_the_reports
     ours = paper.tables.errors(tables["histories"]).query("experiment == 'mnist_fc_relu'").set_index("rule")
     summary = pd.read_csv(ml_reports().parent / "mnist_fc_relu" / "summary.csv", index_col="rule")
     pd.testing.assert_series_equal(100 - ours["error"], 100 * summary["test_accuracy"], check_names=False)
-    with pytest.raises(ValueError, match=r"no tables of the comparison in 'no/where': make them with"):
-        paper.tables.load("no/where")
-
-
-def test_the_report_says_what_the_tables_say():
-    text = (ml_reports().parent / "index.md").read_text()
-    said = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    tables, label = paper.tables.load(ml_reports()), {rule: style[0] for rule, style in figures.STYLES.items()}
-    errors = paper.tables.beside_published(tables["histories"])
-    expected = [
-        paper.tables.claims(tables).drop(columns="figure"),
-        errors[errors["source"].str.startswith("here")],
-        paper.tables.goals(tables["histories"]).replace({"rule": label}),
-        paper.tables.missing(tables["histories"]),
-    ]
-    expected = [table for table in expected if len(table)]  # nothing may be missing
-    rows = [list(map(str, row)) for table in expected for row in table.to_numpy().tolist()]
-    assert [row for row in said if row in rows] == rows
-    assert len(said) == len(rows) + 2 * len(expected)  # and a head and a rule each
-    short = tables["histories"].query("epoch == epochs == 8").set_index(["experiment", "rule"])["test_accuracy"]
-    first = [("cifar10_liao", "bp"), ("cifar10_liao", "memdfa"), ("mnist_100x240", "memdfa")]
-    assert all(f"{100 * (1 - short[run]):.2f} %" in text for run in first)
-    given_up = pd.read_csv(ml_reports() / "superseded.csv").query("rule in ('bp', 'memdfa')")
-    batches = given_up["settings"].map(lambda settings: json.loads(settings)["batch_size"])
-    means = 100 * (1 - given_up.groupby([batches, "experiment", "rule"])["test_accuracy"].mean())
-    assert all(f"{error:.2f} %" in text for error in [*means[128], *means[100], means[32, "mnist_2x800", "memdfa"]])
-    assert "agree\nin every digit" in text
     alike, both = paper.tables.same_updates(tables["histories"])
     assert alike == both > 0
+    assert len(paper.tables.missing(tables["histories"])) == 0  # all is done, with the settings of the plan
+    with pytest.raises(ValueError, match=r"no tables of the comparison in 'no/where': make them with"):
+        paper.tables.load("no/where")

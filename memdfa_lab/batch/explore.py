@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -14,48 +15,38 @@ from pathlib import Path
 
 import nbformat
 
-from memdfa_lab.batch.reproduce import notebooks_folder
+from memdfa_lab.batch.notebooks import notebooks_folder
 
 NOTEBOOK = "06_explore.ipynb"
 STARTED_WITHIN_S = 60.0
-# Voila's own template asks a server elsewhere for a font of icons: without it, a page needs no network.
-TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
-{%- block notebook_css -%}
-{{ super() | replace('href="https://', 'data-left-out="https://') }}
-<style>
-  .fa::before { font-family: sans-serif; font-style: normal; }
-  .fa-play::before { content: "\\25B6"; }
-  .fa-pause::before { content: "\\2016"; }
-  .fa-stop::before { content: "\\25A0"; }
-  .fa-repeat::before, .fa-retweet::before { content: "\\21BB"; }
-  #rendered_cells > div { padding: 2ex 3ex 4ex 3ex !important; }
-</style>
-{%- endblock -%}
-"""
+TEMPLATES = Path(__file__).with_name("templates")  # Voila finds voila/templates/memdfa there
 
 
 def explore(port: int | None = None, browser: bool = True, say: Callable[[str], object] = print) -> None:
-    """Serve the page on 127.0.0.1 until interrupted; `say` is told its address, which holds a secret token.
+    """Serve the page on 127.0.0.1 until Ctrl-C or SIGTERM.
 
-    `port` None: one that is free. `browser`: open it, too. Raises ValueError without Voila, for a port that is taken,
-    and RuntimeError if Voila does not start.
+    Args:
+        port: Where to serve it; None: a port that is free.
+        browser: Open the page in a browser, too.
+        say: Called with the address of the page, which has a secret token, and with other news.
+
+    Raises:
+        ValueError: If Voila is not installed, or the port is taken.
+        RuntimeError: If Voila does not start.
     """
     if importlib.util.find_spec("voila") is None:
         raise ValueError('memdfa explore needs Voila, which is not installed: pip install "memdfa_lab[explore]"')
-    chosen = _free(port)
-    token = secrets.token_urlsafe(16)
+    chosen, token = _free(port), secrets.token_urlsafe(16)
     with tempfile.TemporaryDirectory(prefix="memdfa-explore-") as folder:
-        nbformat.write(page(nbformat.read(notebooks_folder() / NOTEBOOK, as_version=4)), Path(folder, "explore.ipynb"))
-        template = Path(folder, "voila", "templates", "memdfa", "index.html.j2")
-        template.parent.mkdir(parents=True)
-        template.write_text(TEMPLATE, encoding="utf-8")
-        template.with_name("conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
-        command = [sys.executable, "-m", "voila", str(Path(folder, "explore.ipynb")), "--no-browser"]
-        command += ["--Voila.ip=127.0.0.1", f"--port={chosen}", f"--token={token}", "--template=memdfa"]
+        shown = Path(folder, "explore.ipynb")
+        nbformat.write(page(nbformat.read(notebooks_folder() / NOTEBOOK, as_version=4)), shown)
+        command = [sys.executable, "-m", "voila", str(shown), "--no-browser", "--template=memdfa"]
+        command += ["--Voila.ip=127.0.0.1", f"--port={chosen}", f"--token={token}"]
         command += ["--Voila.log_level=ERROR", "--show_tracebacks=False"]
         if os.name == "posix":
-            command.append("--KernelManager.transport=ipc")  # sockets of this user's, not open ports
-        paths = os.pathsep.join([folder, *filter(None, [os.environ.get("JUPYTER_PATH")])])
+            command.append("--KernelManager.transport=ipc")  # sockets of this user, not open ports
+        paths = os.pathsep.join([str(TEMPLATES), *filter(None, [os.environ.get("JUPYTER_PATH")])])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else Voila and its kernels would go on
         server = subprocess.Popen(command, env={**os.environ, "JUPYTER_PATH": paths})
         try:
             address = f"http://127.0.0.1:{chosen}/?token={token}"
@@ -64,7 +55,7 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
             if browser:
                 webbrowser.open(address)
             if server.wait():
-                raise RuntimeError("Voila has stopped: what it said is above")
+                raise RuntimeError("Voila has stopped: its messages are above")
         except KeyboardInterrupt:  # that is how it ends
             say("stopped")
         finally:
@@ -96,7 +87,9 @@ def _free(port: int | None) -> int:
         try:
             asked.bind(("127.0.0.1", port or 0))
         except (OSError, OverflowError) as problem:
-            raise ValueError(f"port {port} cannot be had ({problem}): choose another, or leave --port out") from problem
+            raise ValueError(
+                f"port {port} cannot be used ({problem}): choose another, or leave --port out"
+            ) from problem
         return int(asked.getsockname()[1])
 
 
@@ -108,4 +101,4 @@ def _wait(server: subprocess.Popen[bytes], port: int) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError("Voila did not start: what it said is above")
+    raise RuntimeError("Voila did not start: its messages are above")

@@ -1,43 +1,148 @@
-"""A papermill engine for notebooks with widgets, run without a browser.
+"""One notebook run through papermill without a browser, and the kernels that run now.
 
 nbclient answers for Output widgets in a headless run, and now and then waits for ever (nbclient issue 312). Our
-notebooks draw into images, so the engine simply does not take part in widgets' talk. Progress bars are off: in a file
-they are noise. The kernel is reached through a socket of this user's, not through an open port. The time limit is for
-the whole notebook, where papermill's own is for each cell.
+notebooks draw into images, so the engine leaves the messages of widgets unanswered. Progress bars in cells are off:
+in a file they are noise. The kernel is reached through a socket of this user, not through an open port. The time limit
+is for the whole notebook, where papermill's own is for each cell.
 """
 
 import os
+import signal
 import tempfile
+import threading
 import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import nbformat
+import papermill
+from jupyter_core.utils import ensure_event_loop, run_sync
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
 ENGINE = "memdfa_headless"
+GRACE_S = 10.0  # from Ctrl-C until a kernel that goes on is killed
+
+
+class Interrupted(Exception):
+    """A notebook was stopped between two cells."""
+
+
+class Kernels:
+    """The kernels that threads of this process run, to be ended together."""
+
+    def __init__(self) -> None:
+        self.running: set[Any] = set()
+        self.ending = False
+
+    def before_cell(self, manager: Any) -> None:
+        """Note a kernel; or stop its notebook here, if the kernels are to end."""
+        if self.ending:
+            raise Interrupted
+        self.running.add(manager)
+
+    def end(self) -> None:
+        """Interrupt the kernels, so that training keeps a checkpoint, and later kill those that go on."""
+        self.ending = True
+        self._send(signal.SIGINT)
+        later = threading.Timer(GRACE_S, self._send, [signal.SIGKILL if os.name == "posix" else signal.SIGTERM])
+        later.daemon = True
+        later.start()
+
+    def _send(self, number: int) -> None:
+        for manager in list(self.running):
+            with suppress(RuntimeError, ProcessLookupError):  # it has ended
+                run_sync(manager.signal_kernel)(number)
 
 
 class HeadlessEngine(NBClientEngine):
-    """papermill's own engine, deaf to widgets."""
+    """papermill's own engine, which leaves widgets alone."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> Any:
-        end = time.monotonic() + kwargs.get("notebook_timeout", 3600)
-        with tempfile.TemporaryDirectory(prefix="memdfa-") as folder:
-            socket = {"transport": "ipc", "ip": f"{folder}/kernel"}  # without a place, in the working directory
-            client = PapermillNotebookClient(
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+        """Run the cells. Options: notebook_timeout, start_timeout, kernels, the kernel's folder and environment."""
+        end = time.monotonic() + options.get("notebook_timeout", 3600)
+        kernels = options.get("kernels", Kernels())
+        with tempfile.TemporaryDirectory(prefix="memdfa-") as place:
+            socket = {"transport": "ipc", "ip": f"{place}/kernel"}  # without a place, in the working directory
+            client: Any = PapermillNotebookClient(
                 nb_man,
                 timeout_func=lambda cell: max(1.0, end - time.monotonic()),
                 iopub_timeout=60,  # nbclient's own 4 s are short on a busy machine
-                startup_timeout=kwargs.get("start_timeout", 60),
+                startup_timeout=options.get("start_timeout", 60),
                 kernel_name=kernel_name,
                 log_output=False,
-                extra_arguments=["--log-level=50"],  # else the kernel says on stderr what the notebook says, too
+                extra_arguments=["--log-level=50"],  # else the kernel repeats on stderr what the notebook shows
                 config=Config({"KernelManager": socket} if os.name == "posix" else {}),
+                on_cell_start=lambda **_: kernels.before_cell(client.km),
             )
             client.comm_open_handlers = {}
-            return client.execute(env={**os.environ, "TQDM_DISABLE": "1"})
+            try:
+                env = {**os.environ, **options.get("environment", {}), "TQDM_DISABLE": "1"}
+                return client.execute(cwd=options.get("folder"), env=env)
+            finally:
+                if threading.current_thread() is not threading.main_thread():
+                    ensure_event_loop().close()  # nbclient's, of this thread
 
 
 papermill_engines.register(ENGINE, HeadlessEngine)
+
+
+def execute(
+    notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: float, bar: Any = False, **options: Any
+) -> str | None:
+    """Run one notebook where it lies, and write the executed copy and what it leaves into a folder.
+
+    Args:
+        notebook: The notebook; its kernel runs in the notebook's folder.
+        out: The folder, given to the notebook as its parameter `out`.
+        parameters: Values of other parameters; paths among them are absolute.
+        timeout_s: Seconds that the whole notebook may take.
+        bar: Options of tqdm for a bar of the notebook's cells; False for none.
+        options: Go to the engine: kernels (`Kernels`), environment.
+
+    Returns:
+        In which cell the notebook failed and why, in one line; None if it came to its end.
+    """
+    error, running = "", out.resolve() / f".{notebook.name}"
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(running),
+            parameters={"out": os.path.relpath(out, notebook.parent), **parameters},
+            engine_name=ENGINE,
+            kernel_name="python3",
+            progress_bar=bar,
+            notebook_timeout=timeout_s,
+            folder=str(notebook.parent),  # papermill's own `cwd` would move this process, with all its threads
+            **options,
+        )
+    except papermill.PapermillExecutionError as problem:
+        error = f"{problem.ename}: {problem.evalue}"
+    except CellTimeoutError:
+        error = f"the time limit of {timeout_s:g} s is reached"
+    except DeadKernelError:
+        error = "the kernel died, which often means that memory ran out"
+    except Interrupted:
+        error = "interrupted"
+    except Exception as problem:  # whatever keeps one notebook from running, the others run
+        traceback.print_exc()
+        error = f"{type(problem).__name__}: {problem}"
+    finally:
+        begun = _keep(running, out / notebook.name)
+    return f"cell {begun}: {error.splitlines()[0]}" if error else None
+
+
+def _keep(running: Path, executed: Path) -> int:
+    """Give the executed copy its name, without paths of this machine; return how many code cells were begun."""
+    if not running.exists():
+        return 0
+    notebook = nbformat.read(running, as_version=4)
+    notebook.metadata.papermill |= dict.fromkeys(("input_path", "output_path"), executed.name)
+    nbformat.write(notebook, running)
+    os.replace(running, executed)
+    return sum(c.cell_type == "code" and c.metadata.papermill.start_time is not None for c in notebook.cells)

@@ -1,19 +1,22 @@
 """What a notebook needs of its own: its parameters checked, its figures and tables kept, its versions printed."""
 
+import functools
+import operator
 import platform
 import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pandas as pd
 import torch
+from pydantic import Field, create_model
 
-from memdfa_lab.core.checks import lookup
 from memdfa_lab.lab.files import write_text
+from memdfa_lab.lab.settings import Checked, NameOf
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -39,11 +42,9 @@ class Report:
 
         if self.out is not None:
             figures.save(figure, self.out / f"{self.notebook}-{name}")
-        picture = figures.picture(figure, alt)
-        picture.metadata["name"] = f"{self.notebook}-{name}"  # by which the page of a run finds the files
-        return picture
+        return figures.picture(figure, alt)
 
-    def table(self, table: "pd.DataFrame", name: str) -> "pd.DataFrame":
+    def table(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
         """Write the table as csv, and return it."""
         if self.out is not None:
             write_text(self.out / f"{self.notebook}-{name}.csv", table.to_csv(index=False))
@@ -66,55 +67,45 @@ def versions() -> str:
 
 
 def check_parameters(namespace: dict[str, Any], **expected: Any) -> None:
-    """Check a notebook's parameters; call it in the first cell after them, with `globals()`.
+    """Check the parameters of a notebook; call it in the first cell after them, with `globals()`.
 
-    What is expected: a set of allowed values, a range of whole numbers, a type, a (low, high) tuple for a number, a
-    list of one of these for a non-empty list, or a tuple with None in it for something that may be left out.
-    Raises ValueError, one line, for the first parameter that does not fit, and for a name that is no parameter; but
-    only in a fresh kernel: if the cells are run again, names that later ones made are there, too.
+    Args:
+        namespace: The notebook's names.
+        expected: For each parameter a set of allowed names, a range of whole numbers, a type, a (low, high) tuple for
+            a number, a list of one of these for a non-empty list, or a tuple with None in it for something that may
+            be left out.
+
+    Raises:
+        ValueError: One line, for the first parameter that does not fit, and for a name that is no parameter; but for
+            names only in a fresh kernel: if the cells are run again, names that later ones made are there, too.
     """
     shell = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+    given = {name: namespace[name] for name in expected}
     for name, value in namespace.items() if "_parameters_checked" not in namespace else ():
         is_parameter = isinstance(value, (str, int, float, bool, list, dict, type(None))) and name not in shell
         if is_parameter and not name.startswith("_"):
-            lookup("parameter", name, expected)
-    for name, what in expected.items():
-        if not _fits(namespace[name], what):
-            raise ValueError(f"parameter {name} must be {_describe(what)}, got {namespace[name]!r}")
+            given[name] = value
+    parameters_model(expected)(**given)
     namespace["_parameters_checked"] = True
 
 
-def _fits(value: Any, what: Any) -> bool:
-    match what:
-        case None:
-            return value is None
-        case list():
-            return isinstance(value, (list, tuple)) and bool(value) and all(_fits(item, what[0]) for item in value)
-        case tuple() if None in what:
-            return any(_fits(value, choice) for choice in what)
-        case tuple():
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and what[0] <= value <= what[1]
-        case range():
-            return isinstance(value, int) and not isinstance(value, bool) and value in what
-        case set() | frozenset():
-            return isinstance(value, str) and value in what
-        case _:
-            return isinstance(value, what)
+def parameters_model(expected: dict[str, Any]) -> type[Checked]:
+    """Return the model that checks parameters; what each must be is as in `check_parameters`."""
+    fields: Any = {name: (_annotation(name, what), None) for name, what in expected.items()}
+    return create_model("Parameters", __base__=Checked, __doc__="Parameter: of a notebook.", **fields)
 
 
-def _describe(what: Any) -> str:
+def _annotation(name: str, what: Any) -> Any:
     match what:
-        case None:
-            return "None"
         case list():
-            return f"a list of which each is {_describe(what[0])}"
+            return Annotated[list[_annotation(name, what[0])], Field(min_length=1)]  # type: ignore[misc]
         case tuple() if None in what:
-            return " or ".join(_describe(choice) for choice in what)
+            return functools.reduce(operator.or_, (_annotation(name, choice) for choice in what))
         case tuple():
-            return f"a number from {what[0]} to {what[1]}"
+            return Annotated[float, Field(ge=what[0], le=what[1], allow_inf_nan=False)]
         case range():
-            return f"a whole number from {what.start} to {what.stop - 1}"
+            return Annotated[int, Field(ge=what.start, le=what.stop - 1)]
         case set() | frozenset():
-            return f"one of {', '.join(sorted(what))}"
+            return Annotated[str, NameOf(name, dict.fromkeys(sorted(what)))]
         case _:
-            return {"str": "text", "bool": "True or False"}.get(what.__name__, what.__name__)
+            return Any if what is object else what

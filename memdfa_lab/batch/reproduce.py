@@ -1,18 +1,24 @@
-"""The numbered notebooks in one command: each through papermill into one folder, where a run that was cut goes on."""
+"""The numbered notebooks in one command: as many at a time as there are cores, in a folder where a cut run goes on."""
 
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from memdfa_lab.batch.headless import Kernels, execute
+from memdfa_lab.batch.notebooks import cores, numbered, parameters_of, resolved, source_of
+from memdfa_lab.batch.page import write_index, write_page
 from memdfa_lab.batch.report import versions
-from memdfa_lab.core.checks import lookup
+from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.lab.files import locked, write_text
 
 STATE = "run.json"
@@ -22,15 +28,6 @@ class NotebooksFailed(RuntimeError):
     """One notebook or more did not run to its end; the others did, and all are in the run folder."""
 
 
-def notebooks_folder() -> Path:
-    """Return where the numbered notebooks are: beside the package in a checkout, inside it when installed."""
-    here = Path(__file__).resolve().parents[1]
-    for folder in (here.parent / "notebooks", here / "_notebooks"):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError("the notebooks are not installed: install memdfa_lab from its repository or its wheel")
-
-
 def reproduce(
     out: str | Path | None = None,
     only: Sequence[str] = (),
@@ -38,63 +35,46 @@ def reproduce(
     *,
     overwrite: bool = False,
     timeout_s: float = 900,
+    jobs: int | None = None,
 ) -> Path:
-    """Run the notebooks in order through papermill and return the run folder, reports/runs/<time> if not given.
+    """Run the notebooks through papermill, several at a time with one thread each.
 
-    The folder gets each executed notebook, its figures (svg, png) and tables (csv), index.html that shows them, and
-    run.json, from which a run that was cut goes on: what is done, with the source the notebook has now, is not done
-    again. `only` picks notebooks by number or name, `parameters` go to those that take them; where one is not given,
-    a run goes on as it was started. `overwrite` starts anew what is asked for. `timeout_s` is for one notebook.
+    The folder gets each executed notebook, its figures (svg, png) and tables (csv), index.html with a page for each
+    notebook, and run.json, from which a run that was cut goes on. A notebook that is done is not run again while its
+    source is the same. A relative path among the parameters is meant from the working directory
+    (`notebooks.resolved`).
 
-    Raises ValueError, before anything runs, for a notebook or parameter that is not there, and for a folder with a
-    finished run (unless `overwrite`), a run with other parameters, or other files; NotebooksFailed at the end.
+    Args:
+        out: The run folder, a new one or one to go on with; default: reports/runs/<time>.
+        only: Notebooks by number or name; default: those of the run in the folder, else all.
+        parameters: Given to the notebooks that have them; None: those that the run was started with.
+        overwrite: Start anew what is asked for.
+        timeout_s: Seconds that one notebook may take.
+        jobs: Notebooks at a time; default: as many as this process has cores.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: Before anything runs, for an unknown notebook or parameter, and for a folder with a finished run
+            (unless `overwrite`), a run with other parameters, or other files.
+        NotebooksFailed: At the end, if a notebook failed.
     """
-    from memdfa_lab.batch.page import write_page
-
     out = Path("reports/runs") / time.strftime("%Y%m%d-%H%M%S") if out is None else Path(out)
-    run = _read(out)
-    as_before: dict[str, Any] = {"parameters": {}, "notebooks": {}} if overwrite else run
-    chosen = _choose(sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb")), only or list(as_before["notebooks"]))
-    parameters = as_before["parameters"] if parameters is None else json.loads(json.dumps(parameters))
-    takes = _taken(chosen, parameters)
-    _refuse(out, run, set(takes), parameters, overwrite)
+    jobs = cores() if jobs is None else check_int("jobs", jobs)
+    state = _read(out)
+    before: dict[str, Any] = {"parameters": {}, "notebooks": {}} if overwrite else state
+    chosen = _choose(only or list(before["notebooks"]))
+    parameters = before["parameters"] if parameters is None else json.loads(json.dumps(parameters))
+    given = _given(chosen, parameters)
+    _refuse(out, state, set(chosen), parameters, overwrite)
 
-    waiting = {name: {"status": "waiting"} for name in takes}
-    records = run["notebooks"] | waiting if overwrite else waiting | run["notebooks"]
-    run |= {"parameters": parameters, "versions": versions(), "notebooks": dict(sorted(records.items()))}
-
-    def keep(name: str, **record: Any) -> None:
-        run["notebooks"][name] = record
-        write_text(out / STATE, json.dumps(run, indent=1))
-        write_page(out, run)
-
-    failed = []
+    waiting = {name: {"status": "waiting"} for name in chosen}
+    records = state["notebooks"] | waiting if overwrite else waiting | state["notebooks"]
+    state |= {"parameters": parameters, "versions": versions(), "notebooks": dict(sorted(records.items()))}
     with locked(out / STATE):
-        for number, notebook in enumerate(chosen, 1):
-            name, source, before = notebook.stem, source_of(notebook), run["notebooks"][notebook.stem]
-            label = f"[{number}/{len(chosen)}] {name}"
-            if before["status"] == "done" and before["source"] == source:
-                print(f"{label}: done before, skipped", flush=True)
-                continue
-            if before.get("source") != source:
-                _clear(out, name)  # else training goes on from the checkpoints there
-            keep(name, status="running", source=source)
-            started = time.perf_counter()
-            try:
-                error = execute(notebook, out, takes[name], timeout_s, label)
-            except KeyboardInterrupt:
-                print("interrupted", flush=True)
-                keep(name, status="interrupted", source=source)
-                goes_on = f"memdfa reproduce --out {shlex.quote(str(out))}"
-                raise KeyboardInterrupt(
-                    f"interrupted in {name}: what was finished is kept, {goes_on} goes on"
-                ) from None
-            record = {"source": source, "seconds": round(time.perf_counter() - started, 1)}
-            if error:
-                failed.append(f"{name}, {error}")
-                keep(name, status="failed", error=error, **record)
-            else:
-                keep(name, status="done", **record)
+        _Run(out, state, list(chosen), timeout_s).run_all(chosen, given, jobs)
+    failed = [f"{name}, {record['error']}" for name in chosen if "error" in (record := state["notebooks"][name])]
     if failed:
         raise NotebooksFailed(f"{len(failed)} of {len(chosen)} notebooks failed: {'; '.join(failed)}; see {out}")
     return out
@@ -102,114 +82,125 @@ def reproduce(
 
 def _read(out: Path) -> dict[str, Any]:
     if (out / STATE).exists():
-        run: dict[str, Any] = json.loads((out / STATE).read_text(encoding="utf-8"))
-        return run
+        state: dict[str, Any] = json.loads((out / STATE).read_text(encoding="utf-8"))
+        return state
     if out.exists() and not all(file.name.startswith(".") for file in out.iterdir()):
-        raise ValueError(f"{out} holds other files and no run to go on with: choose another folder with --out")
+        raise ValueError(f"{out} has other files and no run to go on with: choose another folder with --out")
     return {"parameters": {}, "notebooks": {}}
 
 
-def _choose(notebooks: list[Path], only: Sequence[str]) -> list[Path]:
-    chosen = set()
+def _choose(only: Sequence[str]) -> dict[str, Path]:
+    notebooks, chosen = numbered(), set()
     for name in only:
-        found = [path for path in notebooks if name in (path.name[:2], path.stem, path.name)]
+        found = [stem for stem in notebooks if name in (stem[:2], stem, f"{stem}.ipynb")]
         if not found:
-            raise ValueError(f"no notebook {name!r}: there are {', '.join(path.stem for path in notebooks)}")
+            raise ValueError(f"no notebook {name!r}: there are {', '.join(notebooks)}")
         chosen.update(found)
-    return sorted(chosen) or notebooks
+    return {name: path for name, path in notebooks.items() if name in chosen or not only}
 
 
-def _taken(notebooks: list[Path], parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _given(notebooks: dict[str, Path], parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return, for each notebook, those of the parameters that it has. `out` is not for the user to give."""
-    import papermill
-
-    has = {path.stem: set(papermill.inspect_notebook(str(path))) - {"out"} for path in notebooks}
+    found = {stem: parameters_of(path) for stem, path in notebooks.items()}
+    known = {name for has in found.values() for name in has} - {"out"}
     for name in parameters:
-        lookup("parameter", name, dict.fromkeys(sorted(set[str]().union(*has.values()))))
-    return {path: {name: value for name, value in parameters.items() if name in names} for path, names in has.items()}
+        lookup("parameter", name, dict.fromkeys(sorted(known)))
+    given = {}
+    for stem, has in found.items():
+        comments = {name: about["help"] for name, about in has.items()}
+        given[stem] = resolved({k: v for k, v in parameters.items() if k in has}, comments, Path.cwd())
+    return given
 
 
-def _refuse(out: Path, run: dict[str, Any], names: set[str], parameters: dict[str, Any], overwrite: bool) -> None:
+def _refuse(out: Path, state: dict[str, Any], names: set[str], parameters: dict[str, Any], overwrite: bool) -> None:
     """Raise ValueError if the run in the folder is not to be gone on with as asked."""
-    records = run["notebooks"]
-    if records and run["parameters"] != parameters and not (overwrite and names >= set(records)):
+    records = state["notebooks"]
+    if records and state["parameters"] != parameters and not (overwrite and names >= set(records)):
         raise ValueError(
-            f"{out} holds a run with other parameters ({run['parameters'] or 'none given'}): choose another folder "
+            f"{out} has a run with other parameters ({state['parameters'] or 'none given'}): choose another folder "
             "with --out, or start all its notebooks anew with --overwrite"
         )
     if not overwrite and all(records.get(name, {}).get("status") == "done" for name in names):
-        raise ValueError(
-            f"{out} holds a finished run: choose another folder with --out, or start anew with --overwrite"
+        raise ValueError(f"{out} has a finished run: choose another folder with --out, or start anew with --overwrite")
+
+
+class _Run:
+    """The notebooks of one run: the threads that run them, and what run.json and the pages say of them."""
+
+    def __init__(self, out: Path, state: dict[str, Any], names: list[str], timeout_s: float):
+        self.out, self.state, self.names, self.timeout_s = out, state, names, timeout_s
+        self.records: dict[str, dict[str, Any]] = state["notebooks"]
+        self.writing = threading.Lock()
+        self.kernels = Kernels()
+
+    def run_all(self, chosen: dict[str, Path], given: dict[str, dict[str, Any]], jobs: int) -> None:
+        """Run those that are not done, in threads; at Ctrl-C end their kernels, and say how to go on."""
+        todo = [notebook for name, notebook in chosen.items() if not self.is_done(name, source_of(notebook))]
+        with ThreadPoolExecutor(jobs) as pool:
+            threads = [pool.submit(self.run_one, notebook, given[notebook.stem]) for notebook in todo]
+            try:
+                for thread in as_completed(threads):
+                    thread.result()
+            except BaseException as problem:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.kernels.end()
+                pool.shutdown()
+                stopped = [name for name in self.names if self.records[name]["status"] == "interrupted"]
+                if stopped and isinstance(problem, KeyboardInterrupt):
+                    goes_on = f"memdfa reproduce --out {shlex.quote(str(self.out))} goes on"
+                    text = f"interrupted in {', '.join(stopped)}: what was finished is kept, {goes_on}"
+                    raise KeyboardInterrupt(text) from None
+                raise
+
+    def is_done(self, name: str, source: str) -> bool:
+        """Tell whether a notebook is done with this source; remove what it left with another one."""
+        record = self.records[name]
+        if record["status"] == "done" and record["source"] == source:
+            self.say(name, "done before, skipped")
+            return True
+        if record.get("source") != source:  # else training goes on from the checkpoints there
+            _clear(self.out, name)
+        return False
+
+    def run_one(self, notebook: Path, given: dict[str, Any]) -> None:
+        """Run one notebook and keep what came of it."""
+        name, source, started = notebook.stem, source_of(notebook), time.perf_counter()
+        self.keep(name, status="running", source=source)
+        bar = {"desc": self.label(name), "leave": False} if sys.stderr.isatty() else False
+        if not bar:
+            self.say(name, "started")
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        error = execute(
+            notebook, self.out, given, self.timeout_s, bar=bar, kernels=self.kernels, environment=environment
         )
+        if error and self.kernels.ending:
+            self.keep(name, status="interrupted", source=source)
+            return
+        seconds = round(time.perf_counter() - started, 1)
+        self.say(name, f"failed after {seconds:.0f} s, {error}" if error else f"done in {seconds:.0f} s")
+        if (self.out / notebook.name).exists():  # not where nothing could be started
+            write_page(self.out, name)
+        outcome = {"status": "failed", "error": error} if error else {"status": "done"}
+        self.keep(name, **outcome, source=source, seconds=seconds)
 
+    def keep(self, name: str, **record: Any) -> None:
+        """Write the record of a notebook into run.json, and index.html anew."""
+        with self.writing:
+            self.records[name] = record
+            write_text(self.out / STATE, json.dumps(self.state, indent=1))
+            write_index(self.out, self.state)
 
-def source_of(notebook: Path) -> str:
-    """Return a hash of what the notebook says, whatever it last put out."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    said = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    def label(self, name: str) -> str:
+        """Return the name with its number among those that were asked for."""
+        return f"[{1 + self.names.index(name)}/{len(self.names)}] {name}"
+
+    def say(self, name: str, text: str) -> None:
+        """Print a line, above the bars if there are any."""
+        tqdm.write(f"{time.strftime('%H:%M:%S')} {self.label(name)}: {text}")
 
 
 def _clear(out: Path, name: str) -> None:
     """Remove what a notebook wrote into the folder."""
     shutil.rmtree(out / name, ignore_errors=True)
-    for file in (out / f"{name}.ipynb", *out.glob(f"{name}-*")):
+    for file in (*out.glob(f"{name}.*"), *out.glob(f"{name}-*")):
         file.unlink(missing_ok=True)
-
-
-def execute(notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: float, label: str) -> str | None:
-    """Run one notebook into the folder; return which cell failed and why, in one line, or None.
-
-    In a terminal there is a bar of cells; else one line, begun at the start and ended with the time it took.
-    """
-    import nbformat
-    import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-
-    from memdfa_lab.batch.headless import ENGINE
-
-    terminal = sys.stderr.isatty()
-    if not terminal:
-        print(f"{time.strftime('%H:%M:%S')} {label}: ", end="", flush=True)
-    started, error, running = time.perf_counter(), "", out.resolve() / f".{notebook.name}"
-    # Notebooks run where they lie, as in JupyterLab, but a relative path was meant from here.
-    given = {"out": os.path.relpath(out, notebook.parent), **{k: from_here(v) for k, v in parameters.items()}}
-    try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(running),
-            parameters=given,
-            cwd=notebook.parent,
-            engine_name=ENGINE,
-            kernel_name="python3",
-            notebook_timeout=timeout_s,
-            progress_bar={"desc": label} if terminal else False,
-        )
-    except papermill.PapermillExecutionError as problem:
-        error = f"{problem.ename}: {problem.evalue}"
-    except CellTimeoutError:
-        error = f"the time limit of {timeout_s:g} s is reached"
-    except DeadKernelError:
-        error = "the kernel died, which often means that memory ran out"
-    except Exception as problem:  # whatever keeps one notebook from running, the others run
-        error = f"{type(problem).__name__}: {problem}"
-    finally:
-        begun = 0
-        if running.exists():
-            nb = nbformat.read(running, as_version=4)
-            begun = sum(c.cell_type == "code" and c.metadata.papermill.start_time is not None for c in nb.cells)
-            for path in ("input_path", "output_path"):  # not those of this machine
-                nb.metadata.papermill[path] = notebook.name
-            nbformat.write(nb, running)
-            os.replace(running, out / notebook.name)
-    if error:
-        error = f"cell {begun}: {error.splitlines()[0]}"
-    took = f"{time.perf_counter() - started:.0f} s"
-    if error or not terminal:
-        print(f"{label}: " * terminal + (f"failed after {took}, {error}" if error else f"done in {took}"), flush=True)
-    return error or None
-
-
-def from_here(value: Any) -> Any:
-    is_path = isinstance(value, str) and bool(value) and not value.isidentifier() and Path(value).exists()
-    return str(Path(value).resolve()) if is_path else value

@@ -1,64 +1,64 @@
-"""Sweep files: what is run, with which parameters. All that could not be run is refused here, before anything is."""
+"""Sweep files: what is run, with which parameters. What could not be run is refused here, before anything is."""
 
 import hashlib
 import itertools
 import json
-import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from memdfa_lab import __version__
-from memdfa_lab.batch.report import check_parameters
-from memdfa_lab.batch.reproduce import notebooks_folder, source_of
+from pydantic import Field
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from memdfa_lab.batch.notebooks import numbered, parameters_of, resolved, source_of
+from memdfa_lab.batch.report import parameters_model
 from memdfa_lab.core.checks import lookup
-from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
-from memdfa_lab.core.rules import RULES
-from memdfa_lab.lab import experiments, models
-from memdfa_lab.lab.losses import LOSSES
-from memdfa_lab.lab.models import INITIALISATIONS
-from memdfa_lab.rivals import BASELINES
+from memdfa_lab.lab import models
+from memdfa_lab.lab.settings import Checked, RunSettings
 
-COUNT, NUMBER = (None, range(1, 10**9)), (None, (0, 10**9))
-# setting of `memdfa train` -> what it must be; one that is not given is what it is for `memdfa train`
-TRAIN: dict[str, Any] = {
-    "rule": {*RULES, *BASELINES},
-    "network": str,
-    "dataset": str,
-    "root": (None, str),
-    "epochs": COUNT,
-    "batch_size": COUNT,
-    "lr": NUMBER,
-    "optimizer": (None, set(experiments.OPTIMIZERS)),
-    "weight_decay": NUMBER,
-    "loss": (None, set(LOSSES)),
-    "feedback": set(KINDS),
-    "distribution": (None, set(DISTRIBUTIONS)),
-    "initialisation": (None, set(INITIALISATIONS)),
-    "scale": (1e-9, 10**9),
-    "clip_norm": NUMBER,
-    "seed": range(2**32),
-    "device": str,
-}
 # what papermill says of a notebook's annotated parameter -> what it must be
-TYPES = {"str": str, "int": int, "float": (-float("inf"), float("inf")), "bool": bool, "list": list, "dict": dict}
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+Values = Annotated[list[Any], Field(min_length=1)]
+Grid = Annotated[dict[str, Values], Field(min_length=1)]
+Entries = Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class SweepFile(Checked):
+    """Key: of a sweep file, as it is written."""
+
+    run: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    grid: Grid | None = None
+    list: Entries | None = None
+    retries: int = Field(1, ge=0, le=100)
+    threads: int = Field(1, ge=1, le=1024)
+    timeout_s: float = Field(3600, ge=1)
+    table: str | None = None
+
+    def combinations(self) -> Entries:
+        """Return the parameters of each run. Raises ValueError if there is not one of grid and list."""
+        if (self.grid is None) == (self.list is None):
+            raise ValueError("give either grid (each combination is a run) or list (each entry is a run)")
+        grid = self.grid or {}
+        products = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+        return [self.parameters | varied for varied in self.list or products]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says: `run` is train or a notebook's path, `runs` the parameters by the run's name.
+    """What a sweep file asks for, in full."""
 
-    `code` is what the results depend on besides: with another version or another text of the notebook, all runs anew.
-    `table`: the table of the notebook that is its result. `timeout_s` is for one notebook.
-    """
-
-    run: str
-    runs: dict[str, dict[str, Any]]
-    code: str
-    retries: int
-    threads: int
-    timeout_s: float
-    table: str | None
+    run: str  # train, or the path of a notebook
+    runs: dict[str, dict[str, Any]]  # by a hash of all settings, the parameters as they are written
+    code: str  # what the results depend on besides: with another version or another notebook all runs are done anew
+    result: str  # the file in a run's folder that is its result
+    folder: str  # from which relative paths among the parameters are meant
+    comments: dict[str, str]  # of the parameters, by name: they say which ones are paths
+    retries: int  # how often a run that failed is done again
+    threads: int  # of a run
+    timeout_s: float  # seconds that a notebook may take
 
     @property
     def varied(self) -> list[str]:
@@ -70,104 +70,79 @@ class Sweep:
         """Return those parameters of a run that tell it from the others."""
         return ", ".join(f"{key}={self.runs[name][key]}" for key in self.varied if key in self.runs[name])
 
+    def given(self, name: str) -> dict[str, Any]:
+        """Return the parameters of a run with its paths resolved, wherever the run is done."""
+        return resolved(self.runs[name], self.comments, self.folder)
+
+
+def from_yaml(text: str) -> Any:
+    """Return the value of a YAML 1.2 document. Raises ValueError, one line, also for a key that is given twice."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as problem:
+        mark, what = getattr(problem, "problem_mark", None), getattr(problem, "problem", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"not YAML: {what or problem}{where}") from None
+
 
 def read(file: str | Path) -> Sweep:
     """Read a sweep file. Raises ValueError, one line, for whatever in it could not be run."""
     try:
-        return _read(Path(file))
-    except (ValueError, OSError) as problem:
+        content = from_yaml(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a sweep file: that has the keys run and grid or list")
+        return _sweep(SweepFile(**content), Path(file).parent)
+    except (ValueError, TypeError, OSError) as problem:
         raise ValueError(f"{file}: {' '.join(str(problem).split())}") from problem
 
 
-def _read(file: Path) -> Sweep:
-    said: dict[str, Any] = {
-        "run": None,
-        "parameters": {},
-        "grid": None,
-        "list": None,
-        "retries": 1,
-        "threads": 1,
-        "timeout_s": 3600,
-    }
-    said |= {"table": None, **_yaml(file)}
-    forms: dict[str, Any] = {"grid": (None, dict), "list": (None, [dict]), "table": (None, str), "timeout_s": (1, 1e7)}
-    forms |= {"run": str, "parameters": dict, "retries": range(101), "threads": range(1, 1025)}
-    _check(said, forms)
-    notebook = None if said["run"] == "train" else _notebook(file.parent, said["run"])
-    expected = _expected(notebook, said["table"])
+def _sweep(file: SweepFile, beside: Path) -> Sweep:
+    code = f"memdfa_lab {metadata.version('memdfa_lab')}"
+    if file.run == "train":
+        if file.table is not None:
+            raise ValueError("table goes with a notebook: the result of train is its history")
+        checked: type[Checked] = RunSettings
+        run, result, comments = "train", "history.csv", {"root": "folder"}
+    else:
+        notebook = _notebook(beside, file.run)
+        has = _parameters(notebook, file.table)
+        types = {name: TYPES.get(about["inferred_type_name"], object) for name, about in has.items()}
+        checked, run, result = parameters_model(types), str(notebook), f"{notebook.stem}-{file.table}.csv"
+        code += f", notebook {source_of(notebook)[:12]}"
+        comments = {name: about["help"] for name, about in has.items()}
     runs: dict[str, dict[str, Any]] = {}
-    for one in (said["parameters"] | varied for varied in _combinations(said["grid"], said["list"])):
-        given = {name: what if name in one else object for name, what in expected.items()}
-        _check(dict.fromkeys(expected) | one, given)
-        if isinstance(one.get("network"), str):
+    for one in file.combinations():
+        settings = checked(**one)
+        if isinstance(one.get("network"), str):  # before an hour of runs that know the name
             models.get(one["network"])
-        try:
-            text = json.dumps([notebook.stem if notebook else "train", one], sort_keys=True)
-        except TypeError as problem:
-            raise ValueError(f"a parameter is a number, a text, true, false or a list of them: {problem}") from None
-        name = hashlib.sha256(text.encode()).hexdigest()[:12]
+        if isinstance(settings, RunSettings):
+            settings = settings.completed()
+        name = _hash([Path(run).stem, settings.model_dump(exclude_unset=file.run != "train")])
         if runs.setdefault(name, one) is not one:
-            raise ValueError(f"two runs have the same parameters: {one}")
-    code = f"memdfa_lab {__version__}" + (f", notebook {source_of(notebook)[:12]}" if notebook else "")
-    rest = {name: said[name] for name in ("retries", "threads", "timeout_s", "table")}
-    return Sweep(str(notebook or "train"), runs, code, **rest)
+            raise ValueError(f"two runs have the same settings: {one}")
+    where = str(Path.cwd())
+    return Sweep(run, runs, code, result, where, comments, file.retries, file.threads, file.timeout_s)
 
 
-def _check(given: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name in given:  # a notebook's own names may be anything; here each is a parameter
-        lookup("parameter", name, expected)
-    check_parameters(dict(given), **expected)
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """SafeLoader, but 1e-3 is a number: YAML 1.1 has it as a text, for want of a point."""
-
-    number = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+def _hash(value: Any) -> str:
     try:
-        said = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506, it is a SafeLoader
-    except yaml.YAMLError as problem:
-        raise ValueError(f"not YAML, {problem}") from problem
-    if not isinstance(said, dict):
-        raise ValueError("not a sweep file: that has the keys run and grid or list")
-    return said
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    except TypeError as problem:
+        raise ValueError(f"a parameter is a number, a text, true, false or a list of them: {problem}") from None
 
 
-def _combinations(grid: dict[str, Any] | None, listed: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    if (grid is None) == (listed is None):
-        raise ValueError("give either grid (each combination is a run) or list (each entry is a run)")
-    if grid is None:
-        return listed or []
-    if not grid:
-        raise ValueError("the grid is empty: it takes lines such as seed: [0, 1, 2]")
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"in grid, {name} must be a list of one value or more, got {values!r}")
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def _notebook(folder: Path, name: str) -> Path:
-    path = folder / name
+def _notebook(beside: Path, name: str) -> Path:
+    path = beside / name
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
-    numbered = {path.stem: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
-    return lookup("run", name, {"train": path, **numbered, "the path of a notebook": path})
+    return lookup("run", name, {"train": path, **numbered(), "the path of a notebook": path})
 
 
-def _expected(notebook: Path | None, table: str | None) -> dict[str, Any]:
-    """Return what each parameter must be, as `check_parameters` takes it."""
-    if notebook is None:
-        if table is not None:
-            raise ValueError("table goes with a notebook: the result of train is its history")
-        return TRAIN
-    import papermill
-
-    has = papermill.inspect_notebook(str(notebook))
-    if "out" not in has:
+def _parameters(notebook: Path, table: str | None) -> dict[str, dict[str, str]]:
+    """Return the parameters of a notebook but for `out`. Raises ValueError if it does not write the table there."""
+    has = parameters_of(notebook)
+    if has.pop("out", None) is None:
         raise ValueError(f"{notebook.name} has no parameter out, the folder into which a notebook writes its tables")
     if not table or table not in notebook.read_text(encoding="utf-8"):
         raise ValueError(f"table must name a table that {notebook.name} writes, such as histories, got {table!r}")
-    return {name: TYPES.get(one["inferred_type_name"], object) for name, one in has.items() if name != "out"}
+    return has

@@ -15,14 +15,12 @@ def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
     """Return the model's own modules, grouped into blocks that are cut before each weight layer.
 
     An `nn.Sequential` is opened, also one inside another. Any other module is taken whole, so that a residual unit (or
-    a group of layers that you want to keep together) is one block. What stands before the first weight layer belongs
-    to the first block. The blocks hold the modules of `model`: nothing is copied, renamed or moved. Blocks of blocks
-    are the same blocks.
+    a group of layers that you want to keep together) is one block. What stands before the first weight layer belongs to
+    the first block. The blocks hold the modules of `model`: nothing is copied, renamed or moved. Blocks of blocks are
+    the same blocks.
 
-    Raises:
-        TypeError: If the model is not a chain of modules, or holds numbers that are not real.
-        ValueError: If it has no weight layer, hooks of its own, or nothing that can be trained, or if two blocks share
-            a parameter or a buffer.
+    Raises TypeError if the model is not a chain of modules, or holds numbers that are not real; ValueError if it has no
+    weight layer, hooks of its own, or nothing that can be trained, or if two blocks share a parameter or a buffer.
     """
     if isinstance(model, nn.Module) and has_hooks(model):
         raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")

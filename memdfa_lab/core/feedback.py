@@ -64,16 +64,9 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], Call
 class Feedback(ABC):
     """A family of fixed random matrices.
 
-    Subclasses differ in what they keep between uses. The matrices are the same, except those of `Shared`.
-
-    Args:
-        seed: Determines the matrices.
-        distribution: One of DISTRIBUTIONS.
-        scale: Multiplies the matrices.
-
-    Raises:
-        ValueError: For an unknown distribution, a seed that is not a whole number from 0 to 2**64 - 1, or a scale that
-            is not a finite positive number.
+    `seed` determines them, `distribution` is one of DISTRIBUTIONS, `scale` multiplies them. Subclasses differ in what
+    they keep between uses, not in the matrices (except for `Shared`). Raises ValueError for an unknown distribution, a
+    seed that is not a whole number from 0 to 2**64 - 1, or a scale that is not a finite positive number.
     """
 
     def __init__(self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0):

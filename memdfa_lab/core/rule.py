@@ -23,16 +23,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Rule(ABC):
     """A network, one optimizer a block, and a way to learn from a batch.
 
-    Args:
-        blocks: A model as `as_blocks` takes it.
-        optimizer: Called with the parameters of each block, for example `partial(torch.optim.SGD, lr=0.05)`.
-        loss_fn: loss_fn(logits, y) is a scalar, a mean over the batch.
-        feedback: The random matrices, `Stored(seed=0)` if not given. BP does not use them.
-        clip_norm: The largest norm of one block's gradient, all its parameters together; a larger one is scaled down.
+    `blocks`: a model as `as_blocks` takes it. `optimizer`: called with the parameters of each block, for example
+    `partial(torch.optim.SGD, lr=0.05)`. `loss_fn(logits, y)`: a scalar, a mean over the batch. `feedback`: the random
+    matrices, `Stored(seed=0)` if not given; BP does not use them. `clip_norm`: the largest norm of one block's
+    gradient, all its parameters together; a larger one is scaled down.
 
-    Raises:
-        TypeError: If the model cannot be cut into blocks, or an argument is of another kind.
-        ValueError: For an optimizer that needs the whole network at once (LBFGS), and what `as_blocks` refuses.
+    Raises TypeError if the model cannot be cut into blocks or an argument is of another kind; ValueError for an
+    optimizer that needs the whole network at once (LBFGS), and what `as_blocks` refuses.
     """
 
     def __init__(
@@ -66,11 +63,9 @@ class Rule(ABC):
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Learn from one batch, x (N, ...) and y as the loss takes it; return the loss before the update, 0-d.
 
-        Gradients that the parameters hold from before are dropped.
-
-        Raises, before any weight changes:
-            FloatingPointError: If x, the loss or e are not finite.
-            TypeError, ValueError: If x is not a batch, or the loss does not take y.
+        Gradients that the parameters hold from before are dropped. Raises, before any weight changes,
+        FloatingPointError if x, the loss or e are not finite, TypeError or ValueError if x is not a batch or the loss
+        does not take y.
         """
 
     def begin(self, x: Tensor) -> Tensor:

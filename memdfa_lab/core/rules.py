@@ -77,11 +77,8 @@ class DFA(Rule):
 class MemDFA(Rule):
     """MEM-DFA: DFA's updates, bit for bit, with one block's activations at a time and one more forward pass.
 
-    Args:
-        keep_bytes: As many blocks as fit into it, from the first on, are kept from pass 1 as in DFA, and only the rest
-            is run again. 0 is the paper's MEM-DFA; with infinity no block is run twice.
-
-    The other arguments, and what they raise, are those of `Rule`. Raises ValueError for keep_bytes below 0.
+    `keep_bytes`: as many blocks as fit into it, from the first on, are kept from pass 1 as in DFA, and only the rest is
+    run again. 0 is the paper's MEM-DFA; with infinity no block is run twice. Raises ValueError for less than 0.
     """
 
     def __init__(

@@ -16,8 +16,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
     """Return factory(parameters).
 
-    Raises TypeError if the factory is an optimizer itself or does not return one, ValueError for LBFGS and for an
-    optimizer of other parameters.
+    Raises TypeError if that is not an optimizer, ValueError for LBFGS and for an optimizer of other parameters.
     """
     expected = "optimizer must make one optimizer a block from its parameters: pass partial(torch.optim.SGD, lr=0.05)"
     if isinstance(factory, Optimizer) or not callable(factory):

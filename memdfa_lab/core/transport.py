@@ -76,10 +76,9 @@ class FeedbackTransport(TorchFunctionMode):
     torch calls `__torch_function__` in place of each function that a module uses, so modules stay as they are. A module
     that multiplies by its weight with an operator of its own (x @ self.weight) is not seen; give it a linear.
 
-    Raises:
-        ValueError: For attention and bilinear layers, which have no B; for a weight that is not a parameter of the
-            model (weight_norm computes one in each forward pass); and for a trained weight that is used without a
-            graph, as in a checkpoint with use_reentrant=True. All of these would silently learn as in BP.
+    Raises ValueError for what would silently learn as in BP: attention and bilinear layers, which have no B; a weight
+    that is not a parameter of the model (weight_norm computes one in each forward pass); a trained weight that is used
+    without a graph, as in a checkpoint with use_reentrant=True.
     """
 
     def __init__(self, feedback: Feedback, model: nn.Module):

@@ -1,7 +1,8 @@
 """What all figures have in common: the looks of rules and of memory, settings, panels, legends, and how they are saved.
 
 Colours are Okabe and Ito's, safe for colour-blind eyes; each rule has its own line style and marker besides, so that a
-grey print can be read."""
+grey print can be read.
+"""
 
 import io
 import math

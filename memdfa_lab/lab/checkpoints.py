@@ -35,7 +35,12 @@ def write(
     }
     # numpy's numbers, such as a learning rate from a logspace, would be refused when they are read.
     state = pytree.tree_map_only(np.generic, np.generic.item, state, lambda part: isinstance(part, OrderedDict))
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # of a path, torch hides why it could not be written, such as a full disk
+            torch.save(state, file)
+
+    write_whole(path, save)
 
 
 def restore(

@@ -63,39 +63,22 @@ def fit(
 ) -> History:
     """Train for `epochs` epochs and return the history.
 
-    The network trains in training mode, on the device and in the dtype of its weights. Dropout draws from torch's
-    global generator, so call `torch.manual_seed` before building the rule.
+    The network trains in training mode, on the device and in the dtype of its weights. The order of the examples
+    depends on (seed, epoch) alone; dropout draws from torch's global generator, so call `torch.manual_seed` before
+    building the rule. The last batch of an epoch may be shorter. `scheduler` makes a learning-rate scheduler for an
+    optimizer; it steps once an epoch, ReduceLROnPlateau by the epoch's loss. `checkpoint`: a file that is written after
+    each epoch, every `save_every_s` seconds within one, and on Ctrl-C after the running step. If it exists, training
+    goes on where it stopped, with the result of an uninterrupted run; `overwrite=True` starts anew. `on_epoch(rule,
+    epoch)` is called after each epoch, from 1 on; the numbers that it returns by name become columns of the history.
 
     If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments and takes its part of
     every batch; `batch_size`, loss and accuracies are of the whole batch. The first rank writes the checkpoint and all
     read it; a run may go on with another number of ranks. Dropout is then drawn from (seed, epoch, batch, rank), and
     evaluation uses the first rank's BatchNorm statistics.
 
-    Args:
-        rule: A network with its learning rule and optimizers.
-        data: As `ml.datasets.load` returns it.
-        epochs: How many epochs.
-        batch_size: Examples a step; the last batch of an epoch may be shorter.
-        seed: The order of the examples depends on (seed, epoch) alone.
-        scheduler: Makes a learning-rate scheduler for an optimizer. It steps once an epoch, ReduceLROnPlateau by the
-            epoch's loss.
-        checkpoint: A file that is written after each epoch, every `save_every_s` seconds within one, and on Ctrl-C
-            after the running step. If it exists, training goes on where it stopped, with the result of an uninterrupted
-            run.
-        overwrite: Start anew although the checkpoint exists.
-        save_every_s: Seconds between two checkpoints within an epoch.
-        progress: Whether to show a progress bar.
-        on_epoch: on_epoch(rule, epoch) is called after each epoch, from 1 on. The numbers that it returns by name
-            become columns of the history.
-
-    Raises:
-        TypeError: For a rule, data or function that is none.
-        ValueError: For sizes below 1, a checkpoint that is damaged or belongs to another setting, or ranks that differ
-            in settings or weights.
-        RankLost: If another rank ends.
-        KeyboardInterrupt: On Ctrl-C, after the running step and its checkpoint.
-
-    What `rule.step` raises goes through.
+    Raises TypeError for a rule, data or function that is none; ValueError for sizes below 1, a checkpoint that is
+    damaged or belongs to another setting, or ranks that differ; RankLost if another rank ends; KeyboardInterrupt on
+    Ctrl-C, after the checkpoint; and whatever `rule.step` raises.
     """
     epochs, batch_size = check_int("epochs", epochs), check_int("batch_size", batch_size)
     seed = check_int("seed", seed, 0, LARGEST_SEED)

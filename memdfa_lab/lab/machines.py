@@ -8,8 +8,8 @@ machine. The gradient of its weights takes one more, and so does the signal to t
 MEM-DFA take e B_i, `signal`, in place of that. A machine updates its weights when it has its gradients of all
 micro-batches, so each rule makes the updates that it makes on one machine; then it begins the next batch. `wire` is how
 long activations, signals and e travel, while machines go on computing. BP's schedule is GPipe's (Huang et al. 2019):
-all
-forward, then all backward."""
+all forward, then all backward.
+"""
 
 import json
 import os

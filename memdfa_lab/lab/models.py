@@ -2,7 +2,8 @@
 
 Networks and settings are data: networks.csv beside this file, `ml.models.table()`, or `ml.models.get` for one of them.
 Settings are overridden where they are used (`ml.experiments.train`, `memdfa train`). "Chu et al." is the authors'
-public code for MEM-DFA (repository chutney42/zpp-mem); a setting named in the column `ours` is not from the source."""
+public code for MEM-DFA (repository chutney42/zpp-mem); a setting named in the column `ours` is not from the source.
+"""
 
 import csv
 import math

@@ -48,7 +48,7 @@ class Checked(BaseModel):
 
 def _in_one_line(kind: type[Checked], problem: ValidationError) -> str:
     first = problem.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
+    name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         try:
             lookup(str(kind.__doc__).partition(":")[0].lower(), name, kind.model_fields)
@@ -58,7 +58,8 @@ def _in_one_line(kind: type[Checked], problem: ValidationError) -> str:
         return f"{name} is missing: it has no default"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"{first['msg'].replace('Input should', f'{name} must', 1)}, got {first['input']!r}"
+    text = first["msg"].replace("Input should", f"{name} must", 1)
+    return f"{text if name in text else f'{name}: {text}'}, got {first['input']!r}"
 
 
 class NameOf:

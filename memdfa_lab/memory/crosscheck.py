@@ -81,13 +81,9 @@ class AllocatorTrace:
 def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> AllocatorTrace:
     """Run a step under torch.profiler and return every event of torch's CPU allocator.
 
-    Args:
-        step: Anything with a method `step`, or a function; it is called with the batch.
-        *batch: Tensors on the CPU.
-        warm_up: How many steps run before. They are recorded too, so that memory which one of them left and the step
-            frees is known; freeing older memory counts nothing, since torch does not say how large it was.
-
-    What other threads allocate is not seen.
+    `step` is anything with a method `step`, or a function; it is called with the batch. `warm_up` steps before are
+    recorded too, so that memory which one of them left and the step frees is known; freeing older memory counts
+    nothing, since torch does not say how large it was. What other threads allocate is not seen.
     """
     run = as_function(step)
     gc.collect()
@@ -133,13 +129,8 @@ def cuda_snapshot(path: str | Path, step: Any, *batch: Tensor) -> None:
 def compare(step: Any, *batch: Tensor, resident_bytes: int | None = None) -> pd.DataFrame:
     """Return a step's peak as the ledger, torch's allocators and the system see it; this runs four to six steps.
 
-    Args:
-        step: Anything with a method `step`, or a function; it is called with the batch.
-        *batch: Tensors.
-        resident_bytes: What `ml.experiments.resident_peak` returned for the same rule, network and batch.
-
-    Returns:
-        A row each: what, bytes, difference_bytes and difference_percent to the ledger, and explanation.
+    A row each: what, bytes, difference_bytes and difference_percent to the ledger, and explanation. `resident_bytes` is
+    what `ml.experiments.resident_peak` returned for the same rule, network and batch.
     """
     counted = measure(step, *batch, warm_up=1).peak_bytes
     rows = [("ledger", counted, "each storage that operations hand on to each other")]

@@ -27,9 +27,8 @@ class Visit(NamedTuple):
 class Chain:
     """The steps of one rule in chains of any number of blocks, all alike but the first and the last.
 
-    Args:
-        predict: predict(blocks) predicts the step of a chain of so many blocks.
-        segmented: Whether the rule runs forward again in round(sqrt(blocks)) segments.
+    predict(blocks) predicts the step of a chain of so many blocks. `segmented`: the rule runs forward again in
+    round(sqrt(blocks)) segments.
     """
 
     def __init__(self, predict: Callable[[int], Trace], segmented: bool = False):

@@ -45,20 +45,13 @@ def measure(
 ) -> Trace:
     """Run steps on a batch and return what they held. The results are those of steps that nobody measures, bit for bit.
 
-    Args:
-        step: Anything with a method `step`, or a function; it is called with the batch.
-        *batch: Tensors, counted under "input".
-        steps: How many steps are counted; with 0, only what is in memory between steps.
-        warm_up: How many steps run before and are not counted. A first step makes the optimizer's state and stored
-            feedback, which stay in memory from then on.
-        tensors: Returns what is in memory between steps, by category; `step.tensors` if not given.
-        run: run(func, args, kwargs) runs each operation.
+    `step` is anything with a method `step`, or a function; it is called with the batch, `steps` times. `warm_up` steps
+    before are not counted: a first step makes the optimizer's state and stored feedback, which stay in memory from then
+    on (and are all there is with `steps=0`). `tensors` returns what is in memory between steps, by category,
+    `step.tensors` if not given. The batch counts as "input". `run(func, args, kwargs)` runs each operation.
 
-    Raises:
-        TypeError: If the step cannot be called, or the batch is not of tensors.
-        ValueError: For steps or warm_up below 0.
-
-    What the step itself raises goes through; use `Ledger` to look at a step that fails.
+    Raises TypeError if the step cannot be called or the batch is not of tensors, ValueError for steps or warm_up below
+    0. What the step itself raises goes through; use `Ledger` to look at a step that fails.
     """
     check_int("steps", steps, 0)
     check_int("warm_up", warm_up, 0)
@@ -85,10 +78,8 @@ def as_function(step: Any) -> Callable[..., Any]:
 class Ledger(DispatchMode):
     """Count all that is born and freed within it; `trace()` returns the account, also after an exception.
 
-    Args:
-        resting: Returns the tensors that are in memory between steps, by category. It is called at the start, and at
-            the end for what was made in between to stay, such as an optimizer's state.
-        run: run(func, args, kwargs) runs an operation.
+    `resting` returns the tensors that are in memory between steps, by category. It is called at the start, and at the
+    end for what was made in between to stay, such as an optimizer's state. `run(func, args, kwargs)` runs an operation.
     """
 
     def __init__(self, resting: Tensors = dict, run: Run = call):

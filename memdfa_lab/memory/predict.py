@@ -60,24 +60,15 @@ def predict(
 ) -> Trace:
     """Return what `measure` would return for this rule, network and batch; nothing is computed or allocated.
 
-    It is a step in the steady state, as `measure(..., warm_up=1)` counts it: what a first step leaves behind, the
-    optimizer's state and stored feedback, is in memory already.
+    `rule`: a name, such as "memdfa", or a class. `network`: a model, which is not touched, or a function that makes
+    one, so that it need not exist: `lambda: ml.models.mlp(784, [800] * 1000, 10)`. `x_shape`: (N, ...), floats.
+    `optimizer`: SGD with learning rate 0.1 if not given. y is N whole-number labels, or floats of `y_shape` if given.
+    `options` go to the rule. It is a step in the steady state, `measure(..., warm_up=1)`: what a first step leaves
+    behind, the optimizer's state and stored feedback, is in memory already. With `steps=0` it is that alone, and no
+    step.
 
-    Args:
-        rule: A name, such as "memdfa", or a class.
-        network: A model, which is not touched, or a function that makes one, so that it need not exist:
-            `lambda: ml.models.mlp(784, [800] * 1000, 10)`.
-        x_shape: Shape of a batch of floats, (N, ...).
-        optimizer: As a rule takes it; SGD with learning rate 0.1 if not given.
-        feedback: As a rule takes it.
-        loss_fn: As a rule takes it.
-        y_shape: Shape of y if it is of floats; y is N whole-number labels if not given.
-        steps: How many steps are counted; with 0, only what is in memory between steps.
-        **options: More arguments of the rule, such as keep_bytes.
-
-    Raises:
-        TypeError: If the network is neither a model nor a function that makes one.
-        ValueError: For an unknown rule, a shape that is none, and what the rule raises.
+    Raises TypeError if the network is neither a model nor a function that makes one; ValueError for an unknown rule, a
+    shape that is none, and what the rule raises.
 
     Known limits: attention, Mish, convolutions of which only the bias learns, and Adam(foreach=True) run other
     operations without data, and differ.

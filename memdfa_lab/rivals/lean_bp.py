@@ -32,12 +32,9 @@ from memdfa_lab.core.state import OptimizerFactory
 class LeanBP(Rule):
     """What the three have in common. Only the input of each segment of blocks is kept; the backward pass runs it again.
 
-    Args:
-        segments: How many segments, at most one a block; round(sqrt(L)) if not given, 1 without checkpointing. The last
-            one is kept whole, since it would be run again at once.
-
-    The other arguments are those of `Rule`; `feedback` is not used. Raises ValueError if `segments` is not a whole
-    number from 1 on, or given without checkpointing.
+    `segments`: how many, at most one a block; round(sqrt(L)) if not given, 1 without checkpointing. The last one is
+    kept whole, since it would be run again at once. `feedback` is not used. Raises ValueError if `segments` is not a
+    whole number from 1 on, or given without checkpointing.
 
     A block whose output depends on a buffer that it changes itself (spectral_norm, but not BatchNorm) is run again with
     the changed one, as torch.utils.checkpoint has it: its gradient is then near BP's, not equal.

@@ -1,4 +1,4 @@
-"""The paper's comparison: a list of experiments (`plan`), their `runs`, `memory` tables, and what all of it says."""
+"""The paper's comparison: `plan` lists experiments, `runs` runs them, `memory` predicts, `tables` says what follows."""
 
 from memdfa_lab.batch.paper import memory as memory
 from memdfa_lab.batch.paper import plan as plan

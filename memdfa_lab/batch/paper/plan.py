@@ -3,58 +3,58 @@
 `plan.toml` beside this file is the list, in order of value.
 """
 
-import argparse
 import itertools
 import json
-import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Self
+
+import pandas as pd
+from pydantic import Field, model_validator
 
 from memdfa_lab.lab import models
-
-if TYPE_CHECKING:
-    import pandas as pd
+from memdfa_lab.lab.settings import Checked, Count, NameOf, Network, Positive, RuleName, RunSettings
 
 FEWEST = 1 / 4  # of an experiment's epochs, to fit a budget; with less it is left out
 OF_FEEDBACK = ("distribution", "scale")  # settings that BP does not have, and are not searched for it
+SCHEDULES = ("constant", "cosine")
+ScheduleName = Annotated[str, NameOf("schedule", dict.fromkeys(SCHEDULES))]
+Settings = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One network on one data set, trained by several rules.
-
-    `seeds`: for each rule, in order of value. `settings` go to `ml.experiments.make_rule`, those of `by_rule` for one
-    rule alone; the rest is the network's own. `search`: for each name of a setting the values tried on held-out
-    training images, for `search_epochs`. `images`: how many of the training images are used, the first ones; all if
-    none is named. `epoch_s`: how long an epoch takes, roughly, for a budget to reckon with. `angles`: the angle to BP
-    of each block is taken after each epoch. `goal`: the test error aimed at, in percent.
-    """
+class Experiment(Checked):
+    """Setting: of an experiment, which is one network on one data set, trained by several rules."""
 
     name: str
-    network: str
+    network: Network
     dataset: str
-    seeds: dict[str, list[int]]
-    epochs: int
-    epoch_s: float
+    seeds: dict[RuleName, list[int]] = Field(description="for each rule, in order of value")
+    epochs: Count
+    epoch_s: Positive = Field(description="how long an epoch takes, roughly, for a budget to reckon with")
     why: str
-    batch_size: int | None = None
-    images: int | None = None
-    schedule: str = "constant"
-    settings: dict[str, Any] = field(default_factory=dict)
-    by_rule: dict[str, dict[str, Any]] = field(default_factory=dict)
-    search: dict[str, list[Any]] = field(default_factory=dict)
-    search_epochs: int = 0
-    angles: bool = False
-    goal: dict[str, float] = field(default_factory=dict)
+    batch_size: Count | None = Field(None, description="None: the network's own")
+    images: Count | None = Field(None, description="training images that are used, the first ones; None: all")
+    schedule: ScheduleName = "constant"
+    settings: Settings = Field({}, description="of `ml.experiments.make_rule`; the rest is the network's own")
+    by_rule: dict[RuleName, Settings] = Field({}, description="settings of one rule alone")
+    search: dict[str, list[Any]] = Field({}, description="values of settings, tried on held-out training images")
+    search_epochs: int = Field(0, ge=0)
+    angles: bool = Field(False, description="take the angle to BP of each block after each epoch")
+    goal: dict[RuleName, float] = Field({}, description="the test error aimed at, in percent")
+
+    @model_validator(mode="after")
+    def _settings_are_known(self) -> Self:
+        for rule in self.seeds:
+            for chosen in self.tried(rule):
+                self.complete(rule, self.options(rule, chosen))
+        return self
 
     @property
     def batch(self) -> int:
         """Examples a step: its own batch size, or the network's."""
-        return models.get(self.network).batch_size if self.batch_size is None else self.batch_size
+        return self.batch_size or models.get(self.network).batch_size
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -68,21 +68,34 @@ class Experiment:
         trials = sum(len(self.tried(rule)) for rule in {searched_as(rule) for rule in self.seeds})
         return self.epoch_s * (trials * self.search_epochs + len(self.runs) * self.epochs)
 
-    def tried(self, rule: str) -> list[dict[str, Any]]:
+    def tried(self, rule: str) -> list[Settings]:
         """Return what is tried for a rule, each as settings; where nothing is searched, one empty choice."""
         searched = {name: values for name, values in self.search.items() if rule != "bp" or name not in OF_FEEDBACK}
         return [dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())]
 
-    def options(self, rule: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    def options(self, rule: str, chosen: Settings) -> Settings:
         """Return the settings of a run, as they go to `make_rule`."""
         return {**self.settings, **self.by_rule.get(rule, {}), **chosen}
 
-    def described(self, rule: str, chosen: dict[str, Any]) -> str:
-        """Return all that a run is set to, as text for a table."""
-        rest: dict[str, Any] = {"batch_size": self.batch, "schedule": self.schedule}
+    def described(self, rule: str, chosen: Settings) -> str:
+        """Return all that the plan sets in a run, as text for a table."""
+        rest: Settings = {"batch_size": self.batch, "schedule": self.schedule}
         if self.images is not None:
             rest["images"] = self.images
         return json.dumps({**self.options(rule, chosen), **rest})
+
+    def complete(self, rule: str, stated: Settings) -> Settings:
+        """Return all settings of a run of which some are stated: the rest is the network's own."""
+        ours = {name: stated[name] for name in stated if name not in ("schedule", "images")}
+        rest = {"schedule": stated.get("schedule", "constant"), "images": stated.get("images")}
+        settings = RunSettings(rule=rule, network=self.network, dataset=self.dataset, **ours)
+        return settings.completed().model_dump(exclude={"epochs"}) | rest
+
+    def has(self, rule: str, described: str) -> bool:
+        """Tell whether a run with these settings belongs to the experiment as it is now, whatever was chosen."""
+        stated = (json.loads(self.described(rule, chosen)) for chosen in self.tried(rule))
+        found = self.complete(rule, json.loads(described))
+        return any(self.complete(rule, settings) == found for settings in stated)
 
 
 @cache
@@ -92,45 +105,46 @@ def experiments() -> tuple[Experiment, ...]:
         return tuple(Experiment(**entry) for entry in tomllib.load(file)["experiment"])
 
 
-def seconds(text: str) -> float:
-    """Return a time such as 2h, 90m, 1h30m or 45s in seconds. Raises ArgumentTypeError, for the command line."""
-    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?", text.strip())
-    if not text.strip() or parts is None:
-        raise argparse.ArgumentTypeError(f"a time is given as 2h, 90m or 1h30m, got {text!r}")
-    return sum(float(value or 0) * unit for value, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-
-
 def within(wanted: Sequence[Experiment], budget_s: float) -> tuple[list[Experiment], list[str]]:
     """Return what fits into a time, and a line for each experiment that was shortened or left out.
 
-    In order of value: each whole if it fits, else with fewer epochs (a quarter at least), else not at all.
+    In order of value: each with all its epochs if it fits, else with fewer (a quarter at least), else not at all.
     """
     chosen: list[Experiment] = []
-    said = []
+    lines = []
     for one in wanted:
         left = budget_s - sum(other.seconds for other in chosen)
         of_epochs = one.epoch_s * len(one.runs) * one.epochs
         fitting = min(one.epochs, int((left - (one.seconds - of_epochs)) / of_epochs * one.epochs + 1e-9))
         if fitting < max(1, one.epochs * FEWEST):
-            said.append(f"left out: {one.name} (about {one.seconds / 60:.0f} min)")
+            lines.append(f"left out: {one.name} (about {one.seconds / 60:.0f} min)")
         else:
-            chosen.append(replace(one, epochs=fitting))
+            chosen.append(one.changed(epochs=fitting))
             if fitting < one.epochs:
-                said.append(f"shortened: {one.name}, {fitting} epochs of {one.epochs}")
-    return chosen, said
+                lines.append(f"shortened: {one.name}, {fitting} epochs of {one.epochs}")
+    return chosen, lines
 
 
-def unfinished(wanted: Sequence[Experiment], histories: "pd.DataFrame") -> list[Experiment]:
-    """Return the experiments with the seeds that have not been run for all epochs; those without any are left out."""
-    rows = histories[histories["epoch"] == histories["epochs"]]
-    ended: dict[Any, int] = rows.groupby(["experiment", "rule", "seed"])["epochs"].max().to_dict()
+def current(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of runs whose settings are those of the plan, and of experiments that it does not have."""
+    plan = {one.name: one for one in experiments()}
+    runs = table[["experiment", "rule", "settings"]].drop_duplicates()
+    kept = [name not in plan or plan[name].has(rule, text) for name, rule, text in runs.itertuples(index=False)]
+    return table.merge(runs.loc[kept])
+
+
+def unfinished(wanted: Sequence[Experiment], histories: pd.DataFrame) -> list[Experiment]:
+    """Return the experiments with the seeds that have not been run for all epochs; those without any are left out.
+
+    A run counts with the settings that the plan has now: one with another batch size is to be run again.
+    """
+    ended = histories[histories["epoch"] == histories["epochs"]]
     left = []
     for one in wanted:
-        seeds = {
-            rule: [seed for seed in seeds if ended.get((one.name, rule, seed), 0) < one.epochs]
-            for rule, seeds in one.seeds.items()
-        }
-        left.append(replace(one, seeds={rule: some for rule, some in seeds.items() if some}))
+        rows = ended[(ended["experiment"] == one.name) & (ended["epochs"] >= one.epochs)]
+        done = {(row.rule, row.seed) for row in rows.itertuples() if one.has(str(row.rule), str(row.settings))}
+        seeds = {rule: [seed for seed in seeds if (rule, seed) not in done] for rule, seeds in one.seeds.items()}
+        left.append(one.changed(seeds={rule: some for rule, some in seeds.items() if some}))
     return [one for one in left if one.seeds]
 
 

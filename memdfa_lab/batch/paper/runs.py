@@ -5,12 +5,14 @@ the same small search for every rule; then it trains on all of them, from each s
 was finished is never run again.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 
 from memdfa_lab.batch.paper import plan
@@ -19,23 +21,15 @@ from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import alignment, experiments
+from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.files import write_text
 from memdfa_lab.lab.fit import fit
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from memdfa_lab.lab.datasets import Data
-
 SEARCH_ON = 1 / 6  # of the training images, held out: 10,000 of MNIST, 8,333 of CIFAR-10
 PROBE = 500  # training images, the first ones, on which angles are taken
-SCHEDULES: dict[str, Callable[[int], Any]] = {
-    "constant": lambda epochs: None,
-    "cosine": lambda epochs: partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs),
-}
 # table -> the files of which it is made, in OUT/runs, and the columns that tell its rows apart
 TABLES = {
-    "histories": ("*/*/seed*/history.csv", ["experiment", "rule", "seed", "epochs", "epoch"]),
+    "histories": ("*/*/seed*/history.csv", ["experiment", "rule", "seed", "epochs", "settings", "epoch"]),
     "choices": ("*/*/search.csv", ["experiment", "rule", "settings", "epochs"]),
 }
 
@@ -47,12 +41,23 @@ def run(
     root: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Experiment]:
-    """Run the experiments that are not done yet, keep the tables up to date, and return what was to be run.
+    """Run the experiments that are not done yet, and keep the tables up to date.
 
-    `only`: experiments by name. OUT/histories.csv and OUT/choices.csv tell what is done; a run has a folder,
-    OUT/runs/NAME/RULE/seedS-EPOCHS, with a checkpoint from which it goes on if it was cut. The times are for a machine
-    that nobody else uses; when the budget is used up, no other run is begun.
-    Raises ValueError for an unknown name or a budget below a minute.
+    OUT/histories.csv and OUT/choices.csv tell what is done. A run has a folder, OUT/runs/NAME/RULE/seedS-EPOCHS-HASH of
+    its settings, with a checkpoint from which it goes on if it was cut.
+
+    Args:
+        out: The folder of the tables and runs.
+        only: Experiments by name; default: all.
+        budget_s: Seconds after which no other run is begun; the plan's times are for a machine that nobody else uses.
+        root: Where data sets are kept.
+        say: Called with each line of progress.
+
+    Returns:
+        The experiments that were to be run.
+
+    Raises:
+        ValueError: For an unknown name or a budget below a minute.
     """
     started, out = time.monotonic(), Path(out)
     every = {one.name: one for one in plan.experiments()}
@@ -63,8 +68,8 @@ def run(
     if len(todo) < len(wanted):
         say(f"{len(wanted) - len(todo)} of {len(wanted)} experiments are in {out / 'histories.csv'} already")
     if budget_s is not None:
-        todo, said = plan.within(todo, budget_s)
-        for line in said:
+        todo, lines = plan.within(todo, budget_s)
+        for line in lines:
             say(line)
     done_s, left_s = 0.0, sum(one.seconds for one in todo)
     for one in todo:
@@ -88,7 +93,7 @@ def run(
 
 
 def choose(
-    one: Experiment, rule: str, data: "Data", out: str | Path, say: Callable[[str], None] = print
+    one: Experiment, rule: str, data: Data, out: str | Path, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Return the settings with which the rule does best on held-out training images; looked up if it was done before.
 
@@ -96,69 +101,59 @@ def choose(
     """
     if not one.search:
         return {}
-    import pandas as pd
-
-    rule, out = plan.searched_as(rule), Path(out)
+    rule, out, epochs = plan.searched_as(rule), Path(out), one.search_epochs
     before = read(out, "choices")
-    before = before[(before["experiment"] == one.name) & (before["rule"] == rule)]
-    before = before[before["epochs"] == one.search_epochs]
-    known_already = dict(zip(before["settings"], before["held_out_accuracy"], strict=True))
+    before = before[(before["experiment"] == one.name) & (before["rule"] == rule) & (before["epochs"] == epochs)]
+    accuracies = dict(zip(before["settings"], before["held_out_accuracy"], strict=True))
     trials = {one.described(rule, settings): settings for settings in one.tried(rule)}
     rows: list[dict[str, Any]] = []
     for described, settings in trials.items():
-        if described in known_already:
-            accuracy = float(known_already[described])
-        else:
-            accuracy = _held_out_accuracy(one, rule, settings, data)
-            of, epochs = "of held-out training images", one.search_epochs
-            say(f"  {rule} with {settings}: {accuracy:.2%} {of} after {epochs} epochs")
-        columns = {"experiment": one.name, "rule": rule, "settings": described, "epochs": one.search_epochs}
-        rows.append({**columns, "held_out_accuracy": accuracy})
+        if described not in accuracies:
+            accuracies[described] = _held_out_accuracy(one, rule, settings, data)
+            of = "of held-out training images"
+            say(f"  {rule} with {settings}: {accuracies[described]:.2%} {of} after {epochs} epochs")
+        columns = {"experiment": one.name, "rule": rule, "settings": described, "epochs": epochs}
+        rows.append({**columns, "held_out_accuracy": accuracies[described]})
         write_text(out / "runs" / one.name / rule / "search.csv", pd.DataFrame(rows).to_csv(index=False))
-    return trials[max(rows, key=lambda row: row["held_out_accuracy"])["settings"]]
+    return trials[max(trials, key=accuracies.__getitem__)]
 
 
-def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], data: "Data") -> float:
+def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], data: Data) -> float:
     tried_as = "dfa" if rule == "memdfa" else rule  # the same updates, for a forward pass less
-    made = experiments.make_rule(tried_as, one.network, data, **one.options(rule, settings))
-    scheduler = lookup("schedule", one.schedule, SCHEDULES)(one.search_epochs)
-    held_out = data.holdout(SEARCH_ON)
+    learner = experiments.make_rule(tried_as, one.network, data, **one.options(rule, settings))
+    held_out, epochs = data.holdout(SEARCH_ON), one.search_epochs
     try:
-        history = fit(made, held_out, one.search_epochs, one.batch, scheduler=scheduler)
+        history = fit(learner, held_out, epochs, one.batch, scheduler=schedule(one, epochs))
     except FloatingPointError:
         return 0.0  # it ran away
     return float(history.table["test_accuracy"].iloc[-1])
 
 
-def train(
-    one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: "Data", out: str | Path
-) -> "pd.DataFrame":
-    """Train, or go on training, with what was chosen; return the history, read from its file if it was done before."""
-    import pandas as pd
+def schedule(one: Experiment, epochs: int) -> Any:
+    """Return what `fit` takes as the scheduler of an experiment; None for a constant learning rate."""
+    return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs) if one.schedule == "cosine" else None
 
-    folder = Path(out) / "runs" / one.name / rule / f"seed{seed}-{one.epochs}"
+
+def train(one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: Data, out: str | Path) -> pd.DataFrame:
+    """Train, or go on training, with what was chosen; return the history, read from its file if it was done before."""
+    settings = one.described(rule, chosen)
+    name = f"seed{seed}-{one.epochs}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    folder = Path(out) / "runs" / one.name / rule / name
     checkpoint, file = folder / "checkpoint.pt", folder / "history.csv"
     if file.exists():
         return pd.read_csv(file)
-    made = experiments.make_rule(rule, one.network, data, seed=seed, **one.options(rule, chosen))
     history = fit(
-        made,
+        experiments.make_rule(rule, one.network, data, seed=seed, **one.options(rule, chosen)),
         data,
         one.epochs,
         one.batch,
         seed=seed,
-        scheduler=lookup("schedule", one.schedule, SCHEDULES)(one.epochs),
+        scheduler=schedule(one, one.epochs),
         checkpoint=checkpoint,
         on_epoch=partial(_angles, data) if one.angles and rule != "bp" else None,
     )
-    columns: dict[str, Any] = {
-        "experiment": one.name,
-        "network": one.network,
-        "dataset": one.dataset,
-        "rule": rule,
-        "seed": seed,
-    }
-    columns |= {"epochs": one.epochs, "settings": one.described(rule, chosen)}
+    columns: dict[str, Any] = {"experiment": one.name, "network": one.network, "dataset": one.dataset}
+    columns |= {"rule": rule, "seed": seed, "epochs": one.epochs, "settings": settings}
     table = history.table.assign(**columns)
     table = table[[*columns, *(name for name in table if name not in columns)]]
     write_text(file, table.to_csv(index=False))
@@ -166,16 +161,14 @@ def train(
     return table
 
 
-def _angles(data: "Data", rule: Rule, epoch: int) -> dict[str, float]:
+def _angles(data: Data, rule: Rule, epoch: int) -> dict[str, float]:
     like = next(rule.blocks.parameters())
     x, y = data.x_train[:PROBE].to(like), data.y_train[:PROBE].to(like.device)
     return {f"angle_{block}_deg": angle for block, angle in enumerate(alignment.angles(rule, x, y), 1)}
 
 
-def read(out: str | Path, name: str) -> "pd.DataFrame":
-    """Return one of TABLES: what stands in OUT/NAME.csv, and what runs finished since; no file is no row."""
-    import pandas as pd
-
+def read(out: str | Path, name: str) -> pd.DataFrame:
+    """Return one of TABLES: the rows of OUT/NAME.csv, and of runs finished since; no file is no row."""
     pattern, key = TABLES[name]
     files = [file for file in (Path(out) / f"{name}.csv",) if file.exists()]
     files += sorted((Path(out) / "runs").glob(pattern))

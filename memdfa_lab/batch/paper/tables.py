@@ -1,29 +1,26 @@
-"""What the comparison says: made from its tables alone, in seconds."""
+"""What follows from the tables of the comparison, in seconds: test errors, goals, claims, and what is missing."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+
+from memdfa_lab.batch.notebooks import notebooks_folder
 from memdfa_lab.batch.paper import plan, runs
-from memdfa_lab.batch.reproduce import notebooks_folder
 from memdfa_lab.core.rules import RULES
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-
-def load(folder: str | Path = "reports/paper") -> dict[str, "pd.DataFrame"]:
+def load(folder: str | Path = "reports/paper") -> dict[str, pd.DataFrame]:
     """Return the tables in a folder by name, those that are not there without rows; `bench` is from its neighbour.
 
     The folder is looked for from where one is, beside the notebooks and above them: theirs are found from anywhere.
     Raises ValueError if no such folder has tables.
     """
-    import pandas as pd
-
     beside = notebooks_folder()
     for place in (Path(folder), beside / folder, beside.parent / folder):
         if (place / "depth.csv").exists():
-            tables = {name: runs.read(place, name) for name in runs.TABLES}
+            tables = {name: plan.current(runs.read(place, name)) for name in runs.TABLES}
             tables |= {name: pd.read_csv(place / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
             tables["profiles"] = tables["profiles"].fillna({"phase": ""})  # between two phases
             bench = place.parent / "bench" / "bench.csv"
@@ -34,14 +31,12 @@ def load(folder: str | Path = "reports/paper") -> dict[str, "pd.DataFrame"]:
     )
 
 
-def published() -> "pd.DataFrame":
+def published() -> pd.DataFrame:
     """Return the test errors in percent that others reached, with their source."""
-    import pandas as pd
-
     return pd.read_csv(Path(__file__).with_name("published.csv"))
 
 
-def longest(histories: "pd.DataFrame") -> "pd.DataFrame":
+def longest(histories: pd.DataFrame) -> pd.DataFrame:
     """Keep, of each experiment and rule, the runs of the most epochs that came to their end."""
     run = ["experiment", "rule", "seed", "epochs"]
     ended = histories[histories["epoch"] == histories["epochs"]]
@@ -49,7 +44,7 @@ def longest(histories: "pd.DataFrame") -> "pd.DataFrame":
     return histories.merge(ended[run].merge(most), on=run)
 
 
-def errors(histories: "pd.DataFrame") -> "pd.DataFrame":
+def errors(histories: pd.DataFrame) -> pd.DataFrame:
     """Return a row an experiment and rule: epochs, seeds, mean and standard deviation of the last test error (%)."""
     last = longest(histories).query("epoch == epochs")
     last = last.assign(error=100 * (1 - last["test_accuracy"]))
@@ -57,10 +52,8 @@ def errors(histories: "pd.DataFrame") -> "pd.DataFrame":
     return groups.agg(seeds=("seed", "size"), error=("error", "mean"), spread=("error", "std")).reset_index()
 
 
-def beside_published(histories: "pd.DataFrame") -> "pd.DataFrame":
+def beside_published(histories: pd.DataFrame) -> pd.DataFrame:
     """Return test errors (%) as text, a column a rule: ours, mean ± standard deviation (seeds), and those published."""
-    import pandas as pd
-
     found = errors(histories)
     images = {one.name: f", {one.images:,} training images" for one in plan.experiments() if one.images is not None}
     rows = []
@@ -81,10 +74,8 @@ def beside_published(histories: "pd.DataFrame") -> "pd.DataFrame":
     return table.sort_values("dataset", ascending=False, kind="stable", ignore_index=True)  # MNIST first
 
 
-def goals(histories: "pd.DataFrame") -> "pd.DataFrame":
+def goals(histories: pd.DataFrame) -> pd.DataFrame:
     """Return a row a goal of the plan: the test error (%) aimed at, the one reached, and whether it is met."""
-    import pandas as pd
-
     found = errors(histories).set_index(["experiment", "rule"])["error"].to_dict()
     rows = []
     for one in plan.experiments():
@@ -95,10 +86,8 @@ def goals(histories: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["experiment", "network", "rule", "at most (%)", "reached (%)", "met"])
 
 
-def missing(histories: "pd.DataFrame") -> "pd.DataFrame":
+def missing(histories: pd.DataFrame) -> pd.DataFrame:
     """Return a row an experiment of the plan that is not done: epochs, and the seeds of each rule yet to be run."""
-    import pandas as pd
-
     rows = [
         {"experiment": one.name, "network": one.network, "dataset": one.dataset, "epochs": one.epochs}
         | {rule: ", ".join(map(str, one.seeds.get(rule, []))) for rule in RULES}
@@ -108,28 +97,26 @@ def missing(histories: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def trials(choices: "pd.DataFrame") -> "pd.DataFrame":
+def trials(choices: pd.DataFrame) -> pd.DataFrame:
     """Return a row an experiment and rule: the settings that did best on held-out training images, and the others.
 
     As text, with the accuracy (%) after a colon; of the settings those that were varied in the experiment.
     """
-    import pandas as pd
-
     rows = []
     for experiment, tried in choices.groupby("experiment", sort=False):
         every = pd.DataFrame([json.loads(text) for text in tried["settings"]], tried.index, dtype=object)
         varied = every.loc[:, every.nunique(dropna=False) > 1]
-        tried = tried.assign(said=[" ".join(map(str, row.dropna())) for _, row in varied.iterrows()])
+        tried = tried.assign(text=[" ".join(map(str, row.dropna())) for _, row in varied.iterrows()])
         tried = tried.sort_values("held_out_accuracy", ascending=False, kind="stable")
         for (rule, epochs), group in tried.groupby(["rule", "epochs"]):
-            pairs = zip(group["said"], 100 * group["held_out_accuracy"], strict=True)
-            said = [f"{settings}: {accuracy:.2f}" for settings, accuracy in pairs]
+            pairs = zip(group["text"], 100 * group["held_out_accuracy"], strict=True)
+            texts = [f"{settings}: {accuracy:.2f}" for settings, accuracy in pairs]
             columns = {"experiment": experiment, "rule": rule, "epochs": epochs}
-            rows.append({**columns, "chosen": said[0], "others": ", ".join(said[1:])})
+            rows.append({**columns, "chosen": texts[0], "others": ", ".join(texts[1:])})
     return pd.DataFrame(rows, columns=["experiment", "rule", "epochs", "chosen", "others"])
 
 
-def same_updates(histories: "pd.DataFrame") -> tuple[int, int]:
+def same_updates(histories: pd.DataFrame) -> tuple[int, int]:
     """Return in how many runs DFA and MEM-DFA have the same losses and accuracies, and in how many both were run."""
     run = ["experiment", "seed", "epochs"]
     both = histories[histories["rule"].isin(["dfa", "memdfa"])]
@@ -142,7 +129,7 @@ def same_updates(histories: "pd.DataFrame") -> tuple[int, int]:
     return sum(alike), len(alike)
 
 
-def angles(histories: "pd.DataFrame", experiment: str) -> "pd.DataFrame":
+def angles(histories: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """Return the angles of one experiment's longest runs, a row an epoch and block.
 
     Columns: rule, seed, step (which counts epochs), block, gradient_deg. No row if no angle was taken.
@@ -155,10 +142,8 @@ def angles(histories: "pd.DataFrame", experiment: str) -> "pd.DataFrame":
     )
 
 
-def claims(tables: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":
+def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the abstract's four claims, what the tables have of each, and whether that shows it."""
-    import pandas as pd
-
     depth, histories, bench = tables["depth"], tables["histories"], tables["bench"]
     ours = depth[depth["rule"] == "memdfa"].groupby("network", sort=False)["peak_bytes"]
     growth = ours.last() / ours.first()
@@ -178,47 +163,42 @@ def claims(tables: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":
         found = errors(histories).query("rule != 'dfa'")  # which MEM-DFA stands for, too
         few = found.groupby("experiment")["seeds"].min() < 3
         lacking += [f"fewer than three seeds in {few.sum()} of {len(few)} experiments"] if few.any() else []
-    whole = on_both and not lacking
     seen = ", ".join(f"{count} network{'s' * (count > 1)} on {name}" for name, count in compared.items())
 
-    ratios = [f"{ratio:.2f} on {name}" for name, ratio in extra_time(bench).items()]
-    return pd.DataFrame(
-        [
-            (
-                "1. memory does not grow with the number of layers",
-                f"MEM-DFA's peak above rest, at {depth['depth'].max()} layers over that at {depth['depth'].min()}: "
-                + ", ".join(f"{factor:.2f} ({name})" for name, factor in growth.items()),
-                "weights rest besides, and grow",
-                "depth",
-                limits[constant],
-            ),
-            (
-                "2. the price is one more forward pass",
-                f"step time, MEM-DFA / DFA: {', '.join(ratios)}" if ratios else "not timed here: no bench.csv",
-                "on one machine" if ratios else "",
-                "time",
-                limits[bool(ratios)],
-            ),
-            (
-                "3. four rules compared on MNIST and CIFAR-10, on several networks",
-                f"all four trained: {seen or 'none'}; memory of {tables['peaks']['network'].nunique()} networks",
-                "; ".join(lacking),
-                "errors, curves, profiles",
-                "shown" if whole else limits[bool(seen)],
-            ),
-            (
-                "4. theory and experiment agree on memory",
-                f"equal: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} closed forms",
-                "closed forms are for MLPs",
-                "depth",
-                "shown" if agree else "not shown",
-            ),
+    ratios = ", ".join(f"{ratio:.2f} on {name}" for name, ratio in extra_time(bench).items())
+    factors = ", ".join(f"{factor:.2f} ({name})" for name, factor in growth.items())
+    first, last = depth["depth"].min(), depth["depth"].max()
+    columns = {
+        "claim": [
+            "1. memory does not grow with the number of layers",
+            "2. the price is one more forward pass",
+            "3. four rules compared on MNIST and CIFAR-10, on several networks",
+            "4. theory and experiment agree on memory",
         ],
-        columns=["claim", "what is seen", "limits", "figure", "verdict"],
-    )
+        "what is seen": [
+            f"MEM-DFA's peak above rest, at {last} layers over that at {first}: {factors}",
+            f"step time, MEM-DFA / DFA: {ratios}" if ratios else "not timed here: no bench.csv",
+            f"all four trained: {seen or 'none'}; memory of {tables['peaks']['network'].nunique()} networks",
+            f"equal: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} closed forms",
+        ],
+        "limits": [
+            "weights rest besides, and grow",
+            "on one machine" if ratios else "",
+            "; ".join(lacking),
+            "closed forms are for MLPs",
+        ],
+        "figure": ["depth", "time", "errors, curves, profiles", "depth"],
+        "verdict": [
+            limits[constant],
+            limits[bool(ratios)],
+            "shown" if on_both and not lacking else limits[bool(seen)],
+            "shown" if agree else "not shown",
+        ],
+    }
+    return pd.DataFrame(columns)
 
 
-def epoch_seconds(histories: "pd.DataFrame") -> "pd.DataFrame":
+def epoch_seconds(histories: pd.DataFrame) -> pd.DataFrame:
     """Return the median seconds of training an epoch, a row an experiment and a column a rule."""
     times = longest(histories).pivot_table(
         index=["experiment", "network"], columns="rule", values="seconds", aggfunc="median", sort=False
@@ -226,7 +206,7 @@ def epoch_seconds(histories: "pd.DataFrame") -> "pd.DataFrame":
     return times[[rule for rule in RULES if rule in times]].reset_index().rename_axis(columns=None)
 
 
-def extra_time(bench: "pd.DataFrame") -> dict[str, float]:
+def extra_time(bench: pd.DataFrame) -> dict[str, float]:
     """Return the step time of MEM-DFA over that of DFA, by network; none without a table of `memdfa bench`."""
     if not len(bench):
         return {}
