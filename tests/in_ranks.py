@@ -29,18 +29,14 @@ def mlp(depth=3):
 
 
 def conv():
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
-        nn.Linear(6, 5),
-    )  # fmt: skip
+    first = [nn.Conv2d(2, 4, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+    return nn.Sequential(*first, nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 5))
 
 
 def conv_batchnorm():
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=None, affine=False), nn.Tanh(), nn.Flatten(),
-        nn.Linear(16, 5),
-    )  # fmt: skip
+    first = [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    second = [nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=None, affine=False), nn.Tanh()]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(16, 5))
 
 
 def mlp_batchnorm():
@@ -61,52 +57,53 @@ def examples(n, dtype=torch.float64, seed=2):
     return torch.randn(n, 2, 6, 6, dtype=dtype, generator=generator), torch.randint(5, (n,), generator=generator)
 
 
+def learner(group, rule, net, optimizer=OPTIMIZERS["sgd"], dtype=torch.float64, seed=1, **options):
+    """Return a rule on a new network, whose ranks are the group's."""
+    found = {**ml.RULES, **ml.BASELINES}[rule](build(net, dtype, seed), optimizer, **options)
+    found.group = group
+    return found
+
+
 def outcome(rule, **more):
     state = {name: value.clone() for name, value in rule.blocks.state_dict().items()}
     return {"state": state, **more}
 
 
-def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=False, **options):
-    """Learn from batches of these sizes, this rank's part of each."""
+def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, **options):
+    """Learn from batches of these sizes, this rank's part of each, with BatchNorm's statistics over all if `sync`."""
     options |= {"clip_norm": 0.3} if optimizer == "clipped" else {}
-    made = {**ml.RULES, **ml.BASELINES}[rule](build(NETS[net], dtype), OPTIMIZERS[optimizer], **options)
-    made.group = group
+    trained = learner(group, rule, NETS[net], OPTIMIZERS[optimizer], dtype, **options)
     if sync:
-        synchronise(made.blocks, group)
+        synchronise(trained.blocks, group)
     losses = []
     for step, n in enumerate(sizes):
         x, y = examples(n, dtype, seed=step)
         mine = group.part(torch.arange(n))
-        losses.append(made.step(x[mine], y[mine]).item())
-    made.blocks.eval()
-    return outcome(made, losses=losses, output=made.blocks(x).detach())
+        losses.append(trained.step(x[mine], y[mine]).item())
+    trained.blocks.eval()
+    return outcome(trained, losses=losses, output=trained.blocks(x).detach())
 
 
 def peaks(group, rule):
     """Return this rank's peak above rest, and the gradients at it, for two depths."""
-    traces = []
-    for depth in (4, 24):
-        made = ml.RULES[rule](build(partial(mlp, depth)), OPTIMIZERS["sgd"], feedback=ml.feedback.Regenerated())
-        made.group = group
-        x, y = examples(16)
-        traces.append(ml.memory.measure(made, x, y, warm_up=1))
+    deeper = [learner(group, rule, partial(mlp, depth), feedback=ml.feedback.Regenerated()) for depth in (4, 24)]
+    traces = [ml.memory.measure(one, *examples(16), warm_up=1) for one in deeper]
     return [trace.peak_bytes for trace in traces], [trace.peak_by_category.get("gradients", 0) for trace in traces]
 
 
-def data(n=70):
+def data(tests=20, n=70):
     x, y = examples(n + 20)
-    return ml.datasets.Data("made up", x[:n], y[:n], x[n:], y[n:], torch.zeros(2, 1, 1), 1.0, classes=5)
+    return ml.datasets.Data("random", x[:n], y[:n], x[n:], y[n:], torch.zeros(2, 1, 1), 1.0, classes=5).subset(n, tests)
 
 
 def with_dropout():
     return nn.Sequential(nn.Flatten(), nn.Linear(72, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 5))
 
 
-def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_seed=1, **options):
-    """Fit; `cut`: a step after which this rank is asked to stop, as by Ctrl-C."""
-    made = ml.RULES[rule](build(make, seed=net_seed), partial(torch.optim.SGD, lr=lr, momentum=0.9))
-    made.group = group
-    steps, step = [], made.step
+def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_seed=1, tests=20, **options):
+    """Fit, and evaluate on `tests` images; `cut`: a step in which this rank is asked to stop, as by Ctrl-C."""
+    trained = learner(group, rule, make, partial(torch.optim.SGD, lr=lr, momentum=0.9), seed=net_seed)
+    steps, step = [], trained.step
 
     def counting(x, y):
         steps.append(len(x))
@@ -114,13 +111,13 @@ def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_see
             os.kill(os.getpid(), signal.SIGINT)
         return step(x, y)
 
-    made.step = counting
+    trained.step = counting
     settings = {"epochs": 3, "batch_size": 23, "checkpoint": path, "save_every_s": 1e9, **options}
     try:
-        history = ml.fit(made, data(), **settings).rows
+        history = ml.fit(trained, data(tests), **settings).rows
     except KeyboardInterrupt:
         history = "interrupted"
-    return outcome(made, history=history, steps=steps)
+    return outcome(trained, history=history, steps=steps)
 
 
 def refused(run, *arguments, **options):
@@ -139,11 +136,10 @@ def not_finite(group):
         def loss_fn(logits, y, wrong=wrong):
             return F.cross_entropy(logits, y) + (wrong(logits) if group.rank else 0)
 
-        made = ml.MemDFA(build(mlp), OPTIMIZERS["sgd"], loss_fn=loss_fn)
-        made.group = group
-        before = outcome(made)["state"]
-        problem = refused(made.step, *examples(8))
-        unchanged = all(torch.equal(value, before[name]) for name, value in made.blocks.state_dict().items())
+        rule = learner(group, "memdfa", mlp, loss_fn=loss_fn)
+        before = outcome(rule)["state"]
+        problem = refused(rule.step, *examples(8))
+        unchanged = all(torch.equal(value, before[name]) for name, value in rule.blocks.state_dict().items())
         found.append((problem, unchanged))
     return found
 
@@ -162,19 +158,19 @@ def all_cases(group, folder):
     """Run everything that two ranks in good health do; `folder` has one.pt, a checkpoint that one process wrote."""
     found = {name: learn(group, **options) for name, options in EQUAL.items()}
     found |= {("peaks", rule): peaks(group, rule) for rule in ml.RULES}
-    found["own statistics"] = learn(group, "bp", "sgd", "conv_batchnorm", [12])
+    found["own statistics"] = learn(group, "bp", "sgd", "conv_batchnorm", [12], sync=False)
     found["not finite"] = not_finite(group)
     found["finds the download"] = downloads(group, folder)
     found["fit"] = fitted(group, folder / "fit.pt")
     found["fit, one's own statistics"] = fitted(group, make=conv_batchnorm)
     found["files"] = sorted(path.name for path in folder.glob("*.pt"))
     found["two to one"] = fitted(group, folder / "two.pt", cut=6 if group.rank else None)
-    found["one to two"] = fitted(group, folder / "one.pt")
-    whole = fitted(group, make=with_dropout)
+    found["one to two"] = fitted(group, folder / "one.pt", tests=1)  # rank 1 has none
+    never_cut = fitted(group, make=with_dropout)
     torch.manual_seed(99)
     cut = fitted(group, folder / "dropout.pt", with_dropout, cut=6)
     torch.manual_seed(98)
-    found["dropout"] = whole, cut, fitted(group, folder / "dropout.pt", with_dropout)
+    found["dropout"] = never_cut, cut, fitted(group, folder / "dropout.pt", with_dropout)
     group.draw_apart(1, 2, 3)
     found["drawn"] = torch.rand(5)
     found["refused"] = {
@@ -189,8 +185,7 @@ def all_cases(group, folder):
 
 def lost(group, how):
     """Rank 1 is killed, or hangs, in its third step; say how that ended for rank 0, after how long, in which step."""
-    made = ml.MemDFA(build(mlp), OPTIMIZERS["sgd"])
-    made.group = group
+    rule = learner(group, "memdfa", mlp)
     for step in range(10):
         started = time.monotonic()
         if group.rank and step == 2:
@@ -198,36 +193,40 @@ def lost(group, how):
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(3600)
         try:
-            made.step(*examples(8))
+            rule.step(*examples(8))
         except RankLost as problem:
             return str(problem), time.monotonic() - started, step
     return "nobody was missed"
 
 
-EQUAL = {}  # name -> arguments of `learn`
-for rule in ml.RULES:
-    for optimizer in OPTIMIZERS:
-        for net in ("mlp", "conv"):  # the last batch is too small for two
-            EQUAL[f"{rule} {optimizer} {net}"] = {
-                "rule": rule,
-                "optimizer": optimizer,
-                "net": net,
-                "sizes": [12, 13, 1],
-            }
-    for net, sizes in (("conv_batchnorm", [12, 13, 1]), ("mlp_batchnorm", [12, 13, 3])):
-        of_all = {"rule": rule, "optimizer": "adamw", "net": net, "sizes": sizes, "sync": True}
-        EQUAL[f"{rule} {net}"] = of_all
-for rule in ml.BASELINES:
-    EQUAL[rule] = {"rule": rule, "optimizer": "adamw", "net": "mlp", "sizes": [12, 13]}
+EQUAL = {}  # name -> arguments of `learn`: each rule on each network, and each of both with each optimizer in turn
+for i, rule in enumerate(ml.RULES):
+    for k, net in enumerate(NETS):
+        optimizer = list(OPTIMIZERS)[(i + k) % 3]
+        last = 2 if net == "mlp_batchnorm" else 1  # too small for two ranks, but where BatchNorm needs two examples
+        EQUAL[f"{rule} {net}"] = {"rule": rule, "optimizer": optimizer, "net": net, "sizes": [12, 13, last]}
+for rule, optimizer in zip(ml.BASELINES, ["adamw", "sgd", "clipped", "adamw"], strict=True):
+    EQUAL[rule] = {"rule": rule, "optimizer": optimizer, "net": "mlp", "sizes": [12, 13]}
 # 2 images on rank 0 outweigh the filters, 1 on rank 1 does not: their gradients come in two layouts.
 EQUAL["layouts"] = {"rule": "dfa", "optimizer": "sgd", "net": "conv", "sizes": [3, 5], "dtype": torch.float32}
 EQUAL["some kept"] = {"rule": "memdfa", "optimizer": "adamw", "net": "mlp", "sizes": [12, 13], "keep_bytes": 3000}
 
 
+def threads():
+    """Count the threads of this process by which ranks talk."""
+    tasks = Path("/proc/self/task")
+    return sum("gloo" in (task / "comm").read_text() for task in tasks.iterdir()) if tasks.exists() else 0
+
+
 def well(folder):
-    """Run all cases; then rank 1 is killed."""
+    """Join for a step and part; then join again and run all cases; then rank 1 is killed."""
     with ranks() as group:
-        torch.save(all_cases(group, folder), folder / f"cases-{group.rank}")
+        learn(group, "memdfa", "sgd", "mlp", [12])
+        during = threads()
+    after, os.environ["MASTER_PORT"] = threads(), os.environ["SECOND_PORT"]
+    with ranks() as group:
+        found = all_cases(group, folder) | {"threads": (during, after)}
+        torch.save(found, folder / f"cases-{group.rank}")
         torch.save(lost(group, "killed"), folder / "killed")
 
 

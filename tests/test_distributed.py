@@ -10,74 +10,61 @@ import in_ranks
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peaks
+from reference import refuses
 
 import memdfa_lab as ml
 from memdfa_lab import cli
-from memdfa_lab.lab.distributed import Group, ranks
-from memdfa_lab.lab.machines import measure
+from memdfa_lab.lab.distributed import Group, RankLost, ranks
 
 ALONE = Group()
-QUICK = ["train", "--rule", "memdfa", "bp", "--epochs", "1", "--batch-size", "150"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def start(what, folder):
-    """Start in_ranks.py twice on this machine's loopback, as torchrun would."""
+def in_two_ranks(what, folder, timeout_s=300):
+    """Run in_ranks.py twice on this machine's loopback, as torchrun would, and return what each printed, errors last.
+
+    When rank 0 has ended, rank 1 is killed. AssertionError if rank 0 failed.
+    """
     with socket.socket() as one, socket.socket() as other:
-        ports = []
-        for probe in (one, other):
-            probe.bind(("127.0.0.1", 0))
-            ports.append(str(probe.getsockname()[1]))
-    env = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": ports[0],
-        "SECOND_PORT": ports[1],
-    }
-    env |= {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
-    command = [sys.executable, in_ranks.__file__, what, str(folder)]
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        ports = {"MASTER_PORT": str(one.getsockname()[1]), "SECOND_PORT": str(other.getsockname()[1])}
+    env = {**os.environ, **ports, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    command = [sys.executable, "-W", "error", in_ranks.__file__, what, str(folder)]
     each = [env | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    return [subprocess.Popen(command, env=one, text=True, stdout=PIPE, stderr=PIPE) for one in each]
-
-
-def end(first, second, timeout_s=300):
-    """Wait for rank 0, put an end to rank 1, and return what each printed, errors last; raise if rank 0 failed."""
+    first, second = (subprocess.Popen(command, env=one, text=True, stdout=PIPE, stderr=PIPE) for one in each)
     try:
         out, errors = first.communicate(timeout=timeout_s)
     finally:
-        for process in (first, second):
-            process.kill()
+        first.kill()
+        second.kill()
     assert first.returncode == 0, errors
     return (out, errors), second.communicate()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def both(tmp_path_factory):
-    """Return what every case gave on rank 0 and on rank 1, and the folder."""
-    folder = tmp_path_factory.mktemp("well")
-    fitted(ALONE, folder / "one.pt", cut=6)
-    end(*start("well", folder))
+    """Return what every case gave on rank 0 and on rank 1, and the folder; pytest's workers share one run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "two_ranks"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "killed").exists():  # written last
+            fitted(ALONE, folder / "one.pt", cut=6, tests=1)
+            in_two_ranks("well", folder)
     return *(torch.load(folder / f"cases-{rank}", weights_only=False) for rank in (0, 1)), folder
-
-
-@pytest.fixture(scope="module")
-def ill(tmp_path_factory):
-    """Return the folder of ranks that differ and hang, and what each printed."""
-    folder = tmp_path_factory.mktemp("ill")
-    return folder, end(*start("ill", folder))
 
 
 def assert_same(ours, theirs, rtol=1e-12, atol=1e-12):
     assert ours["state"].keys() == theirs["state"].keys()
     for name, value in theirs["state"].items():
         torch.testing.assert_close(ours["state"][name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def assert_same_history(ours, theirs):
-    table, other = (pd.DataFrame(result["history"]).drop(columns="seconds") for result in (ours, theirs))
-    pd.testing.assert_frame_equal(table, other, rtol=1e-7, atol=0)
+    if "history" in ours:
+        table, other = (pd.DataFrame(result["history"]).drop(columns="seconds") for result in (ours, theirs))
+        pd.testing.assert_frame_equal(table, other, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -92,22 +79,17 @@ def test_two_ranks_with_half_the_batch_each_are_one_process_with_all_of_it(both,
 
 
 def test_without_synchronising_each_rank_has_statistics_of_its_own(both):
-    net = build(conv_batchnorm)
-    x, y = examples(12, seed=0)
-    for half in (slice(6), slice(6, 12)):  # the first half's statistics are those of rank 0, so they come last
+    net, (x, y) = build(conv_batchnorm), examples(12, seed=0)
+    for half in (slice(6), slice(6, 12)):
         (torch.nn.functional.cross_entropy(net(x[half]), y[half]) / 2).backward()
-    expected = [(parameter - 0.1 * parameter.grad).detach() for parameter in net.parameters()]
+    expected = {name: parameter - 0.1 * parameter.grad for name, parameter in net.named_parameters()}
     for rank in (0, 1):
-        state = both[rank]["own statistics"]["state"]
-        for ours, value in zip(
-            [v for n, v in state.items() if "running" not in n and "num_" not in n], expected, strict=True
-        ):
-            torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
         alone = build(conv_batchnorm)
         alone(x[6 * rank :][:6])
-        running = [(n, v) for n, v in alone.state_dict().items() if "1.running" in n]
-        for (_, value), ours in zip(running, [v for n, v in state.items() if "0.1.running" in n], strict=True):
-            torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+        expected |= {name: value for name, value in alone.state_dict().items() if name == "1.running_mean"}
+        ours = dict(zip(alone.state_dict(), both[rank]["own statistics"]["state"].values(), strict=True))
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name], value.detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", ml.RULES)
@@ -135,7 +117,6 @@ def test_fit_on_two_ranks_gives_the_history_and_weights_of_one_process(both):
     expected = fitted(ALONE)
     for rank in (0, 1):
         assert_same(both[rank]["fit"], expected)
-        assert_same_history(both[rank]["fit"], expected)
     assert both[0]["fit"]["steps"][:4] == [12, 12, 12, 1]
     assert both[1]["fit"]["steps"][:4] == [11, 11, 11, 1]  # the last has none, and takes part all the same
     assert both[0]["files"] == ["fit.pt", "one.pt"]
@@ -144,34 +125,24 @@ def test_fit_on_two_ranks_gives_the_history_and_weights_of_one_process(both):
 def test_all_ranks_evaluate_one_network_when_statistics_are_their_own(both):
     one, other = (both[rank]["fit, one's own statistics"] for rank in (0, 1))
     assert_same(one, other, rtol=0, atol=0)
-    assert_same_history(one, other)
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(both):
+def test_a_run_goes_on_with_another_number_of_ranks(both):
     for rank in (0, 1):
-        assert both[rank]["two to one"]["history"] == "interrupted"
-        assert len(both[rank]["two to one"]["steps"]) == 7  # rank 1 was asked in the 6th: the 7th tells the others
+        cut = both[rank]["two to one"]
+        assert (cut["history"], len(cut["steps"])) == ("interrupted", 7)  # asked in the 6th: the 7th tells the others
+        assert len(both[rank]["one to two"]["steps"]) == 6
+        assert_same(both[rank]["one to two"], fitted(ALONE, tests=1))
     ours = fitted(ALONE, both[2] / "two.pt")
     assert len(ours["steps"]) == 5
-    expected = fitted(ALONE)
-    assert_same(ours, expected)
-    assert_same_history(ours, expected)
-
-
-def test_a_run_of_one_goes_on_with_two_ranks(both):
-    expected = fitted(ALONE)
-    for rank in (0, 1):
-        assert len(both[rank]["one to two"]["steps"]) == 6
-        assert_same(both[rank]["one to two"], expected)
-        assert_same_history(both[rank]["one to two"], expected)
+    assert_same(ours, fitted(ALONE))
 
 
 def test_a_run_with_dropout_that_was_cut_goes_on_bit_for_bit(both):
     for rank in (0, 1):
-        whole, cut, resumed = both[rank]["dropout"]
+        never_cut, cut, resumed = both[rank]["dropout"]
         assert cut["history"] == "interrupted"
-        assert_same(resumed, whole, rtol=0, atol=0)
-        assert_same_history(resumed, whole)
+        assert_same(resumed, never_cut, rtol=0, atol=0)
     assert not torch.equal(both[0]["drawn"], both[1]["drawn"])
 
 
@@ -184,44 +155,53 @@ def test_ranks_that_differ_are_refused_at_the_start(both, name):
         assert "\n" not in problem
 
 
-@pytest.mark.parametrize("how", ["killed", "hangs"])
-def test_a_rank_that_is_lost_ends_the_others_with_a_clear_error(request, how):
-    folder = request.getfixturevalue("both")[2] if how == "killed" else request.getfixturevalue("ill")[0]
+def test_the_first_rank_downloads_before_the_others_look(both):
+    assert [both[rank]["finds the download"] for rank in (0, 1)] == [False, True]
+
+
+def assert_lost(folder, how):
     problem, waited_s, step = torch.load(folder / how, weights_only=False)
     assert problem.startswith("rank 0 of 2 waited for the loss of another rank, which has ended or is more than")
     assert step == 2
     assert waited_s < 60  # the timeout of those of whom one is killed, and twenty times that of those of whom one hangs
 
 
-def test_the_first_rank_downloads_before_the_others_look(both):
-    first, second, _ = both
-    assert (first["finds the download"], second["finds the download"]) == (False, True)
+def test_a_rank_that_is_killed_ends_the_others_with_a_clear_error(both):
+    assert_lost(both[2], "killed")
 
 
-def test_the_command_refuses_different_seeds_in_one_line_a_rank(ill):
-    folder, printed = ill
+@pytest.mark.slow
+def test_ranks_that_differ_or_hang_end_with_one_line_each(tmp_path):
+    printed = in_two_ranks("ill", tmp_path)
+    assert_lost(tmp_path, "hangs")
     for rank, (out, errors) in enumerate(printed):
-        assert torch.load(folder / f"status-{rank}") == 2
+        assert torch.load(tmp_path / f"status-{rank}") == 2
         assert out == ""
         assert errors.startswith("memdfa: ranks differ in feedback: ")
         assert errors.count("\n") == 1
-    assert not (folder / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_trains_writes_and_prints_once(tmp_path):
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "memdfa_lab"]
-    command = [sys.executable, *run, *QUICK, "--out", str(tmp_path / "two"), "--dist-timeout", "50"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    quick = ["train", "--rule", "memdfa", "bp", "--epochs", "1", "--batch-size", "150"]
+    command = [*TORCHRUN, "-m", "memdfa_lab", *quick, "--out", str(tmp_path / "two"), "--dist-timeout", "50"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("memdfa ") == 1
-    assert done.stdout.count("histories and checkpoints are in") == 1
-    assert cli.main([*QUICK, "--out", str(tmp_path / "one")]) == 0
+    assert [done.stdout.count(text) for text in ("memdfa ", "histories and checkpoints are in")] == [1, 1]
+    assert cli.main([*quick, "--out", str(tmp_path / "one")]) == 0
     for rule in ("memdfa", "bp"):
         two, one = (pd.read_csv(tmp_path / name / rule / "history.csv") for name in ("two", "one"))
         pd.testing.assert_frame_equal(two.drop(columns="seconds"), one.drop(columns="seconds"), rtol=1e-3)
-        names = [{path.name for path in (tmp_path / number / rule).iterdir()} for number in ("one", "two")]
-        assert names[0] == names[1] >= {"checkpoint.pt", "history.csv"}
+        assert (tmp_path / "two" / rule / "checkpoint.pt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_thread_of_the_ranks_is_left_when_they_part(both):
+    """One that is left can abort the interpreter at its end."""
+    for rank in (0, 1):
+        during, after = both[rank]["threads"]
+        assert during > after == 0
 
 
 def test_without_torchrun_there_is_one_rank_and_no_process_group():
@@ -232,65 +212,15 @@ def test_without_torchrun_there_is_one_rank_and_no_process_group():
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
 def test_a_timeout_that_makes_no_sense_is_refused(timeout_s):
-    with pytest.raises(ValueError, match="the timeout must be a number of seconds above 0"), ranks(timeout_s=timeout_s):
+    with refuses(ValueError, f"above 0, got {timeout_s}"), ranks(timeout_s=timeout_s):
         pass
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_a_gpu_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device 'cuda' is not there"), ranks("cuda"):
+def test_ranks_that_never_come_and_a_gpu_that_is_not_there_are_named(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with refuses(RankLost, "not all of the 2 ranks came together within 1 s"), ranks(timeout_s=1):
         pass
-
-
-def test_ranks_that_never_come_are_missed_in_one_line(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "0")
-    with pytest.raises(RuntimeError, match=r"not all of the 2 ranks came together within 1 s"), ranks(timeout_s=1):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with refuses(ValueError, "device 'cuda' is not there"), ranks("cuda"):
         pass
-
-
-def test_traffic_is_that_of_a_ring_and_memory_is_flat_in_depth():
-    networks = ["784-[32]x4-10", "784-[32]x8-10"]
-    table = measure([1, 2], [("memdfa", network) for network in networks], batch=32)
-    assert list(table["ranks"]) == [1, 1, 2, 2]
-    for _, rows in table.groupby("ranks"):
-        assert rows["peak_bytes"].nunique() == 1
-    alone, two = table[:2], table[2:]
-    assert list(alone["sent_bytes"]) == [0, 0]
-    assert list(two["gradient_bytes"]) == [
-        4 * sum(p.numel() for p in ml.models.build(n).parameters()) for n in networks
-    ]
-    if sys.platform == "linux":
-        assert ((two["sent_bytes"] / two["gradient_bytes"]).between(1, 1.1)).all()  # 2 (R - 1) / R = 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_no_thread_of_the_ranks_is_left_when_they_part(tmp_path):
-    """One that is left can abort the interpreter at its end."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, torch\n"
-        "from memdfa_lab.lab.distributed import ranks\n"
-        "def threads():\n"
-        "    tasks = os.listdir('/proc/self/task')\n"
-        "    return sum('gloo' in open(f'/proc/self/task/{task}/comm').read() for task in tasks)\n"
-        "weight = torch.nn.Parameter(torch.ones(3))\n"
-        "with ranks() as group:\n"
-        "    weight.grad = torch.ones(3)\n"
-        "    group.sum([weight])\n"
-        "    torch.optim.SGD([weight], lr=0.1).step()\n"
-        "    during = threads()\n"
-        f"open({str(tmp_path)!r} + f'/{{group.rank}}', 'w').write(f'{{during > 0}} {{threads()}}')\n",
-        encoding="utf-8",
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run(torchrun, check=True, capture_output=True, timeout=120)
-    assert [(tmp_path / f"{rank}").read_text() for rank in (0, 1)] == ["True 0"] * 2
-
-
-def test_a_batch_that_is_too_small_for_all_ranks_is_refused():
-    with pytest.raises(ValueError, match="a batch of 3 has no example for each of 4 ranks"):
-        measure([1, 4], [("bp", "784-[32]x4-10")], batch=3)

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURE = {"image/png", "text/plain"}
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 # So that each is run in seconds; a notebook is given those that it has.
@@ -39,18 +40,6 @@ def solutions(path):
     return ["\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)) for text in folded]
 
 
-def is_picture(output):
-    return set(output.get("data", {})) == {"image/png", "text/plain"}
-
-
-@every_notebook
-def test_is_numbered_and_says_what_it_is_for(path):
-    first = read(path)[0].source
-    assert first.startswith(f"# {path.name[:2]} · ")
-    for promise in ("**What you can do afterwards:**", "**Before:**", "**Reading time:**"):
-        assert promise in first
-
-
 @every_notebook
 def test_was_executed_in_order_without_errors_and_noise(path):
     cells = code(path)
@@ -68,7 +57,10 @@ def test_was_executed_in_order_without_errors_and_noise(path):
 
 
 @every_notebook
-def test_parameters_come_first_are_checked_and_write_nothing_by_default(path):
+def test_begins_with_goals_and_parameters_that_are_checked_and_write_nothing_by_default(path):
+    first = read(path)[0].source
+    assert first.startswith(f"# {path.name[:2]} · ")
+    assert all(f"**{promise}:**" in first for promise in ("What you can do afterwards", "Before", "Reading time"))
     cells = code(path)
     assert ["parameters" in cell.metadata.get("tags", []) for cell in cells] == [True] + [False] * (len(cells) - 1)
     assert re.search(r"^out = None", cells[0].source, re.MULTILINE)
@@ -94,15 +86,15 @@ def test_figures_have_a_text_for_those_who_cannot_see_them_and_a_caption(path):
 @every_notebook
 def test_outputs_are_compared_unless_a_cell_says_so_for_a_reason(path):
     """A mark is for one cell, and only where there is something to compare: pictures are not compared anyway."""
-    ignored = [cell for cell in code(path) if "nbval-ignore-output" in cell.metadata.get("tags", [])]
     tags = {tag for cell in read(path) for tag in cell.metadata.get("tags", [])}
     assert tags <= {"parameters", "nbval-ignore-output"}
     assert not any(re.search(r"# *(NBVAL|PYTEST_VALIDATE)_", cell.source) for cell in code(path))
-    for cell in ignored:
-        assert cell.outputs, f"not executed, or nothing to ignore: {cell.source}"
-        assert not all(map(is_picture, cell.outputs)), f"nothing to ignore in: {cell.source}"
-    compared = [cell for cell in code(path) if cell.outputs and cell not in ignored]
-    assert any(not is_picture(output) for cell in compared for output in cell.outputs)
+    comparable = {True: [], False: []}  # by whether it is ignored
+    for cell in code(path):
+        ignored = "nbval-ignore-output" in cell.metadata.get("tags", [])
+        comparable[ignored].append(any(set(output.get("data", {})) != PICTURE for output in cell.outputs))
+    assert all(comparable[True]), "there is nothing to ignore"
+    assert any(comparable[False])
 
 
 @every_notebook
@@ -161,6 +153,7 @@ def tiny(path, *sources, out=None):
     return path
 
 
+@pytest.mark.slow
 def test_a_changed_number_is_noticed_and_a_time_is_not(tmp_path):
     source = 'print("peak 1234 bytes, 5.6 MiB"); print("3.2 s", object())'
     for name, peak in (("same", 1234), ("other", 1235)):
@@ -184,27 +177,19 @@ def test_a_changed_number_is_noticed_and_a_time_is_not(tmp_path):
         ("<Figure size 640x480 with 2 Axes>", "FIGURE"),
         ('<td id="T_a1b2c_row0_col1">', '<td id="T_ID_row0_col1">'),
         ("#T_a1b2c td {", "#T_ID td {"),
+        *[(text, text) for text in ("peak 1,234,567 bytes", "78.60 MiB", "2.5 samples", "784-[800]x32-10")],
+        *[(text, text) for text in ("(128, 784)", "12 steps", "s = 4 N")],
     ],
 )
-def test_what_is_noise_is_taken_out(text, left):
-    assert sanitized(text) == left
-
-
-@pytest.mark.parametrize(
-    "text", ["peak 1,234,567 bytes", "78.60 MiB", "2.5 samples", "784-[800]x32-10", "(128, 784)", "12 steps", "s = 4 N"]
-)
-def test_what_is_to_be_compared_is_not_taken_out(text):
-    assert sanitized(text) == text
-
-
-def sanitized(text):
+def test_noise_is_taken_out_and_what_is_to_be_compared_is_not(text, left):
     from nbval.plugin import get_sanitize_patterns
 
     for pattern, replacement in get_sanitize_patterns((ROOT / "tests" / "notebooks.sanitize").read_text()):
         text = re.sub(pattern, replacement, text)
-    return text
+    assert text == left
 
 
+@pytest.mark.slow
 def test_make_notebooks_runs_in_place_and_leaves_what_fails_as_it_was(tmp_path):
     good = tiny(tmp_path / "good.ipynb", "import os; os.environ['TQDM_DISABLE']", "print(1 + 1)", out="stale")
     bad = tiny(tmp_path / "bad.ipynb", "1 / 0", out="stale")

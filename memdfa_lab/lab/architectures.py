@@ -33,6 +33,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 CONVOLUTION = re.compile(r"conv(\d+)x\1\((\d+)(,valid|,nobias)?\)(?:/(\d+))?")
 SEPARABLE = re.compile(r"separable\((\d+)\)(?:/(\d+))?")
 POOLING = re.compile(r"(max|avg)pool(\d+)(?:/(\d+))?(\(ceil\))?")
+ON_IMAGES = (CONVOLUTION, SEPARABLE, POOLING, re.compile("mean|resnet(18|34|50|101|152)"))
 
 
 def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
@@ -44,6 +45,8 @@ def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
     modules: list[nn.Module] = []
     size: tuple[int, ...] = shape  # of the output so far: (C, H, W), or (n,) behind a dense layer
     for part in text.replace("classes", str(classes)).split():
+        if re.search(r"(?<!\d)0", part):
+            raise ValueError(f"each number in {part!r} must be a whole number from 1 on")
         if part.isdecimal():
             if len(size) == 3:
                 modules.append(nn.Flatten())
@@ -53,13 +56,16 @@ def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
             modules.append(nn.BatchNorm2d(size[0]) if len(size) == 3 else nn.BatchNorm1d(size[0]))
         elif part in ACTIVATIONS:
             modules.append(ACTIVATIONS[part]())
+        elif not any(pattern.fullmatch(part) for pattern in ON_IMAGES):
+            raise ValueError(f"{part!r} is not a part of a network: help(memdfa_lab.lab.architectures) lists them")
+        elif len(size) != 3:
+            raise ValueError(f"{part!r} takes images, and comes after a dense layer")
         elif part == "mean":
             modules += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
             size = size[:1]
         elif part.startswith("resnet"):
             modules += _resnet(part, size[0], classes)
-        elif len(size) != 3:
-            raise ValueError(f"{part!r} takes images, and comes after a dense layer")
+            size = (classes,)
         else:
             found = list(_on_images(part, *size))
             modules += [module for module, _ in found]
@@ -71,33 +77,33 @@ def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
 
 def _on_images(part: str, channels: int, height: int, width: int) -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
     """Yield the modules of a convolution or pooling, each with the shape (C, H, W) of its output."""
+    sides = (height, width)
     if found := CONVOLUTION.fullmatch(part):
         kernel, filters, stride = int(found[1]), int(found[2]), int(found[4] or 1)
         padding = 0 if found[3] == ",valid" else kernel // 2
-        size = (_steps(side + 2 * padding - kernel, stride) for side in (height, width))
+        size = (_windows(side + 2 * padding, kernel, stride) for side in sides)
         bias = found[3] != ",nobias"
         yield nn.Conv2d(channels, filters, kernel, stride, padding, bias=bias), (filters, *size)
     elif found := POOLING.fullmatch(part):
         kernel, stride, ceil = int(found[2]), int(found[3] or found[2]), found[4] is not None
         pool: Any = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}[found[1]]
-        size = (_steps(side - kernel, stride, ceil) for side in (height, width))
+        size = (_windows(side, kernel, stride, ceil) for side in sides)
         yield pool(kernel, stride, ceil_mode=ceil), (channels, *size)
     elif found := SEPARABLE.fullmatch(part):
         filters, stride = int(found[1]), int(found[2] or 1)
-        shape = (channels, _steps(height - 1, stride), _steps(width - 1, stride))
+        shape = (channels, *(_windows(side + 2, 3, stride) for side in sides))
         yield nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False), shape
         yield nn.BatchNorm2d(channels), shape
         yield nn.ReLU(), shape
         yield nn.Conv2d(channels, filters, 1, bias=False), (filters, *shape[1:])
         yield nn.BatchNorm2d(filters), (filters, *shape[1:])
         yield nn.ReLU(), (filters, *shape[1:])
-    else:
-        raise ValueError(f"{part!r} is not a part of a network: help(memdfa_lab.lab.architectures) lists them")
 
 
-def _steps(length: int, stride: int, ceil: bool = False) -> int:
-    """Return how many windows there are if the first one ends `length` pixels before the edge."""
-    return 1 + (math.ceil(length / stride) if ceil else length // stride)
+def _windows(side: int, kernel: int, stride: int, ceil: bool = False) -> int:
+    """Return how many windows there are along a side; with `ceil` one may go over the edge if it begins inside."""
+    rest = side - kernel
+    return 1 + (min(math.ceil(rest / stride), (side - 1) // stride) if ceil else rest // stride)
 
 
 def _resnet(name: str, channels: int, classes: int) -> list[nn.Module]:

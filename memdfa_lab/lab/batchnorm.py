@@ -4,8 +4,9 @@ For h (n, C, ...) on each rank, x = (h - mean) / sqrt(variance + eps), where mea
 examples and pixels (Ioffe and Szegedy 2015). Sums over ranks are differentiable, so autograd finds the way back.
 """
 
+from typing import Any
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,8 +57,18 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         return x if self.weight is None else torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Return the sum over ranks of (C,) numbers, through which gradients flow to all ranks."""
-        from torch.distributed.nn.functional import all_reduce  # after the ranks have joined: see `ranks`
-
-        summed: Tensor = self.group.call("BatchNorm's statistics", all_reduce, values, group=dist.group.WORLD)
+        summed: Tensor = _Sum.apply(values, self.group)
         return summed
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks of (C,) numbers, in float64; its gradient on each rank is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.total(values, "BatchNorm's statistics")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.total(gradient, "BatchNorm's gradients"), None

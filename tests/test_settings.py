@@ -1,0 +1,98 @@
+"""The table of a run's settings: values are checked by name, the network's own come in place of None."""
+
+import math
+
+import numpy as np
+import pytest
+from reference import refuses
+
+import memdfa_lab as ml
+from memdfa_lab import cli
+from memdfa_lab.lab import experiments
+from memdfa_lab.lab.settings import RunSettings
+
+OTHERS = {
+    "rule": "dfa", "network": "fc_sigmoid", "dataset": "own.npz", "root": "folder", "epochs": 2, "batch_size": 50,
+    "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce", "feedback": "shared", "distribution": "normal",
+    "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
+}  # fmt: skip
+
+
+WRONG = {
+    "epochs": [0, 1.5, True, "3"], "batch_size": [np.int64(0), [1]], "lr": [math.nan, math.inf, -0.5, "fast"],
+    "weight_decay": [-0.1], "scale": [0, math.inf], "clip_norm": [0], "seed": [-1, 2**64],
+    "device": [3], "root": [3], "rule": [None], "network": [3],
+}  # fmt: skip
+MISSPELT = {
+    "rule": ("memdf", "memdfa"), "network": ("fc_rely", "fc_relu"), "optimizer": ("adm", "adam"),
+    "loss": ("mae", "mse"), "feedback": ("store", "stored"), "distribution": ("he_norml", "he_normal"),
+    "initialisation": ("zeros", "zero"), "feedback_kind": ("share", "shared"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_refused_in_one_line_with_its_name(name, value):
+    for give in (RunSettings, RunSettings().changed):
+        with refuses(ValueError, name, str(value)):
+            give(**{name: value})
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_name_that_is_not_in_its_table_is_refused_with_the_nearest(name):
+    given, nearest = MISSPELT[name]
+    with refuses(ValueError, repr(given), f"did you mean {nearest!r}?"):
+        RunSettings(**{name: given})
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest():
+    with refuses(ValueError, "unknown setting 'epoch'", "did you mean 'epochs'?"):
+        RunSettings(epoch=3)
+
+
+def test_the_smallest_values_are_taken():
+    least = {"epochs": 1, "batch_size": 1, "lr": 0.0, "weight_decay": 0.0, "seed": 0}
+    assert dict(RunSettings(**least)).items() >= least.items()
+
+
+def test_numbers_of_numpy_are_numbers():
+    run = RunSettings(epochs=np.int64(3), lr=np.float32(0.5), scale=2)
+    assert run == RunSettings(epochs=3, lr=0.5, scale=2.0)
+    assert (type(run.epochs), type(run.lr), type(run.scale)) == (int, float, float)
+
+
+def test_feedback_has_another_name_in_notebooks_and_not_two_at_once():
+    assert RunSettings(feedback_kind="shared") == RunSettings(feedback="shared")
+    with refuses(ValueError, "feedback_kind"):
+        RunSettings(feedback_kind="shared", feedback="stored")
+
+
+def test_what_is_none_becomes_the_networks_own_setting_and_baselines_have_those_of_bp():
+    own = {"optimizer": "adam", "weight_decay": 1e-4, "loss": "cross_entropy", "distribution": "uniform"}
+    own |= {"epochs": 250, "batch_size": 128, "initialisation": "xavier_uniform"}
+    for rule in (*ml.RULES, *ml.BASELINES):
+        as_bp = rule == "bp" or rule in ml.BASELINES
+        given = RunSettings(rule=rule, network="lenet")
+        assert given.completed() == given.changed(lr=1e-3 if as_bp else 1e-4, **own)
+        starts = RunSettings(rule=rule, network="nokland_2x800").completed().initialisation
+        assert starts == ("uniform" if as_bp else "zero")
+    assert RunSettings(**OTHERS).completed() == RunSettings(**OTHERS)
+
+
+def test_every_setting_is_an_option_of_train(monkeypatch, capsys, data):
+    """With each value given and with none, the run is the one that the table describes."""
+    runs = []
+
+    def train(data, folder, overwrite, group, sync_batchnorm, **settings):
+        runs.append((RunSettings(**settings), loaded.pop()))
+        raise KeyboardInterrupt
+
+    loaded = []
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(experiments, "load_for", lambda *arguments: loaded.append(arguments) or data)
+    options = [text for name, value in OTHERS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    for arguments in (options, []):
+        assert cli.main(["train", *arguments]) == 130
+    assert OTHERS.keys() == RunSettings.model_fields.keys()
+    assert not any(getattr(RunSettings(), name) == value for name, value in OTHERS.items() if name != "device")
+    expected = RunSettings(**OTHERS), RunSettings()
+    assert runs == [(run, (run.network, run.dataset, run.root)) for run in expected]
