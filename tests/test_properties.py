@@ -118,12 +118,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def problems(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Problem:
     """Draw a chain of layers, from an input of one, two or three dimensions to CLASSES outputs."""
     shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
-    h, texts = torch.empty(2, *shape, device="meta"), []
+    h, texts, sizes = torch.empty(2, *shape, device="meta"), [], set(shape)
     for template in draw(st.lists(LAYERS, min_size=3, max_size=14)):
         layer = placed(template, h, texts)
         if layer is not None:
             texts.append(layer[0])
             h = layer[1]
+            sizes |= set(h.shape[1:])
     if h.dim() > 2:
         texts.append("nn.Flatten()")
     texts.append(f"nn.Linear({h[0].numel()}, {CLASSES})")
@@ -139,7 +140,9 @@ def problems(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.
         text = f"frozen({text}, {draw(st.lists(st.integers(0, count - 1), max_size=count - 1, unique=True))})"
     if draw(st.integers(0, 5)) == 0:
         text += ".eval()"
-    if draw(st.integers(0, 3)) == 0:
+    # Where a size is 1, several strides are right, torch takes other ones without data, and its gradient of bfloat16
+    # filters holds numbers that nobody has written.
+    if 1 not in sizes and draw(st.integers(0, 3)) == 0:
         text += ".to(memory_format=torch.channels_last)"
     least = 2 if "Norm" in text or "Residual" in text else 1
     loss, batch = draw(st.sampled_from(list(LOSSES.values()))), draw(st.integers(least, 7))
