@@ -48,11 +48,11 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-w
 test-notebooks: $(READY) ## run the notebooks, outputs compared with those committed
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) notebooks $(ARGS)
 
-test-slow: $(READY) ## the other tests: wrong rules, random networks, killed processes, a browser, the book, large networks
+test-slow: $(if $(READY),$(VENV)/.book) ## the other tests: wrong rules, random networks, killed processes, a browser, the book, large networks
 	$(PYTEST) -m slow $(ARGS)
 
 # 500 random networks a property, others each time; 20 processes killed in training and in reproduce.
-test-deep: $(READY) ## test-slow with larger numbers: an hour or more
+test-deep: $(if $(READY),$(VENV)/.book) ## test-slow with larger numbers: an hour or more
 	HYPOTHESIS_PROFILE=deep MEMDFA_FAULTS=20 MEMDFA_STEPS=20000 $(PYTEST) -m slow $(ARGS)
 
 check: $(READY) ## what a change must pass: format, lint, types, imports, tests

@@ -69,15 +69,12 @@ def versions() -> str:
 def check_parameters(namespace: dict[str, Any], **expected: Any) -> None:
     """Check the parameters of a notebook; call it in the first cell after them, with `globals()`.
 
-    Args:
-        namespace: The notebook's names.
-        expected: For each parameter a set of allowed names, a range of whole numbers, a type, a (low, high) tuple for
-            a number, a list of one of these for a non-empty list, or a tuple with None in it for something that may
-            be left out.
+    `namespace`: the notebook's names. `expected`: for each parameter a set of allowed names, a range of whole numbers,
+    a type, a (low, high) tuple for a number, a list of one of these for a non-empty list, or a tuple with None in it
+    for something that may be left out.
 
-    Raises:
-        ValueError: One line, for the first parameter that does not fit, and for a name that is no parameter; but for
-            names only in a fresh kernel: if the cells are run again, names that later ones made are there, too.
+    Raises ValueError, one line, for the first parameter that does not fit, and in a fresh kernel for a name that is no
+    parameter; in another one, names that later cells made are there, too.
     """
     shell = {"In", "Out", "exit", "quit", "get_ipython", "open"}
     given = {name: namespace[name] for name in expected}

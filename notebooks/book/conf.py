@@ -27,12 +27,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 project = html_title = PROJECT["name"]
 author = PROJECT["authors"][0]["name"]
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
-# Pages. Only notebooks/ is searched: the project's folder may hold an environment, data and builds.
+# Pages. Only these two folders are searched: the project's may hold an environment, data and builds.
 root_doc = "README"
-include_patterns = ["README.md", "CHANGELOG.md", "notebooks/[0-9]*.ipynb", "notebooks/book/*.rst"]
-exclude_patterns = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "notebooks"]
+include_patterns = ["README.md", "CHANGELOG.md", "notebooks/[0-9]*.ipynb", "notebooks/book/*.rst", "reports/index.md"]
+exclude_patterns = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("notebooks", "reports")]
 CONTENTS = """
 
 ```{toctree}
@@ -45,6 +45,7 @@ notebooks/*
 ```{toctree}
 :hidden:
 :caption: Package
+reports/index
 notebooks/book/api
 CHANGELOG
 ```
@@ -141,12 +142,12 @@ class FolderLinks(SphinxPostTransform):
 
 def report_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, object], str]]:
     """Make a page for each folder of results without one: its pictures, its short tables, what else is in it."""
-    for folder in [REPORTS, *(path for path in REPORTS.rglob("*") if path.is_dir())]:
+    for folder in filter(Path.is_dir, REPORTS.rglob("*")):
         if (folder / "index.html").exists() or (REPORTS / "runs") in (folder, *folder.parents):
             continue
         body = [f"<h1>{escape(folder.name)}</h1>"]
         links = []
-        for path in sorted(path for path in folder.iterdir() if path != REPORTS / "runs"):
+        for path in sorted(folder.iterdir()):
             name = escape(path.name)
             links.append(f'<li><a href="{name}{"/index.html" if path.is_dir() else ""}">{name}</a></li>')
             if path.suffix == ".png":
