@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pkgutil
+import copy
+import threading
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -143,28 +143,75 @@ def test_the_current_node_is_the_one_that_runs_and_none_outside_backward():
 # --------------------------------------------------------------------------------------- what sees torch's operations
 
 
-class Seen(compat.DispatchMode):
+class Seen(compat.Watcher):
     def __init__(self) -> None:
-        super().__init__()
         self.operations: list[Any] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations.append(func)
-        return func(*args, **(kwargs or {}))
+    def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        self.operations.append(operation)
+        return operation(*args, **kwargs)
 
 
-def test_a_dispatch_mode_sees_each_operation_but_those_without_modes():
-    x = torch.ones(2)
+def test_a_watcher_sees_each_operation_but_those_unwatched_and_others_within():
+    x, aten = torch.ones(2), compat.aten
     with Seen() as seen:
-        assert list(compat.active_modes()) == [seen]
+        assert compat.watchers() == (seen,)
         x + 1
-        with compat.without_modes():
-            assert list(compat.active_modes()) == []
+        with compat.unwatched():
+            assert compat.watchers() == ()
             x * 2
+        with Seen() as first:
+            x - 1
         bool(x.sum() > 0)
-    assert list(compat.active_modes()) == []
-    aten = compat.aten
-    assert seen.operations == [aten.add.Tensor, aten.sum.default, aten.gt.Scalar, compat.TRUTH_VALUE]
+        with pytest.raises(RuntimeError, match="must match"):
+            x + torch.ones(3)
+    x / 2
+    assert compat.watchers() == ()
+    ones = [aten.ones.default, aten.add.Tensor]
+    assert seen.operations == [
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.sum.default,
+        aten.gt.Scalar,
+        compat.TRUTH_VALUE,
+        *ones,
+    ]
+    assert first.operations == [aten.sub.Tensor]
+
+
+def test_torch_takes_the_operations_that_it_takes_unwatched():
+    x = torch.rand(5, requires_grad=True)
+    with Seen() as seen:
+        x.clone().sgn().cumprod(0).sum().backward()
+        x.grad = None
+        torch.maximum(x.clone(), x.detach()).sum().backward()
+    assert compat.aten.masked_fill_.Scalar in seen.operations  # under a dispatch mode it is masked_fill
+
+
+def test_a_watcher_goes_along_to_a_backward_pass_and_not_to_other_threads():
+    x, seen = torch.ones(2, requires_grad=True), Seen()
+    with seen:
+        y = (x * 2).sum()
+        before = len(seen.operations)
+        y.backward()
+        after = len(seen.operations)
+        thread = threading.Thread(target=lambda: torch.ones(2) + 1)
+        thread.start()
+        thread.join()
+    assert before < after == len(seen.operations)
+
+
+def test_parameters_and_tensors_of_another_class_can_be_made_while_watched():
+    class Named(Tensor):
+        pass
+
+    with Seen() as seen:
+        parameter = nn.Parameter(torch.ones(2))
+        assert isinstance(torch.ones(2).as_subclass(Named), Named)
+        assert isinstance(copy.deepcopy(nn.Linear(2, 2)).weight, nn.Parameter)
+    assert isinstance(parameter, nn.Parameter)
+    assert compat.aten.ones.default in seen.operations
+    assert "_make_subclass" not in vars(Tensor)
 
 
 def test_the_profiler_marks_allocations_and_tells_their_size():
@@ -179,14 +226,18 @@ def test_the_profiler_marks_allocations_and_tells_their_size():
     assert len(kept) in sizes
 
 
-def test_schemas_and_whether_an_operation_is_written_as_several():
-    assert {"", "out"} <= {schema.overload_name for schema in compat.schemas_of("aten::mm")}
-    assert compat.schemas_of("aten::no_such_operation") == []
-    assert [compat.is_composite(f"aten::{name}") for name in ("cross_entropy_loss", "linear", "mm")] == [
-        True,
-        True,
-        False,
-    ]
+def test_the_profiler_tells_overloads_apart():
+    x = torch.ones(3)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=compat.OVERLOADS_TOO) as profiler:
+        torch.where(x > 0, x, 0.0)
+    events = profiler.profiler.kineto_results.events()
+    assert {"self", "ScalarOther"} <= {event.overload_name() for event in events if event.name() == "aten::where"}
+
+
+def test_whether_an_operation_is_several_others_on_the_cpu():
+    several = {"cross_entropy_loss": True, "linear": True, "mm": False, "where.self": False, "where.ScalarOther": True}
+    several["mish_backward"] = False  # elsewhere it is
+    assert {name: compat.is_composite(f"aten::{name}") for name in several} == several
     with pytest.raises(RuntimeError):
         compat.is_composite("aten::no_such_operation")
 
@@ -194,25 +245,43 @@ def test_schemas_and_whether_an_operation_is_written_as_several():
 # ----------------------------------------------------------------------------------------- what prediction leans on
 
 
-def fused_step(parameter: nn.Parameter) -> None:
-    torch.optim.Adam([parameter], fused=True).step()
+def test_a_tensor_without_data_has_shape_and_size_and_views_and_refuses_all_else():
+    x = compat.empty_of_shape((10**6, 10**6), (10**6, 1), torch.float32, 4 * 10**12)
+    assert (x.device.type, x.shape, x.untyped_storage().nbytes()) == ("cpu", (10**6, 10**6), 4 * 10**12)
+    assert compat.storage_id(x[3:].t()) == compat.storage_id(x.detach()) == compat.storage_id(x)
+    assert compat.address(x) is None is compat.address(torch.ones(2, device="meta"))
+    assert compat.address(torch.ones(2)[1:]) % 64 == 4
+    for ask in (torch.sum, Tensor.numpy, Tensor.relu_, Tensor.data_ptr, repr, lambda x: x[0, 0].item()):
+        with pytest.raises(RuntimeError, match="part of a prediction"):
+            ask(x)
 
 
-def many_at_once(parameter: nn.Parameter) -> None:
-    nn.utils.clip_grad_norm_([parameter], 1.0, foreach=True)
+def test_a_storage_without_data_can_be_resized_and_given_to_others():
+    x = compat.empty_of_shape((3,), (1,), torch.float32, 12)
+    before, y = compat.storage_id(x), torch.empty(0)
+    for size in (40, 0, 8, 8):
+        x.untyped_storage().resize_(size)
+        assert (compat.storage_id(x), x.untyped_storage().nbytes()) == (before, size)
+    with compat.storages_replaceable(x.untyped_storage()):
+        y.set_(x.untyped_storage(), 0, (2,), (1,))
+    assert compat.storage_id(y) == before
+    for tensor in (x, y):
+        with pytest.raises(RuntimeError, match="part of a prediction"):
+            tensor.sum()
 
 
-@pytest.mark.parametrize(("name", "use"), list(zip(compat.DEVICE_LISTS, [many_at_once, fused_step], strict=True)))
-def test_a_device_list_is_asked_at_each_use(name, use):
-    devices = pkgutil.resolve_name(name)()
-    assert "cuda" in devices
-    assert "meta" not in devices
-    parameter = nn.Parameter(torch.empty(3, device="meta"))
-    parameter.grad = torch.empty_like(parameter)
-    with pytest.raises(RuntimeError, match=r"devices|meta"):
-        use(parameter)
-    with mock.patch(name, return_value=[*devices, "meta"]):
-        use(parameter)
+def test_whether_an_operation_is_told_a_device():
+    assert compat.takes_device(compat.aten.empty.memory_format)
+    assert not compat.takes_device(compat.aten.mm.default)
+
+
+def test_whether_onednn_runs_a_convolution_is_known_without_data():
+    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    for dtype, expected in ((torch.float32, True), (torch.float64, False)):
+        shapes = ((8, 3, 16, 16), (4, 3, 3, 3))
+        real = [torch.ones(shape, dtype=dtype) for shape in shapes]
+        alike = [compat.empty_of_shape(t.shape, t.stride(), dtype, t.untyped_storage().nbytes()) for t in real]
+        assert compat.is_onednns(*real, [4], *settings) == compat.is_onednns(*alike, [4], *settings) == expected
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

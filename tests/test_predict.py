@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pkgutil
 import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,8 @@ from test_memory import check_account, events, tiny_net
 from torch import Tensor, nn
 
 import memdfa_lab as ml
-from memdfa_lab.core.compat import DEVICE_LISTS
 from memdfa_lab.memory import Trace, measure, predict
 
-KNOWN_LIMIT = pytest.mark.xfail(reason="torch asks whether the tensors are on the CPU", strict=True)
 LARGE = {"epic_long_fc", "mobilenet", "resnet_34", "resnet_50", "vgg_16", "vgg_16_bn"}
 
 
@@ -138,7 +135,6 @@ class Attention(nn.Linear):
         return F.scaled_dot_product_attention(h, h, h).view(6, 4)
 
 
-@KNOWN_LIMIT
 def test_predicted_equals_measured_for_attention():
     check_net(lambda: nn.Sequential(Attention(4, 4), nn.Linear(4, 5)), (4,))
 
@@ -148,7 +144,7 @@ def test_predicted_equals_measured_for_attention():
     [
         partial(torch.optim.Adam, fused=True),
         partial(torch.optim.SGD, momentum=0.9, foreach=True),
-        pytest.param(partial(torch.optim.Adam, foreach=True), marks=KNOWN_LIMIT),
+        partial(torch.optim.Adam, foreach=True),
     ],
 )
 def test_predicted_equals_measured_for_optimizers_of_another_kind(make):
@@ -266,20 +262,19 @@ def test_a_network_too_large_for_any_machine():
 
 
 def test_what_predictions_remember_is_bounded(monkeypatch):
-    module, net = sys.modules["memdfa_lab.memory.predict"], ml.models.build("fc_relu")
+    module, net = sys.modules["memdfa_lab.memory.shapes"], ml.models.build("fc_relu")
     monkeypatch.setattr(module, "MOST_SEEN", 50)
-    monkeypatch.setattr(module._ShapesAlone, "seen", {})
+    monkeypatch.setattr(module.ShapesAlone, "seen", {})
     expected = [predict("bp", net, (batch, 1, 28, 28)).peak_bytes for batch in (3, 4)]
     for batch, peak in zip((3, 4) * 2, expected * 2, strict=True):
         assert predict("bp", net, (batch, 1, 28, 28)).peak_bytes == peak
-        assert 0 < len(module._ShapesAlone.seen) <= 50
+        assert 0 < len(module.ShapesAlone.seen) <= 50
 
 
 def test_predictions_in_several_threads_are_each_right_and_leave_nothing_patched():
     def peak(width: int) -> int:
         return predict("memdfa", lambda: ml.models.mlp(20, [width] * 3, 4), (8, 20)).peak_bytes
 
-    patched = [pkgutil.resolve_name(name) for name in DEVICE_LISTS]
     expected, interval = list(map(peak, range(3, 43))), sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -287,5 +282,4 @@ def test_predictions_in_several_threads_are_each_right_and_leave_nothing_patched
             assert list(pool.map(peak, range(3, 43))) == expected
     finally:
         sys.setswitchinterval(interval)
-    assert [pkgutil.resolve_name(name) for name in DEVICE_LISTS] == patched
-    assert not any("meta" in devices() for devices in patched)
+    assert_torch_is_clean()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from memdfa_lab.core.compat import ANY_CONVOLUTION, has_hooks, version
+from memdfa_lab.core.compat import ANY_CONVOLUTION, address, has_hooks, version
 
 WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
@@ -114,5 +114,6 @@ def _refuse_sharing(blocks: nn.Sequential) -> None:
 
 def _identities(tensor: Tensor) -> Iterator[int]:
     yield id(tensor)
-    if tensor.device.type != "meta" and tensor.numel() and type(tensor) in (Tensor, nn.Parameter):
-        yield -tensor.data_ptr()  # two parameters over one memory; negative, so that it is no id
+    place = address(tensor) if tensor.numel() and type(tensor) in (Tensor, nn.Parameter) else None
+    if place is not None:
+        yield -place  # two parameters over one memory; negative, so that it is no id

@@ -3,12 +3,15 @@
 torch may change them in any release. They are used nowhere else, and tests/test_compat.py says what is needed of each.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _EventType
+from torch._C._profiler import _EventType, _ExperimentalConfig
+from torch.library import Library, fallthrough_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
@@ -29,18 +32,11 @@ tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries
 next_node_number: Callable[[], int] = _C._autograd._get_sequence_nr
 current_node: Callable[[], Any] = _C._current_autograd_node  # the one that this thread runs; None outside backward
 
-DispatchMode = _python_dispatch.TorchDispatchMode  # sees each operation that torch runs within it
 without_modes = _python_dispatch._disable_current_modes
-active_modes = _python_dispatch._get_current_dispatch_mode_stack  # in this thread
 
 # torch.profiler's account of the allocator
 ALLOCATION = _EventType.Allocation
-schemas_of: Callable[[str], list[Any]] = _C._jit_get_schemas_for_operator
-# The devices for which an optimizer may be fused, or take many tensors at once
-DEVICE_LISTS = (
-    "torch.utils._foreach_utils._get_foreach_kernels_supported_devices",
-    "torch.optim.optimizer._get_fused_kernels_supported_devices",
-)
+OVERLOADS_TOO = _ExperimentalConfig(capture_overload_names=True)  # of the operations
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -87,8 +83,16 @@ def convolution_layout(h: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 def is_composite(operation: str) -> bool:
-    """Tell whether an operation is written as several others. Raises RuntimeError if the dispatcher lacks it."""
-    return bool(_C._dispatch_has_kernel_for_dispatch_key(operation, "CompositeImplicitAutograd"))
+    """Tell whether an operation is several others on the CPU. Raises RuntimeError if the dispatcher lacks it."""
+    own, several = (
+        _C._dispatch_has_kernel_for_dispatch_key(operation, key) for key in ("CPU", "CompositeImplicitAutograd")
+    )
+    return bool(several and not own)
+
+
+def takes_device(operation: Any) -> bool:
+    """Tell whether an operation can be told on which device to put its output."""
+    return any(argument.name == "device" for argument in operation._schema.arguments)
 
 
 def cuda_history(run: Callable[[], object]) -> Any:
@@ -99,3 +103,134 @@ def cuda_history(run: Callable[[], object]) -> Any:
         return torch.cuda.memory._snapshot()
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
+
+
+# Between autograd and the kernels torch's dispatcher has a place for C++ FakeTensor, which Python cannot switch on.
+_PLACE: Any = _C._parse_dispatch_key("Fake")
+_WATCHERS = "memdfa_lab watchers"  # where they are kept for a thread; autograd's threads are given them
+
+
+class Watcher:
+    """Within it each operation that torch runs is run by `watch`, once autograd has noted it.
+
+    A TorchDispatchMode sees the same, but where there is one torch's backward formulas take other operations.
+    """
+
+    def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        """Run operation(*args, **kwargs), which this watcher does not see again, and return its output."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        _count(1)
+        _watch_by((*watchers(), self))
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        _watch_by(watchers()[:-1])
+        _count(-1)
+
+
+def watchers() -> tuple[Watcher, ...]:
+    """Return the watchers in force in this thread; the last of them sees an operation first."""
+    return _C._get_obj_in_tls(_WATCHERS) if _C._is_key_in_tls(_WATCHERS) else ()
+
+
+def _watch_by(inner: tuple[Watcher, ...]) -> None:
+    _C._stash_obj_in_tls(_WATCHERS, inner)
+    _C._dispatch_tls_set_dispatch_key_included(_PLACE, bool(inner))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Let nothing see the operations within, neither watchers nor dispatch modes."""
+    inner = watchers()
+    _watch_by(())
+    try:
+        with without_modes():
+            yield
+    finally:
+        _watch_by(inner)
+
+
+def _seen(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    inner = _C._get_obj_in_tls(_WATCHERS)
+    _watch_by(inner[:-1])
+    try:
+        return inner[-1].watch(operation, args, kwargs)
+    finally:
+        _watch_by(inner)
+
+
+_LIBRARIES = Library("_", "IMPL"), Library("aten", "IMPL", "Fake")  # what they register is there as long as they are
+_LIBRARIES[0].fallback(_seen, "Fake")
+# Two functions take a view in C++, for a tensor of another class, and Python must not have met it: `as_subclass`, ...
+_LIBRARIES[1].impl("alias", fallthrough_kernel)
+
+
+def _made_unseen(*args: Any, **kwargs: Any) -> Tensor:  # ... and the one behind nn.Parameter
+    with unwatched():
+        return _C.TensorBase._make_subclass(*args, **kwargs)
+
+
+def _count(change: int) -> None:
+    """Note so many more watchers in force, in any thread, and replace a function of torch while there is one."""
+    global _in_force
+    tensor: Any = Tensor
+    with _LOCK:
+        _in_force += change
+        if _in_force:
+            tensor._make_subclass = staticmethod(_made_unseen)
+        else:
+            del tensor._make_subclass
+
+
+_LOCK, _in_force = Lock(), 0
+
+
+# Tensors that say that they are on the CPU, and have no data
+_CPU, _NOWHERE = torch.device("cpu"), 1
+_NO_DATA = "this tensor has a shape and no data, since it is part of a prediction: only operations of torch may use it"
+
+
+class _StorageWithoutData(torch.UntypedStorage):
+    def resize_(self, size: int) -> None:
+        own: Any = self
+        with storages_replaceable(own):
+            for part in (0, size):  # torch swaps what is of the same size or none
+                own._swap_data_ptr_(_C._construct_storage_from_data_pointer(_NOWHERE, _CPU, part))
+
+
+def empty_of_shape(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, size_bytes: int) -> Tensor:
+    """Return a CPU tensor over a storage that says it has this size, and has no memory.
+
+    Who asks for the data, outside of a watcher that answers instead, gets a RuntimeError.
+    """
+    storage = _C._construct_storage_from_data_pointer(_NOWHERE, _CPU, size_bytes)
+    storage.__class__ = _StorageWithoutData
+    tensor = torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
+    _C._set_storage_data_ptr_access_error_msg(storage._cdata, _NO_DATA)
+    return tensor
+
+
+@contextmanager
+def storages_replaceable(*storages: torch.UntypedStorage) -> Iterator[None]:
+    """Let these storages, where they have no data, be given to other tensors, or be resized, within."""
+    locked = {storage._cdata for storage in storages if isinstance(storage, _StorageWithoutData)}
+    for key in locked:
+        _C._clear_storage_data_ptr_access_error_msg(key)
+    try:
+        yield
+    finally:
+        for key in locked:
+            _C._set_storage_data_ptr_access_error_msg(key, _NO_DATA)
+
+
+def address(tensor: Tensor) -> int | None:
+    """Return where the tensor's data are in memory; None if it has none."""
+    return None if tensor.is_meta or isinstance(tensor.untyped_storage(), _StorageWithoutData) else tensor.data_ptr()
+
+
+def is_onednns(input: Tensor, weight: Tensor, bias_sizes: Any, *settings: Any) -> bool:
+    """Tell whether oneDNN runs this convolution on the CPU; the tensors may be without data."""
+    backend = _C._select_conv_backend(input, weight, None, *settings, bias_sizes)
+    return bool(backend == _C._ConvBackend.Mkldnn)

@@ -1,7 +1,7 @@
 """A step's memory, counted: every storage that is born or freed in it, in order, to the byte.
 
-A TorchDispatchMode sees each operation that torch runs. A storage that comes out of one for the first time was born
-there; a weak reference tells when it is freed. Views and in-place operations use the storage of another tensor and
+A watcher (`core.compat`) sees each operation that torch runs. A storage that comes out of one for the first time was
+born there; a weak reference tells when it is freed. Views and in-place operations use the storage of another tensor and
 count nothing. What an operation allocates and frees inside itself is not seen (`memory.crosscheck` sees that too).
 """
 
@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from threading import get_ident
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from memdfa_lab.core import phases
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.compat import DispatchMode, active_modes, current_node, next_node_number, node_number, storage_id
+from memdfa_lab.core.compat import Watcher, current_node, next_node_number, node_number, storage_id, watchers
 from memdfa_lab.memory.trace import Event, Storage, Trace
 
 Tensors = Callable[[], Mapping[str, Iterable[Tensor]]]  # tensors by category
@@ -33,6 +32,7 @@ BORN_IN = {
     "local gradient": "error",
 }
 SILENT = ("prim::", "profiler::")  # questions and markers, not operations
+WITHOUT_MEMORY = "aten::_efficientzerotensor"  # zeros that are nowhere
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
@@ -75,7 +75,7 @@ def as_function(step: Any) -> Callable[..., Any]:
     return take_step
 
 
-class Ledger(DispatchMode):
+class Ledger(Watcher):
     """Count all that is born and freed within it; `trace()` returns the account, also after an exception.
 
     `resting` returns the tensors that are in memory between steps, by category. It is called at the start, and at the
@@ -83,7 +83,6 @@ class Ledger(DispatchMode):
     """
 
     def __init__(self, resting: Tensors = dict, run: Run = call):
-        super().__init__()
         self.resting, self.run = resting, run
         self.events: list[Event] = []
         self.resting_bytes: dict[str, int] = {}
@@ -106,10 +105,8 @@ class Ledger(DispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, problem, traceback)
+    def __exit__(self, *problem: object) -> None:
+        super().__exit__(*problem)
         phases.listeners.remove(self)
         for category, tensors in self.resting().items():
             for tensor in tensors:
@@ -124,7 +121,7 @@ class Ledger(DispatchMode):
     # run this step's backward pass, have our mode.
 
     def _is_ours(self) -> bool:
-        return get_ident() == self._thread or self in active_modes()
+        return get_ident() == self._thread or self in watchers()
 
     def enter(self, name: str, block: int | None) -> None:
         if self._is_ours():
@@ -146,8 +143,7 @@ class Ledger(DispatchMode):
 
     # What torch does.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def watch(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.name().partition(".")[0]
         if name.startswith(SILENT):
             return func(*args, **kwargs)
@@ -161,7 +157,7 @@ class Ledger(DispatchMode):
             if seen is None:
                 given = name != "aten::lift_fresh" and key in map(storage_id, tensors_in((args, kwargs)))
                 category = BORN_IN.get(self._phases[-1][0], "workspace")
-                seen = self._watch(tensor, category, "outside" if given else "born")
+                seen = self._watch(tensor, category, "outside" if given or name == WITHOUT_MEMORY else "born")
                 self._note(seen.size_bytes, seen, node)
             elif seen.size_bytes != size_bytes:  # resized
                 change, seen.size_bytes = size_bytes - seen.size_bytes, size_bytes
