@@ -50,7 +50,7 @@ class ShapesAlone(Watcher):
             return 1
         if operation.is_view:  # needs no data
             return operation(*args, **kwargs)
-        key = (operation, _shapes(args), _shapes(kwargs), torch.get_default_dtype())
+        key = (operation, _shapes(args), _shapes(kwargs), torch.get_default_dtype(), torch.is_grad_enabled())
         make_again = self.seen.get(key)
         if make_again is not None:
             return make_again(args, kwargs)
@@ -106,7 +106,10 @@ def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
         both = [value.float() if value.dim() == 4 else value for value in args[:2]]  # images of any precision
         return torch.empty_like(out, memory_format=convolution_layout(*both))
     if operation is aten.convolution_backward.default and args[-1][1:] == [False, True] and is_onednns(*on_cpu[1:-1]):
-        return out[0], torch.empty_like(args[2]), out[2]  # oneDNN makes the gradient of frozen filters as well
+        filters = args[2] if args[2].dim() > 3 else args[2].unsqueeze(2)  # oneDNN makes theirs as well
+        return out[0], torch.empty_like(filters), out[2]
+    if operation is aten.mkldnn_rnn_layer.default:
+        return *out[:3], torch.empty(_onednns_workspace(on_cpu), dtype=torch.uint8, device=META)
     if operation in REDUCED and not out.dim():
         return torch.empty_like(args[0]).resize_(())
     if (
@@ -114,9 +117,27 @@ def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
     ):  # the precision of mean and deviation, which eval mode does not have
         dtype = next(value.dtype for value in (args[1], args[3], args[0]) if value is not None)
         return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
+    if operation is aten.native_layer_norm.default:  # so, too
+        return out[0], *[value.to((args[0] if args[2] is None else args[2]).dtype, copy=True) for value in out[1:]]
     if operation is aten.native_batch_norm_backward.default:  # gradients that were not asked for
         return tuple(part if wanted else None for part, wanted in zip(out, args[-1], strict=True))
+    pointwise = torch.Tag.pointwise in operation.tags and operation is not aten.clone.default
+    if pointwise and _are_plain(tensors_in([args, kwargs]), out):
+        return torch.empty_like(out, memory_format=torch.contiguous_format)  # images of one pixel are so, and otherwise
     return out
+
+
+def _are_plain(given: list[Tensor], out: Any) -> bool:
+    """Tell whether all that an operation was given is contiguous and has the shape of its output, a new tensor."""
+    shape = out.shape if isinstance(out, Tensor) else None
+    return shape is not None and all(one is not out and one.shape == shape and one.is_contiguous() for one in given)
+
+
+def _onednns_workspace(args: Any) -> int:
+    """Return how many bytes oneDNN keeps of a recurrent layer for its gradient: it alone knows, and is given zeros."""
+    zeros = tree_map_only(Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), args)
+    workspace = aten.mkldnn_rnn_layer.default(*zeros)[3]
+    return 0 if workspace is None else int(workspace.numel())
 
 
 def _shapes(value: Any) -> Any:
