@@ -125,6 +125,7 @@ class Odd(nn.Module):
         return h * 1
 
 
+@pytest.mark.filterwarnings("ignore:no test has shown")
 def test_predicted_equals_measured_whatever_a_block_does():
     check_net(lambda: nn.Sequential(Odd(), Odd(), Odd(), nn.Linear(4, 5)), (4,), EVERY_RULE)
 
@@ -162,7 +163,7 @@ class Offset(nn.Linear):
         return torch.tanh(super().forward(h) + self.offset)
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated", "ignore:no test has shown")
 @pytest.mark.parametrize("make", [Offset, lambda: nn.utils.weight_norm(nn.Linear(8, 8))])
 def test_a_model_that_holds_plain_tensors_is_predicted_and_kept(make):
     """weight_norm's weight is one, too: it is worked out in each forward pass."""

@@ -4,6 +4,7 @@ The tensors say that they are on the CPU, so that torch takes the operations tha
 worked out on torch's meta device.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from memdfa_lab.core.compat import (
     tree_map_only,
 )
 from memdfa_lab.memory.ledger import tensors_in
+from memdfa_lab.memory.proved import PROVED
 
 META = torch.device("meta")
 MOST_SEEN = 2_000  # operations whose output is remembered
@@ -43,6 +45,7 @@ class ShapesAlone(Watcher):
     """
 
     seen: ClassVar[dict[Any, MakeAgain]] = {}
+    warned: ClassVar[set[str]] = set()
 
     def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
         """Return the output of operation(*args, **kwargs), without data."""
@@ -59,6 +62,15 @@ class ShapesAlone(Watcher):
             with storages_replaceable(*storages, *[tensor.untyped_storage() for tensor in tensors_in(args)]):
                 return operation(*args, **kwargs)
         out = _without_running(operation, args, kwargs)
+        given, name = set(map(storage_id, tensors_in([args, kwargs]))), operation.name()
+        takes_memory = any(storage_id(tensor) not in given for tensor in tensors_in(out))
+        if takes_memory and name not in PROVED and name not in self.warned:
+            self.warned.add(name)
+            warnings.warn(
+                f"no test has shown that the memory of {name} is predicted to the byte: compare with ml.memory.measure "
+                "on a batch that fits",
+                stacklevel=2,
+            )
         make_again = _recipe(out, args, kwargs)
         if make_again is not None and key[1:3] == (_shapes(args), _shapes(kwargs)):  # out=... may be resized
             if len(self.seen) >= MOST_SEEN:
