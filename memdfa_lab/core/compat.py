@@ -25,6 +25,7 @@ ANY_BATCH_NORM = _BatchNorm
 has_global_hooks = _has_any_global_hook  # whether torch calls hooks for every module
 copying_view = aten._unsafe_view  # a reshaped tensor that autograd takes for one of its own: in-place changes are safe
 TRUTH_VALUE = aten._local_scalar_dense.default  # the operation by which a tensor becomes a number, as in `if tensor:`
+SUM = aten.add.Tensor
 
 tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries, with what is of a type replaced
 

@@ -3,6 +3,9 @@
 A watcher (`core.compat`) sees each operation that torch runs. A storage that comes out of one for the first time was
 born there; a weak reference tells when it is freed. Views and in-place operations use the storage of another tensor and
 count nothing. What an operation allocates and frees inside itself is not seen (`memory.crosscheck` sees that too).
+
+Torch must take the operations that it takes when nobody watches. One is other: where gradients meet, autograd adds the
+second to the first in place, unless Python knows the storage of the first. Such a sum is counted as if in place.
 """
 
 import time
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from memdfa_lab.core import phases
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.compat import Watcher, current_node, next_node_number, node_number, storage_id, watchers
+from memdfa_lab.core.compat import SUM, Watcher, current_node, next_node_number, node_number, storage_id, watchers
 from memdfa_lab.memory.trace import Event, Storage, Trace
 
 Tensors = Callable[[], Mapping[str, Iterable[Tensor]]]  # tensors by category
@@ -88,6 +91,8 @@ class Ledger(Watcher):
         self.resting_bytes: dict[str, int] = {}
         self._storages: dict[int, Storage] = {}  # by storage_id, while they live
         self._alive: dict[int, Any] = {}  # weak references to them
+        self._nodes: dict[int, int | None] = {}  # which node of autograd's graph each was born in
+        self._sum: tuple[int, int, int] | None = None  # the storages of the first term and the sum, when it was made
         self._operations, self._name = 0, ""
         self._phases: list[tuple[str, int | None]] = [("", None)]
         # In the backward pass, a node's number tells which block's forward pass made it.
@@ -158,13 +163,26 @@ class Ledger(Watcher):
                 given = name != "aten::lift_fresh" and key in map(storage_id, tensors_in((args, kwargs)))
                 category = BORN_IN.get(self._phases[-1][0], "workspace")
                 seen = self._watch(tensor, category, "outside" if given or name == WITHOUT_MEMORY else "born")
+                self._nodes[key] = node and node_number(node)
                 self._note(seen.size_bytes, seen, node)
+                if func is SUM and node is not None and not torch.is_grad_enabled():
+                    self._note_sum(storage_id(args[0]), key, node)
             elif seen.size_bytes != size_bytes:  # resized
                 change, seen.size_bytes = size_bytes - seen.size_bytes, size_bytes
                 self._note(change, seen, node)
             if accumulates:
                 self._set_category("gradients", tensor)
         return out
+
+    def _note_sum(self, first: int, key: int, node: Any) -> None:
+        """Note a sum that may be of gradients that meet: the first is of another node, or of one that goes twice there.
+
+        If so, nobody else has the first, and it is freed at once.
+        """
+        storage, edges = self._storages.get(first), node.next_functions
+        may_meet = first in self._nodes and (self._nodes[first] != node_number(node) or len(set(edges)) < len(edges))
+        if may_meet and storage is not None and storage.size_bytes == self._storages[key].size_bytes > 0:
+            self._sum = first, key, len(self.events)
 
     def _set_category(self, category: str, tensor: Tensor) -> None:
         storage = self._storages.get(storage_id(tensor))
@@ -180,7 +198,12 @@ class Ledger(Watcher):
 
     def _freed(self, key: int, reference: Any) -> None:
         del self._alive[key]
-        storage = self._storages.pop(key)
+        storage, self._sum, made = self._storages.pop(key), None, self._sum
+        self._nodes.pop(key, None)
+        if made is not None and made[0] == key and made[2] == len(self.events):
+            self.events.pop()
+            self._storages[made[1]] = storage
+            return
         self._note(-storage.size_bytes, storage, current_node())
 
     def _note(self, change: int, storage: Storage, node: Any) -> None:
