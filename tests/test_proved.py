@@ -189,6 +189,16 @@ def test_recurrent_layers_and_attention_are_predicted(layer, dtype, rule):
     assert same(Problem(layer, make, (3, 4), dtype=dtype), rule, "adamw")
 
 
+@pytest.mark.parametrize("rule", ["bp", "memdfa", "last_layer"])
+def test_pooling_in_one_dimension_is_predicted_with_and_without_a_graph(rule):
+    def make() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv1d(2, 4, 3), nn.MaxPool1d(2), nn.Tanh(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(4, 5)
+        )
+
+    assert same(Problem("pool", make, (2, 6)), rule)
+
+
 # Optimizers and losses whose operations no other test here meets
 ADAMS = [partial(torch.optim.Adam, foreach=True, amsgrad=True), partial(torch.optim.Adam, fused=True)]
 OTHERS = [partial(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True), partial(torch.optim.RMSprop, centered=True)]

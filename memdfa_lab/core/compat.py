@@ -173,16 +173,29 @@ def _made_unseen(*args: Any, **kwargs: Any) -> Tensor:  # ... and the one behind
         return _C.TensorBase._make_subclass(*args, **kwargs)
 
 
+_max_pool1d = torch.max_pool1d
+
+
+def _max_pooled(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Without a graph torch pools in no operation that can be seen: it takes memory, and reads the data."""
+    if address(input) is not None or not input.numel() or (input.requires_grad and torch.is_grad_enabled()):
+        return _max_pool1d(input, *args, **kwargs)
+    with unwatched():
+        shape = _max_pool1d(torch.empty(input.shape, device="meta"), *args, **kwargs).shape
+    return torch.empty(shape, dtype=input.dtype)
+
+
 def _count(change: int) -> None:
-    """Note so many more watchers in force, in any thread, and replace a function of torch while there is one."""
+    """Note so many more watchers in force, in any thread, and replace two functions of torch while there is one."""
     global _in_force
     tensor: Any = Tensor
     with _LOCK:
         _in_force += change
         if _in_force:
-            tensor._make_subclass = staticmethod(_made_unseen)
+            tensor._make_subclass, torch.max_pool1d = staticmethod(_made_unseen), _max_pooled
         else:
             del tensor._make_subclass
+            torch.max_pool1d = _max_pool1d
 
 
 _LOCK, _in_force = Lock(), 0
