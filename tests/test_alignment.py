@@ -129,7 +129,6 @@ def test_below_90_degrees_a_small_step_lowers_the_loss_and_above_it_raises_it():
     for sign in (1, -1):
         learner, x, y = linear("dfa", widths=(8, 12, 5))
         learner.blocks[1].requires_grad_(False)  # so that the first block alone decides
-        learner.parameters[1], learner.optimizers[1] = [], None
         learner.feedback.matrices[("block", 0)] *= sign
         angle = angles(learner, x, y)[0]
         learner.optimizers[0].param_groups[0]["lr"] = 1e-3

@@ -39,7 +39,7 @@ def ignores_logits(logits: Tensor, y: Tensor) -> Tensor:
 
 X, Y = MLP.x, MLP.y
 BATCHES = {
-    "a list": (X.tolist(), Y, TypeError, "x must be a dense tensor (N, ...) of real numbers, got a list"),
+    "a list": (X.tolist(), Y, TypeError, "x must be one tensor (N, ...), got a list"),
     "numpy": (X.numpy(), Y, TypeError, "use torch.as_tensor"),
     "nothing": (None, Y, TypeError, "got a NoneType"),
     "complex": (X.cfloat(), Y, TypeError, "torch.complex64"),

@@ -3,7 +3,8 @@
 torch may change them in any release. They are used nowhere else, and tests/test_compat.py says what is needed of each.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._C._profiler import _EventType
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _python_dispatch, _pytree
 
 aten = torch.ops.aten
@@ -58,6 +60,11 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def parts_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the module's own parameters and its own modules by name, in the dictionaries that it keeps."""
+    return module._parameters, module._modules
+
+
 def node_number(node: Any) -> int:
     """Return the number of a node of autograd's graph."""
     return int(node._sequence_nr())
@@ -71,8 +78,23 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether the optimizer has hooks of its own around its step."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Tell whether hooks of the optimizer, or of all optimizers, run around its step, or that is not torch's own."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return True
+    return not inspect.unwrap(optimizer.step).__module__.startswith("torch.optim.")  # a scheduler wraps it
+
+
+def saved_by(node: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a node of autograd's graph keeps for its gradient."""
+    if hasattr(node, "saved_tensors"):  # of an autograd.Function
+        yield from (tensor for tensor in node.saved_tensors if tensor is not None)
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            value = getattr(node, name)
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, Tensor):
+                    yield item
 
 
 def check_input_dim(norm: Any, h: Tensor) -> None:

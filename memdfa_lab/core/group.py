@@ -1,6 +1,7 @@
 """The processes that train one network together: here one process alone, with nothing to exchange."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,9 +11,16 @@ class Group:
 
     rank, size = 0, 1
 
-    def reduce_loss(self, loss: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of the whole batch, 0-d, and this process's rows of its e = dloss/dlogits, (n, C)."""
-        return loss, e
+    share = 1.0  # by how much this process's gradients of the loss's other terms count in the sum over all
+
+    def error(
+        self, compute: Callable[[Tensor, Any], tuple[Tensor, Tensor]], logits: Tensor, y: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of the whole batch, 0-d, and this process's rows of its e = dloss/dlogits, (n, C).
+
+        compute(logits, y) returns the loss and e of some rows.
+        """
+        return compute(logits, y)
 
     def start_sum(self, parameters: Sequence[Tensor], update: Callable[[], None]) -> None:
         """Begin to sum these parameters' gradients over the processes, and call `update` when that is done."""

@@ -122,8 +122,9 @@ def _signals(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
 @contextmanager
 def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
     """Give a rule whose step leaves the gradients in the weights and changes none; put back what it does change."""
+    rule.follow_model()
     twin = _apart(rule)  # the same network
-    twin.optimizers = [None for _ in rule.optimizers]
+    twin.optimizers, twin.loss_optimizer = [None for _ in rule.optimizers], None
     twin.feedback = _apart(rule.feedback)
     gradients = [(p, p.grad) for p in rule.blocks.parameters()]
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
@@ -162,9 +163,9 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
     check_batch(x)
     found, h = [], x
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
-        _, e = rule.error(forward_without_trace(rule.chain, x), y)
         twin = _apart(rule)
-        twin.feedback = _apart(rule.feedback)
+        twin.feedback, twin.loss_optimizer = _apart(rule.feedback), None
+        _, e = twin.error(forward_without_trace(rule.chain, x), y)
         for i, (block, weights) in enumerate(zip(rule.blocks, rule.parameters, strict=True)):
             out = block(h)
             signal, u = twin.signal(i, e).shaped_like(out.detach()), torch.zeros_like(out, requires_grad=True)

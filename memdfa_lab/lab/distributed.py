@@ -55,7 +55,10 @@ class Group(group.Group):
 
     # What a rule needs: `core.group` says what each method does.
 
-    def reduce_loss(self, loss: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    def error(
+        self, compute: Callable[[Tensor, Any], tuple[Tensor, Tensor]], logits: Tensor, y: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, e = compute(logits, y)
         if self.size == 1:
             return loss, e
         n = 0 if self.idle else len(e)

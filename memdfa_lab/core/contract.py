@@ -1,0 +1,182 @@
+"""What a step asks of the network and the loss, seen before anything is taught.
+
+A rule takes the network as it is at the start of each step: `Watched` notices what has been replaced since the rule was
+made. The first step with a batch of a new shape is rehearsed: all blocks and the loss run on a copy of the batch, and
+what they change is restored. So what cannot be trained is refused while weights, buffers, the optimizer's state,
+generators and the caller's batch are as they were.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memdfa_lab.core.blocks import run_block
+from memdfa_lab.core.compat import DispatchMode, parts_of, storage_id, without_modes
+from memdfa_lab.core.local import ByAutograd, block_gradient
+from memdfa_lab.core.recompute import generators_restored, other_generators_restored, state_restored
+
+
+class Watched:
+    """A model's modules and parameters, to notice when one has been replaced, frozen or unfrozen."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._parts = [(held, dict(held)) for part in model.modules() for held in parts_of(part) if held]
+        self._parameters = list(model.parameters())
+        self._learn = [parameter.requires_grad for parameter in self._parameters]
+
+    def check(self) -> bool:
+        """Return whether a parameter has been frozen or unfrozen since the last look.
+
+        Raises ValueError if a module or a parameter is another one than before.
+        """
+        for held, before in self._parts:
+            if len(held) != len(before) or any(held.get(name) is not part for name, part in before.items()):
+                raise ValueError(
+                    f"the model has changed since the rule was made: {self._first_change(held, before)}; make the rule "
+                    "again after changing the model, or change weights in place"
+                )
+        learn = [parameter.requires_grad for parameter in self._parameters]
+        changed, self._learn = learn != self._learn, learn
+        return changed
+
+    def _first_change(self, held: dict[str, Any], before: dict[str, Any]) -> str:
+        name = next(name for name in [*before, *held] if held.get(name) is not before.get(name))
+        where = [path for path, part in self.model.named_modules() if any(held is kept for kept in parts_of(part))]
+        what = "is gone" if name not in held else "is new" if name not in before else "is another one"
+        return f"{'.'.join(filter(None, [*where[:1], name]))} {what}"
+
+
+def rehearse(
+    chain: Sequence[nn.Module], x: Tensor, loss: Callable[[Tensor], object], loss_fn: object, teaches_blocks: bool
+) -> None:
+    """Run the blocks on a copy of x (N, ...), and the loss on their output, and restore what that changes.
+
+    `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: each block is taught on its own. Raises
+    TypeError, ValueError or RuntimeError that names the block, what came in, and what is wrong.
+    """
+    made = _Made()
+    with without_modes(), made, generators_restored(x.device), other_generators_restored():
+        h, lengths = x.detach().clone(), []
+        for i, block in enumerate(chain):
+            with state_restored(block):
+                h = _run(i, block, h, teaches_blocks)
+            lengths.append(rows(h))
+        if teaches_blocks:
+            check_lengths(chain, lengths)
+        made.watch(h)
+        with state_restored(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext():
+            loss(h)
+    if made.read:
+        raise ValueError(
+            f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: no gradient "
+            "would come from it, only from the logits; make it part of them"
+        )
+
+
+def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool) -> Tensor:
+    """Return block i's output on h, checked."""
+    try:
+        if not teaches_blocks:
+            return run_block(block, h)
+        gradient = block_gradient(block, h)
+        if not isinstance(gradient, ByAutograd):
+            return gradient.output()
+        graph = gradient.forward_with_graph()
+        if not graph.is_floating_point():
+            raise TypeError(f"it puts out {graph.dtype}, which takes no signal: use a dtype such as float32")
+        learns = any(parameter.requires_grad for parameter in block.parameters())
+        if learns and not graph.requires_grad and storage_id(graph) != storage_id(h):
+            raise RuntimeError(
+                "it puts out a tensor without a graph, so that it would never learn: set use_reentrant=False in its "
+                "checkpoint, or leave torch.no_grad out"
+            )
+        return graph.detach()
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as problem:
+        kind = next(kind for kind in (TypeError, ValueError, IndexError, RuntimeError) if isinstance(problem, kind))
+        dtype = next((parameter.dtype for parameter in block.parameters()), h.dtype)
+        hint = f" (its weights are {dtype}: x must be so too)" if i == 0 and dtype != h.dtype else ""
+        raise kind(
+            f"block {i}, {type(block).__name__}, does not take a batch of shape {tuple(h.shape)} and {h.dtype}{hint}; "
+            f"no weight was changed: {' '.join(str(problem).split())}"
+        ) from problem
+
+
+def rows(h: Tensor) -> int:
+    """Return the length of dimension 0; 0 if there is none."""
+    return len(h) if h.dim() else 0
+
+
+def check_lengths(chain: Sequence[nn.Module], lengths: Sequence[int]) -> None:
+    """Raise ValueError if the outputs of the blocks, which have these lengths, are not as long as the last one."""
+    if len(set(lengths)) > 1:
+        i, length = next((i, length) for i, length in enumerate(lengths) if length != lengths[-1])
+        raise ValueError(
+            f"block {i}, {type(chain[i]).__name__}, puts out {length} rows, and e has {lengths[-1]}: each example must "
+            "stay one row of dimension 0 through all blocks; put what joins or splits examples into the last block"
+        )
+
+
+def two_sums(logits: Tensor) -> tuple[float, float]:
+    """Return the sum and the norm of the logits: enough to notice other ones, without keeping them in memory."""
+    return logits.sum().item(), torch.linalg.vector_norm(logits).item()
+
+
+def warn_if_other(sums: tuple[float, float], logits: Tensor) -> bool:
+    """Warn, and return True, if the second pass's logits have other sums than the first's, beyond rounding."""
+    total, norm = two_sums(logits)
+    near = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * max(norm, sums[1])
+    other = abs(norm - sums[1]) > near or abs(total - sums[0]) > near * logits.numel() ** 0.5
+    if other:
+        warnings.warn(
+            f"the second forward pass gave other logits than the first (norm {norm:.6g}, before {sums[1]:.6g}), so the "
+            "updates are not DFA's: ml.check(rule, x, y) says which block differs; DFA, and MemDFA with "
+            "keep_bytes=math.inf, run each block once",
+            stacklevel=3,
+        )
+    return other
+
+
+class _Made(DispatchMode):
+    """Note which tensors operations make; from `watch` on, which of these are read, other than the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, Any] = {}  # weak references to storages, by storage_id
+        self.read: list[tuple[int, ...]] = []  # shapes
+        self.watching = False
+
+    def watch(self, logits: Tensor) -> None:
+        self.alive = {key: made for key, made in self.alive.items() if made() is not None}
+        self.alive.pop(storage_id(logits), None)
+        self.watching = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tensors_in((args, kwargs or {}))
+        if self.watching:
+            self.read += [tuple(tensor.shape) for tensor in given if storage_id(tensor) in self.alive]
+        out = func(*args, **(kwargs or {}))
+        if not self.watching:
+            old = {*map(storage_id, given)}
+            for tensor in tensors_in(out):
+                if storage_id(tensor) not in old:
+                    self.alive[storage_id(tensor)] = weakref.ref(tensor.untyped_storage())
+        return out
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an operation's arguments, or in what it returns."""
+    if isinstance(value, Tensor):  # with another layout it has several storages, each a tensor of its own
+        return [value] if value.layout is torch.strided else []
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
