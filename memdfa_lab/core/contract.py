@@ -8,13 +8,14 @@ generators and the caller's batch are as they were.
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.core.blocks import parts_of as chained
 from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.compat import DispatchMode, parts_of, storage_id, without_modes
 from memdfa_lab.core.local import ByAutograd, block_gradient
@@ -61,37 +62,48 @@ def rehearse(
     TypeError, ValueError or RuntimeError that names the block, what came in, and what is wrong.
     """
     made = _Made()
-    with without_modes(), made, generators_restored(x.device), other_generators_restored():
+    with without_modes(), made, ExitStack() as stack:
+        stack.enter_context(generators_restored(x.device))
+        stack.enter_context(other_generators_restored())
         h, lengths = x.detach().clone(), []
         for i, block in enumerate(chain):
-            with state_restored(block):
-                h = _run(i, block, h, teaches_blocks)
+            made.used.clear()
+            stack.enter_context(state_restored(block))
+            h = _run(i, block, h, teaches_blocks, made.used)
             lengths.append(rows(h))
         if teaches_blocks:
             check_lengths(chain, lengths)
         made.watch(h)
-        with state_restored(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext():
+        if isinstance(loss_fn, nn.Module):
+            stack.enter_context(state_restored(loss_fn))
+        try:
             loss(h)
+        except ValueError:
+            if not made.read:
+                raise
+        made.watching = False  # what follows restores state
     if made.read:
         raise ValueError(
-            f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: no gradient "
-            "would come from it, only from the logits; make it part of them"
+            f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: a gradient comes from the logits "
+            "alone; make it part of them"
         )
 
 
-def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool) -> Tensor:
-    """Return block i's output on h, checked."""
+def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, used: Set[int]) -> Tensor:
+    """Return block i's output on h, checked. `used` gets the storages that it reads."""
     try:
         if not teaches_blocks:
-            return run_block(block, h)
+            return run_block(block, h).detach()
         gradient = block_gradient(block, h)
         if not isinstance(gradient, ByAutograd):
             return gradient.output()
         graph = gradient.forward_with_graph()
-        if not graph.is_floating_point():
-            raise TypeError(f"it puts out {graph.dtype}, which takes no signal: use a dtype such as float32")
-        learns = any(parameter.requires_grad for parameter in block.parameters())
-        if learns and not graph.requires_grad and storage_id(graph) != storage_id(h):
+        if not graph.is_floating_point() or not graph.dim():
+            raise TypeError(
+                f"it puts out {tuple(graph.shape)} {graph.dtype}, which takes no signal: use (N, ...) floats"
+            )
+        learns = any(p.requires_grad and storage_id(p) in used for p in block.parameters())
+        if learns and not graph.requires_grad:  # a block that does not use its weights rests
             raise RuntimeError(
                 "it puts out a tensor without a graph, so that it would never learn: set use_reentrant=False in its "
                 "checkpoint, or leave torch.no_grad out"
@@ -104,7 +116,7 @@ def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool) -> Tensor:
         dtype = next((parameter.dtype for parameter in block.parameters()), h.dtype)
         hint = f" (its weights are {dtype}: x must be so too)" if i == 0 and dtype != h.dtype else ""
         raise kind(
-            f"block {i}, {type(block).__name__}, does not take a batch of shape {tuple(h.shape)} and {h.dtype}{hint}; "
+            f"block {i}, {describe(block)}, does not take a batch of shape {tuple(h.shape)} and {h.dtype}{hint}; "
             f"no weight was changed: {' '.join(str(problem).split())}"
         ) from problem
 
@@ -115,13 +127,18 @@ def rows(h: Tensor) -> int:
 
 
 def check_lengths(chain: Sequence[nn.Module], lengths: Sequence[int]) -> None:
-    """Raise ValueError if the outputs of the blocks, which have these lengths, are not as long as the last one."""
+    """Raise ValueError if the outputs of the blocks, which have these lengths, are not all as long as e."""
     if len(set(lengths)) > 1:
-        i, length = next((i, length) for i, length in enumerate(lengths) if length != lengths[-1])
+        i = next(i for i in range(1, len(chain)) if lengths[i] != lengths[i - 1])
         raise ValueError(
-            f"block {i}, {type(chain[i]).__name__}, puts out {length} rows, and e has {lengths[-1]}: each example must "
-            "stay one row of dimension 0 through all blocks; put what joins or splits examples into the last block"
+            f"block {i}, {describe(chain[i])}, makes {lengths[i]} rows of {lengths[i - 1]}: a block's signal has e's "
+            f"rows, {lengths[-1]}, so join or split examples in the first block or in the loss; no weight was changed"
         )
+
+
+def describe(block: nn.Module) -> str:
+    """Return the kinds of modules that a block runs."""
+    return " + ".join(type(part).__name__ for part in chained(block))
 
 
 def two_sums(logits: Tensor) -> tuple[float, float]:
@@ -150,6 +167,7 @@ class _Made(DispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, Any] = {}  # weak references to storages, by storage_id
+        self.used: set[int] = set()  # what operations have been given, by storage_id
         self.read: list[tuple[int, ...]] = []  # shapes
         self.watching = False
 
@@ -160,13 +178,13 @@ class _Made(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tensors_in((args, kwargs or {}))
+        self.used.update(map(storage_id, given))
         if self.watching:
             self.read += [tuple(tensor.shape) for tensor in given if storage_id(tensor) in self.alive]
         out = func(*args, **(kwargs or {}))
         if not self.watching:
-            old = {*map(storage_id, given)}
             for tensor in tensors_in(out):
-                if storage_id(tensor) not in old:
+                if storage_id(tensor) not in map(storage_id, given):
                     self.alive[storage_id(tensor)] = weakref.ref(tensor.untyped_storage())
         return out
 
