@@ -84,8 +84,8 @@ def rehearse(
         made.watching = False  # what follows restores state
     if made.read:
         raise ValueError(
-            f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: a gradient comes from the logits "
-            "alone; make it part of them"
+            f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: a gradient comes from the "
+            "logits alone; make it part of them"
         )
 
 
@@ -102,19 +102,22 @@ def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, used: Set[in
             raise TypeError(
                 f"it puts out {tuple(graph.shape)} {graph.dtype}, which takes no signal: use (N, ...) floats"
             )
-        learns = any(p.requires_grad and storage_id(p) in used for p in block.parameters())
-        if learns and not graph.requires_grad:  # a block that does not use its weights rests
+        weights = [p for p in block.parameters() if p.requires_grad and storage_id(p) in used]
+        if weights and not graph.requires_grad:  # a block that does not use its weights rests
             raise RuntimeError(
                 "it puts out a tensor without a graph, so that it would never learn: set use_reentrant=False in its "
                 "checkpoint, or leave torch.no_grad out"
             )
+        if weights:
+            torch.autograd.grad(graph, weights, torch.zeros_like(graph), allow_unused=True)
         return graph.detach()
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as problem:
         kind = next(kind for kind in (TypeError, ValueError, IndexError, RuntimeError) if isinstance(problem, kind))
         dtype = next((parameter.dtype for parameter in block.parameters()), h.dtype)
-        hint = f" (its weights are {dtype}: x must be so too)" if i == 0 and dtype != h.dtype else ""
+        about_types = i == 0 and dtype != h.dtype and "type" in str(problem)
+        hint = f" (its weights are {dtype}: x must be so too)" if about_types else ""
         raise kind(
             f"block {i}, {describe(block)}, does not take a batch of shape {tuple(h.shape)} and {h.dtype}{hint}; "
             f"no weight was changed: {' '.join(str(problem).split())}"

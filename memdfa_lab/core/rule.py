@@ -110,7 +110,8 @@ class Rule(ABC):
         if x.is_meta or shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed):
             return
         with self.transport():
-            contract.rehearse(self.chain, x, partial(self._loss_and_error, y=y), self.loss_fn, self.teaches_blocks)
+            loss = partial(self._checked_error, self._loss_and_error, y=y)
+            contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks)
         self._terms = None
         self._rehearsed |= {kind, shape}
 
@@ -152,19 +153,20 @@ class Rule(ABC):
         Parameters of the loss learn at once. The gradients of penalties on weights are formed in `update`.
         """
         with phase("error"):
-            loss, e = self.group.error(self._loss_and_error, logits, y)
-            check_finite(
-                "the loss or its gradient is not finite (so is a mean over no label, where all are ignored)", loss, e
-            )
-            if self._terms is not None:
-                self._terms.check()
-                if self.loss_optimizer is not None:
-                    own = state.learning(self.loss_fn)
-                    self._terms.add(terms.OWN, self.group.share)
-                    self.group.sum(own)
-                    self.loss_optimizer.step()
-                    self.loss_optimizer.zero_grad(set_to_none=True)
+            loss, e = self._checked_error(partial(self.group.error, self._loss_and_error), logits, y)
+            if self._terms is not None and self.loss_optimizer is not None:
+                self._terms.add(terms.OWN, self.group.share)
+                self.group.sum(state.learning(self.loss_fn))
+                self.loss_optimizer.step()
+                self.loss_optimizer.zero_grad(set_to_none=True)
             return loss, e
+
+    def _checked_error(self, compute: Any, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+        loss, e = compute(logits, y)
+        check_finite("the loss or its gradient is not finite (as is a mean over no label, if all are ignored)", loss, e)
+        if self._terms is not None:
+            self._terms.check()
+        return loss, e
 
     def _loss_and_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
         loss, e, self._terms = terms.loss_and_error(self.loss_fn, logits, y, self._owners)
