@@ -20,7 +20,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.core.rules import FA
-from memdfa_lab.core.transport import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, FeedbackTransport
+from memdfa_lab.core.through_b import SETTINGS
+from memdfa_lab.core.transport import FeedbackTransport
 
 SGD = OPTIMIZERS["sgd"]
 saved = partial(checkpoint, use_reentrant=False)
@@ -60,7 +61,7 @@ def between_linears(run: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...]
 # ----------------------------------------------------------------------------------------------------- the oracle
 
 
-FUNCTIONS = (F.linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+FUNCTIONS = (F.linear, *SETTINGS)
 
 
 @contextmanager
@@ -174,6 +175,12 @@ PASSES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], dict[s
         lambda u, h: torch.stack([*map(u.a, h)]),
         (2, 5),
         {"a": lambda: nn.Conv1d(2, 3, 3, stride=2)},
+    ),
+    "an operation of torch.ops": (lambda u, h: torch.ops.aten.add.Tensor(h, u.a), (3, 4), {"a": (4,)}),
+    "an order": (
+        lambda u, h: h.index_select(1, u.order),
+        (4,),
+        {"order": lambda: nn.Parameter(torch.arange(4).flip(0), False)},
     ),
     "code book": (code_book, (8,), {"W": (3, 8)}),
     "numbers of a weight": (lambda u, h: h * len(u.W) + float(u.W.norm().detach()), (8,), {"W": (3, 8)}),
@@ -317,6 +324,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     ),
     "broadcast product": (lambda u, h: (h[:, :, None] * u.W).sum(1), W, ("mul", "1.0.W")),
     "gate times token": (lambda u, h: h.sum(1, keepdim=True) * u.W[0], W, ("mul", "1.0.W")),
+    "number times token": (lambda u, h: torch.addcmul(h, u.W[0], h[:, :1]), W, ("addcmul", "1.0.W")),
     "outer division": (lambda u, h: (h[:, None] / u.W).sum(-1), W, ("div", "1.0.W")),
     "transposed": (lambda u, h: h @ u.W.t(), W, ("matmul", "1.0.W")),
     "property": (lambda u, h: h @ u.W.mT, W, ("matmul", "1.0.W")),

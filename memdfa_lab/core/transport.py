@@ -1,23 +1,23 @@
-"""Linear and convolution whose gradient to the input goes through B: feedback alignment (Lillicrap et al. 2016).
+"""FA knows what it can carry and refuses the rest: each linear and convolution sends the error back through its B.
 
-BP sends the error through the transposed weights ("weight transport"), dL/dx = W^T dL/da. FA sends it through a fixed
-random B instead. Only that one product differs; the gradients of weight and bias are BP's, and the forward pass runs
-once.
+Whatever else a network computes, autograd differentiates as in BP. That is right for what has no weight, and for a
+weight that is added or scales entry by entry, as FA in the literature has biases and norms. Any other function of a
+weight would send the error back through it, so that FA would silently be BP.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from memdfa_lab.core.compat import aten, copying_view, run_backward, saved_tensors_hooks, transforms_active
+from memdfa_lab.core.compat import run_backward, saved_tensors_hooks, transforms_active
 from memdfa_lab.core.feedback import Feedback
+from memdfa_lab.core.through_b import SETTINGS, GetB, Linear, convolution
 
 # Functions, by name, that may take a weight beside the tensors that the error goes back to. They pass it on as it is,
 ADDING = {"add", "sub", "subtract", "rsub", "where", "maximum", "minimum"}
@@ -28,60 +28,7 @@ SCALING |= {"prelu", "batch_norm", "instance_norm", "layer_norm", "group_norm", 
 # or to the first tensor alone: of the second they take the form.
 LIKENING = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 
-LISTS = {list, tuple}
-GetB = Callable[[], Tensor]  # called in the backward pass, when the matrix is needed
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-TRANSPOSED_CONVOLUTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-# The settings that these take after the weight, in order
-CONVOLUTION = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-TRANSPOSED = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-
-
-class _Linear(torch.autograd.Function):
-    """a = x W^T + b with dL/dx = dL/da B; x (..., in), W and B (out, in)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, get_B: GetB) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.get_B = get_B
-        if x.dim() == 2:
-            return F.linear(x, W, b)
-        out = F.linear(x.reshape(-1, x.shape[-1]), W, b)
-        return copying_view(out, (*x.shape[:-1], len(W)))  # what follows may work in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        dx = grad @ ctx.get_B() if ctx.needs_input_grad[0] else None
-        dW = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        db = flat.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, dW, db, None
-
-
-class _Convolution(torch.autograd.Function):
-    """Any convolution, transposed ones too, with B, of the filters' shape, in the gradient to the input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, get_B: GetB, settings: tuple[Any, ...]) -> Tensor:
-        ctx.save_for_backward(x, W)
-        ctx.get_B, ctx.settings = get_B, settings
-        ctx.bias_sizes = None if b is None else list(b.shape)
-        return torch.convolution(x, W, b, *settings)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W = ctx.saved_tensors
-        need_x, need_W, need_b = ctx.needs_input_grad[:3]
-        backward = aten.convolution_backward
-        dx = dW = db = None
-        if need_x:
-            dx = backward(grad, x, ctx.get_B(), None, *ctx.settings, [True, False, False])[0]
-        if need_W or need_b:
-            _, dW, db = backward(grad, x, W, ctx.bias_sizes, *ctx.settings, [False, need_W, need_b])
-        return dx, dW, db, None, None
+LISTS = {list, tuple}  # asked of each argument: isinstance takes longer
 
 
 class FeedbackTransport(TorchFunctionMode):
@@ -94,9 +41,9 @@ class FeedbackTransport(TorchFunctionMode):
     one, since the error would go back through what was once learned; a buffer does not: it is as fixed as B.
 
     Raises ValueError for what would silently learn as in BP: a weight in a function that FA does not know (recurrent
-    layers, attention, x @ self.weight), or one that scales an entry into several; a linear or convolution whose weight
-    is not a parameter of the model; a trained weight that is used without a graph, as in a checkpoint with
-    use_reentrant=True, or out of sight, as in TorchScript.
+    layers, attention, x @ self.weight), or that scales one entry into several; a linear or convolution whose weight is
+    not a parameter of the model; a trained weight that is used without a graph, as in a checkpoint with
+    use_reentrant=True, or out of sight, as in TorchScript. A product written as repeat, scale and sum is not noticed.
     """
 
     def __init__(self, feedback: Feedback, model: nn.Module):
@@ -129,7 +76,7 @@ class FeedbackTransport(TorchFunctionMode):
             if id(parameter) not in self.seen and parameter.requires_grad and parameter.grad is not None:
                 for _, each in self.parameters:
                     each.grad = None
-                raise self._no_B(j, "what it does not see (autograd.Function, torch.func, TorchScript)")
+                raise self._no_B(j, "what it does not see (autograd.Function, torch.func, TorchScript, checkpoint)")
 
     def backward(self, func: Any, out: Tensor, **settings: Any) -> None:
         """Run out.backward, and what a checkpoint runs again within this mode."""
@@ -152,7 +99,7 @@ class FeedbackTransport(TorchFunctionMode):
         taken = list(_tensors([args, *kwargs.values()]))
         others = [tensor for tensor in taken if tensor.requires_grad and id(tensor) not in self.weights]
         j = next(self.weights[id(tensor)] for tensor in taken if id(tensor) in self.weights)
-        kind = func.__name__.strip("_").partition(".")[0]
+        kind = str(getattr(func, "__name__", func)).strip("_").partition(".")[0]
         out = func(*args, **kwargs)
         made = list(_tensors([args[0] if kind == "setitem" else out]))
         if not made:
@@ -186,9 +133,7 @@ class FeedbackTransport(TorchFunctionMode):
 
     def _get_B(self, weight: Tensor, bias: Tensor | None) -> GetB:
         if transforms_active():
-            raise ValueError(
-                "FA has no B within torch.vmap and torch.func: call the layer on the batch, or use MEM-DFA"
-            )
+            raise ValueError("FA has no B within torch.vmap or torch.func: leave that away, or use DFA or MEM-DFA")
         key = id(weight)
         j = self.weights.get(key)
         if j is None or key in self.computed:
@@ -209,32 +154,17 @@ class FeedbackTransport(TorchFunctionMode):
 
     def linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Run F.linear."""
-        return _Linear.apply(input, weight, bias, self._get_B(weight, bias))
+        return Linear.apply(input, weight, bias, self._get_B(weight, bias))
 
     def convolution(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
         """Run a convolution of torch, `func`."""
-        if input.dim() < weight.dim():  # one example, without a batch
-            return self.convolution(func, input[None], weight, *args, **named)[0]
-        defaults = TRANSPOSED if func in TRANSPOSED_CONVOLUTIONS else CONVOLUTION
-        given = {**defaults, **dict(zip(defaults, args, strict=False)), **named}
-        dims = weight.dim() - 2
-        stride, dilation = (_per_axis(given[name], dims) for name in ("stride", "dilation"))
-        padding = given["padding"]
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            padding = [t // 2 for t in total]
-            if any(t % 2 for t in total):  # an odd total: one more on the far side, as in torch
-                input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
-        output_padding = _per_axis(given.get("output_padding", 0), dims)
-        settings = (stride, _per_axis(padding, dims), dilation, defaults is TRANSPOSED, output_padding, given["groups"])
-        return _Convolution.apply(input, weight, given["bias"], self._get_B(weight, given["bias"]), settings)
+        given = {**SETTINGS[func], **dict(zip(SETTINGS[func], args, strict=False)), **named}
+        return convolution(func, self._get_B(weight, given["bias"]), input, weight, given)
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: FeedbackTransport.linear,
-    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS), FeedbackTransport.convolution),
+    **dict.fromkeys(SETTINGS, FeedbackTransport.convolution),
     torch.autograd.grad: FeedbackTransport.gradient,
     Tensor.backward: FeedbackTransport.backward,
 }
@@ -247,8 +177,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
         elif isinstance(value, Tensor) and value.is_floating_point():
             yield value
-
-
-def _per_axis(value: int | Sequence[int], dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
