@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+from memdfa_lab import memory
 from memdfa_lab.core.rules import FA
 from memdfa_lab.core.through_b import SETTINGS
 from memdfa_lab.core.transport import FeedbackTransport
@@ -397,6 +398,27 @@ def test_fa_refuses_a_weight_through_which_it_would_send_the_error_as_bp_does(na
     rule = make_rule("fa", problem, storage="regenerated")
     with refuses_and_keeps(rule, ValueError, *hints, "MEM-DFA"):
         rule.step(problem.x, problem.y)
+
+
+def test_a_checkpoint_takes_less_memory_in_fa_as_predicted():
+    def peaks(run: Callable[[Any, Tensor], Tensor]) -> set[int]:
+        rule = make_rule("fa", between_linears(run, (200,), a=lambda: nn.Linear(200, 200)))
+        x, y = torch.ones(300, 7), torch.zeros(300, dtype=torch.long)
+        rule.step(x, y)
+        predicted = memory.predict("fa", rule.blocks, x_shape=(300, 7), optimizer=SGD)
+        return {memory.measure(rule, x, y).peak_bytes, predicted.peak_bytes}
+
+    def layers(unit: Any, h: Tensor) -> Tensor:
+        return unit.a(unit.a(h).tanh()).tanh()
+
+    def keeping(unit: Any, h: Tensor) -> Tensor:
+        return layers(unit, layers(unit, h))
+
+    def saving(unit: Any, h: Tensor) -> Tensor:
+        return saved(partial(layers, unit), saved(partial(layers, unit), h))
+
+    (plain,), (less,) = peaks(keeping), peaks(saving)
+    assert less < plain
 
 
 def test_a_weight_is_forgotten_with_its_tensor_and_the_mode_with_its_step():
