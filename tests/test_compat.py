@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.core import compat
 
@@ -138,6 +140,51 @@ def test_the_current_node_is_the_one_that_runs_and_none_outside_backward():
     assert compat.current_node() is None
     assert seen[0] is not None
     assert seen[1].name().endswith("AccumulateGrad")
+
+
+def test_saved_tensors_hooks_are_there_within_a_checkpoint_alone():
+    seen = []
+
+    def run(h: Tensor) -> Tensor:
+        seen.append(compat.saved_tensors_hooks(False))
+        return h.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(run, run(x), use_reentrant=False)
+    assert [hooks is None for hooks in seen] == [True, False]
+    assert compat.saved_tensors_hooks(False) is None
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("run", "stay"), [(compat.run_backward, True), (Tensor.backward, False)])
+def test_a_mode_sees_what_runs_again_in_run_backward_and_not_in_torchs_own(run, stay):
+    x = torch.ones(2, requires_grad=True)
+    out = checkpoint(lambda h: torch.tanh(h).exp(), x, use_reentrant=False)
+    with SeenFunctions() as mode:
+        run(out, torch.full((2,), 3.0))
+    assert ("tanh" in mode.names) is stay
+    expected = torch.autograd.grad(torch.tanh(x).exp(), x, torch.full((2,), 3.0))[0]
+    assert torch.equal(x.grad, expected)
+
+
+def test_transforms_are_active_within_vmap_and_grad():
+    seen = []
+
+    def run(h: Tensor) -> Tensor:
+        seen.append(compat.transforms_active())
+        return h.sum()
+
+    run(torch.ones(2)), torch.vmap(run)(torch.ones(2, 2)), torch.func.grad(run)(torch.ones(2)), run(torch.ones(2))
+    assert seen == [False, True, True, False]
 
 
 # --------------------------------------------------------------------------------------- what sees torch's operations

@@ -31,6 +31,12 @@ tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries
 next_node_number: Callable[[], int] = _C._autograd._get_sequence_nr
 current_node: Callable[[], Any] = _C._current_autograd_node  # the one that this thread runs; None outside backward
 
+# The hooks through which autograd passes what it saves, as in a checkpoint; None without
+saved_tensors_hooks: Callable[[bool], Any] = _C._autograd._top_saved_tensors_default_hooks
+_run_engine: Callable[..., Any] = torch.autograd.graph._engine_run_backward
+
+transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active  # vmap, grad, ... of torch.func
+
 DispatchMode = _python_dispatch.TorchDispatchMode  # sees each operation that torch runs within it
 without_modes = _python_dispatch._disable_current_modes
 active_modes = _python_dispatch._get_current_dispatch_mode_stack  # in this thread
@@ -68,6 +74,11 @@ def parts_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 def node_number(node: Any) -> int:
     """Return the number of a node of autograd's graph."""
     return int(node._sequence_nr())
+
+
+def run_backward(out: Tensor, gradient: Tensor) -> None:
+    """Run out.backward(gradient); within it, modes that see torch's functions stay on, which that takes off."""
+    _run_engine((out,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -53,11 +53,13 @@ class FA(Rule):
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x, y)
-        with self.transport():
+        transport = self.transport()
+        with transport:
             for i in range(len(self.blocks)):
                 h = self.forward(i, h)
         loss, e = self.error(h, y)
-        self.backward(h, e)
+        with transport.backward_pass():
+            self.backward(h, e)
         for i in range(len(self.blocks)):
             self.update(i)
         return loss
