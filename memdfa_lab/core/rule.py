@@ -96,14 +96,17 @@ class Rule(ABC):
     def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, 0-d and detached, and e = dloss/dlogits, of the logits' shape (N, C)."""
         with phase("error"):
-            logits = logits.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = scalar_loss(self.loss_fn, logits, y)
-            (e,) = torch.autograd.grad(loss, logits)
-            # contiguous: the gradient of a sum is one number, expanded, and could not be changed in place
-            loss, e = self.group.reduce_loss(loss.detach(), e.contiguous())
+            loss, e = self.group.error(self.loss_fn, self._loss_and_e, logits.detach(), y)
             check_finite("the loss or its gradient is not finite", loss, e)
             return loss, e
+
+    def _loss_and_e(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = scalar_loss(self.loss_fn, logits, y)
+        (e,) = torch.autograd.grad(loss, logits)
+        # contiguous: the gradient of a sum is one number, expanded, and could not be changed in place
+        return loss.detach(), e.contiguous()
 
     def backward(self, h: Tensor, e: Tensor) -> None:
         """Leave the gradient of every block in its parameters, through the graph of the output h."""
