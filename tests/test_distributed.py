@@ -100,7 +100,7 @@ def test_two_ranks_learn_by_any_loss_as_one_process_does(both, name, rule):
         "y that is no tensor": "ValueError: several ranks gather y for this loss: it must be a tensor (n, ...)",
         "y that is no batch": "got torch.float32 (5) for logits (6, 5)",
         "other class weights": "ValueError: ranks differ in weight: [1.0, 1.0",
-        "another loss on one rank": "ranks differ in loss: cross_entropy on rank 0, a function of the whole batch on rank",
+        "another loss on one rank": "ranks differ in loss: cross_entropy on rank 0, a function of the whole batch",
         "another function on one rank": "ValueError: ranks differ in the loss of one batch: ",
         "random numbers": "let it draw no random numbers",
         "no label that counts": "FloatingPointError: the loss or its gradient is not finite",
