@@ -9,7 +9,7 @@ holds the whole batch's logits, y and e for a moment.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,11 @@ from torch import Tensor
 from memdfa_lab.core.group import Compute
 from memdfa_lab.lab.losses import as_mean
 
-if TYPE_CHECKING:
-    from memdfa_lab.lab.distributed import Group
+Group = Any  # lab.distributed's, which stands on this module
 
 
 def whole_error(
-    group: "Group", loss_fn: Callable[..., Tensor], compute: Compute, logits: Tensor, y: Tensor
+    group: Group, loss_fn: Callable[..., Tensor], compute: Compute, logits: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what `Group.error` returns, for two ranks or more.
 
@@ -52,7 +51,7 @@ def whole_error(
     return _gathered_error(group, compute, logits, y)
 
 
-def _gathered_error(group: "Group", compute: Compute, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+def _gathered_error(group: Group, compute: Compute, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
     """Return the same from the logits and y of all ranks, whose forms agree."""
     if not _is_batch(y, logits):
         raise ValueError(
@@ -91,13 +90,13 @@ def _form(y: Any, logits: Tensor) -> str:
     return f"{y.dtype} ({', '.join(map(str, (*rows, *y.shape[1:])))})"
 
 
-def _of_each(group: "Group", number: float, what: str) -> list[float]:
+def _of_each(group: Group, number: float, what: str) -> list[float]:
     """Return the numbers of all ranks."""
     found: list[float] = group.total([number * (rank == group.rank) for rank in range(group.size)], what).tolist()
     return found
 
 
-def _rows(group: "Group", mine: Tensor, counts: list[int]) -> Tensor:
+def _rows(group: Group, mine: Tensor, counts: list[int]) -> Tensor:
     """Return the rows of all ranks, (N, ...), of which each has counts[rank]."""
     mine = mine.detach().contiguous()
     parts = [mine if rank == group.rank else mine.new_empty(n, *mine.shape[1:]) for rank, n in enumerate(counts) if n]
