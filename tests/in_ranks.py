@@ -86,7 +86,7 @@ def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, **
 
 WEIGHTS = torch.tensor([0.3, 2.0, 0.0, 1.1, 5.0], dtype=torch.float64)
 LOSS_RULES = ("bp", "dfa", "memdfa")
-IGNORED = {"none": None, "torch's own": -100, "a class": 1}
+IGNORED = {"none": None, "torch's own": -100, "a class": 1, "weighs 0": 2}  # the label that is put in
 
 
 def weighted(logits, y):
@@ -106,13 +106,14 @@ def chances(y):
     return F.one_hot(y, 5).to(torch.float64) * 0.7 + 0.06
 
 
-# name -> the loss, which label it ignores, how y is made of labels, whether three numbers are all that ranks exchange
+# name -> the loss, the label that weighs nothing in it, how y is made of labels, whether ranks exchange three numbers
 LOSSES = {
     "a mean": (F.cross_entropy, "none", None, True),
     "a mean, smoothed": (partial(F.cross_entropy, label_smoothing=0.1), "torch's own", None, True),
     "ignored labels": (F.cross_entropy, "torch's own", None, True),
     "class weights": (partial(F.cross_entropy, weight=WEIGHTS), "none", None, True),
-    "all of cross-entropy": (nn.CrossEntropyLoss(WEIGHTS, ignore_index=1, label_smoothing=0.2), "a class", None, True),
+    "weights, ignored labels": (nn.CrossEntropyLoss(WEIGHTS, ignore_index=1), "a class", None, True),
+    "weights, smoothed": (nn.CrossEntropyLoss(WEIGHTS, ignore_index=1, label_smoothing=0.2), "weighs 0", None, False),
     "probabilities": (partial(F.cross_entropy, weight=WEIGHTS), "none", chances, True),
     "squares": (ml.losses.mse, "none", None, True),
     "a function": (weighted, "a class", None, False),

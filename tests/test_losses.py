@@ -81,6 +81,7 @@ OTHERS = {
     "a sum, as torch wrote it once": partial(F.cross_entropy, size_average=False),
     "a module's sum": nn.CrossEntropyLoss(reduction="sum"),
     "options without names": partial(F.cross_entropy, torch.zeros(2, 3)),
+    "weights and smoothing": nn.CrossEntropyLoss(torch.ones(3), label_smoothing=0.1),
     "a subclass": Doubled(),
     "hooks": hooked(),
     "a function": lambda logits, y: F.cross_entropy(logits, y),

@@ -43,7 +43,7 @@ def as_mean(loss_fn: Callable[..., Tensor]) -> Mean | None:
     """Return what is known of `mse`, `bce` and cross-entropy by a mean; None for any other loss.
 
     Cross-entropy is F.cross_entropy, a partial of it by keywords, or nn.CrossEntropyLoss. Its mean is over the labels
-    that count, each with the weight of its class.
+    that count, each with the weight of its class. With both class weights and label smoothing, None.
     """
     if loss_fn is mse or loss_fn is bce:
         return Mean({"loss": loss_fn.__name__}, len)
@@ -58,6 +58,8 @@ def as_mean(loss_fn: Callable[..., Tensor]) -> Mean | None:
     if options.keys() != CROSS_ENTROPY.keys() or options["reduction"] != "mean":
         return None
     weights, ignored = options["weight"], options["ignore_index"]
+    if weights is not None and options["label_smoothing"]:  # a label whose class weighs 0 then has a loss all the same
+        return None
     return Mean({"loss": "cross_entropy", **options}, partial(_weight_of_labels, weights, ignored))
 
 
