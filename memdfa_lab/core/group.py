@@ -1,24 +1,29 @@
 """The processes that train one network together: here one process alone, with nothing to exchange."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 
+Compute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the loss, detached, and e, of these logits and y
+
 
 class Group:
-    """One process. `lab.distributed.Group` has the same methods for several, each with its part of the batch."""
+    """One process. `lab.distributed.Group` has the same methods for several, each with its part of the batch.
 
-    rank, size = 0, 1
+    Attributes:
+        share: The part of the whole loss's gradient that this process found in the last step, for what the loss depends
+            on besides the logits. The sum over processes of `share` times such a gradient is the whole one.
+    """
 
-    share = 1.0  # by how much this process's gradients of the loss's other terms count in the sum over all
+    rank, size, share = 0, 1, 1.0
 
     def error(
-        self, compute: Callable[[Tensor, Any], tuple[Tensor, Tensor]], logits: Tensor, y: Any
+        self, loss_fn: Callable[..., Tensor], compute: Compute, logits: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of the whole batch, 0-d, and this process's rows of its e = dloss/dlogits, (n, C).
 
-        compute(logits, y) returns the loss and e of some rows.
+        `logits` (n, C) and y are this process's. `compute(logits, y)` returns the loss, detached, and e, of the
+        examples that it is given, by `loss_fn`. If it is called more than once, the last call counts.
         """
         return compute(logits, y)
 

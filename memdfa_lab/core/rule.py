@@ -109,8 +109,9 @@ class Rule(ABC):
         shape = (kind, 0 if self.group.size > 1 else len(x))  # all ranks try at the same time
         if x.is_meta or shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed):
             return
+        alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport():
-            loss = partial(self._checked_error, self._loss_and_error, y=y)
+            loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
             contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks)
         self._terms = None
         self._rehearsed |= {kind, shape}
@@ -153,7 +154,9 @@ class Rule(ABC):
         Parameters of the loss learn at once. The gradients of penalties on weights are formed in `update`.
         """
         with phase("error"):
-            loss, e = self._checked_error(partial(self.group.error, self._loss_and_error), logits, y)
+            loss, e = self._checked_error(
+                partial(self.group.error, self.loss_fn, self._loss_and_error), logits.detach(), y
+            )
             if self._terms is not None and self.loss_optimizer is not None:
                 self._terms.add(terms.OWN, self.group.share)
                 self.group.sum(state.learning(self.loss_fn))
