@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memdfa_lab as ml
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")]
 WIDTH, CLASSES = 6, 5
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError, FloatingPointError)
 
