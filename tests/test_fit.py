@@ -459,6 +459,15 @@ def test_the_input_of_predict_is_not_changed_by_a_module_that_works_in_place():
     assert torch.equal(X, before)
 
 
+def test_predict_inside_autocast_sees_the_weights_that_there_are():
+    net = plain().blocks
+    with torch.autocast("cpu", torch.bfloat16):
+        net(X).sum().backward()  # the casts of these weights are kept
+        with torch.no_grad():
+            net[-1].weight.zero_()
+        assert torch.equal(ml.predict(net, X), net[-1].bias.bfloat16().expand(48, 4))
+
+
 # what no accuracy can be told of: (outputs, y, loss)
 def _first(loss):
     return lambda output, y: loss(output[:, 0], y.float())

@@ -25,7 +25,6 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
         with torch.no_grad():  # a copy of x, since the first module may work in place
             return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.split(batch_size)])
     finally:
-        torch.clear_autocast_cache()  # of casts without a graph, through which nothing would learn
         for module, training in modes:
             module.training = training
 
