@@ -83,7 +83,13 @@ def train(
         if sync_batchnorm:
             synchronise(learner.blocks, group)
     checkpoint = None if folder is None else Path(folder) / "checkpoint.pt"
-    how: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "overwrite": overwrite, "progress": progress}
+    how: dict[str, Any] = {
+        "seed": seed,
+        "drop_last": run.drop_last,
+        "checkpoint": checkpoint,
+        "overwrite": overwrite,
+        "progress": progress,
+    }
     history = fit(learner, data, int(run.epochs or 0), int(run.batch_size or 0), **how)
     if folder is not None and learner.group.rank == 0:
         history.to_csv(Path(folder) / "history.csv")
@@ -120,17 +126,21 @@ def compare(
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a rule from the table of `compare`: mean and spread over seeds of the last epoch, time of all."""
+    """Return a row a rule from the table of `compare`: mean and spread over seeds of the last epoch, time of all.
+
+    Accuracies are there if the table has them.
+    """
     runs = table.groupby(["rule", "seed"], sort=False)
     rules = runs.last().assign(seconds=runs["seconds"].sum()).groupby("rule", sort=False)
-    return rules.agg(
-        seeds=("loss", "size"),
-        train_loss=("loss", "mean"),
-        test_accuracy=("test_accuracy", "mean"),
-        test_accuracy_std=("test_accuracy", "std"),
-        train_accuracy=("train_accuracy", "mean"),
-        seconds=("seconds", "mean"),
-    ).reset_index()
+    columns = {
+        "seeds": ("loss", "size"),
+        "train_loss": ("loss", "mean"),
+        "test_accuracy": ("test_accuracy", "mean"),
+        "test_accuracy_std": ("test_accuracy", "std"),
+        "train_accuracy": ("train_accuracy", "mean"),
+        "seconds": ("seconds", "mean"),
+    }
+    return rules.agg(**{name: of for name, of in columns.items() if of[0] in table}).reset_index()
 
 
 def profile(
