@@ -278,7 +278,8 @@ def test_what_cannot_be_restored_is_noticed_once_and_check_says_where():
         warnings.simplefilter("always")
         learner.step(X, Y)
         learner.step(X, Y)
-    assert [str(one.message)[:55] for one in caught] == ["the second forward pass gave other logits than the firs"]
+    assert len(caught) == 1
+    assert "the second forward pass gave other logits than the first" in str(caught[0].message)
     before = copy.deepcopy(learner.state_dict())
     table = ml.check(learner, X, Y)
     assert_identical(learner.state_dict(), before)

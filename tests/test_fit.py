@@ -597,3 +597,23 @@ def test_the_part_of_each_rank_is_looked_at_on_all_of_them(rank):
             look_ahead(made, data, batch_size, False, group)
     assert look_ahead(made, by_hand(X, Y, 4), 10, False, group)
     assert look_ahead(made, by_hand(X, Y, 5), 10, True, group)
+
+
+@pytest.mark.parametrize("rule", ml.RULES)
+def test_one_autocast_context_around_fit_is_one_a_step(rule):
+    around, apart = plain(rule=rule), plain(rule=rule)
+    step = apart.step
+
+    def in_a_context(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(x, y)
+
+    apart.step = in_a_context
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ml.fit(around, by_hand(X, Y), 3, 8)
+        accuracy = ml.accuracy(around, X, Y)
+    expected = ml.fit(apart, by_hand(X, Y), 3, 8)
+    assert list(found.table["loss"]) == list(expected.table["loss"])
+    assert_identical(around.blocks.state_dict(), apart.blocks.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accuracy == ml.accuracy(apart, X, Y)

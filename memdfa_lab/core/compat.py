@@ -66,9 +66,12 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
-def parts_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the module's own parameters and its own modules by name, in the dictionaries that it keeps."""
-    return module._parameters, module._modules
+def parts_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the module's own parameters and its own modules by name, where it keeps any, in dictionaries that change.
+
+    TorchScript's modules have none.
+    """
+    return [held for held in (module._parameters, module._modules) if isinstance(held, dict) and held]
 
 
 def node_number(node: Any) -> int:

@@ -27,7 +27,7 @@ class Watched:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._parts = [(held, dict(held)) for part in model.modules() for held in parts_of(part) if held]
+        self._parts = [(held, dict(held)) for part in model.modules() for held in parts_of(part)]
         self._parameters = list(model.parameters())
         self._learn = [parameter.requires_grad for parameter in self._parameters]
 
@@ -78,7 +78,7 @@ def rehearse(
             stack.enter_context(state_restored(loss_fn))
         try:
             loss(h)
-        except ValueError:
+        except (ValueError, RuntimeError):
             if not made.read:
                 raise
         made.watching = False  # what follows restores state
@@ -93,7 +93,8 @@ def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, used: Set[in
     """Return block i's output on h, checked. `used` gets the storages that it reads."""
     try:
         if not teaches_blocks:
-            return run_block(block, h).detach()
+            carries = i > 0 and h.is_floating_point()  # the block before it has a graph
+            return run_block(block, h.requires_grad_().clone() if carries else h).detach()
         gradient = block_gradient(block, h)
         if not isinstance(gradient, ByAutograd):
             return gradient.output()

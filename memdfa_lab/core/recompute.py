@@ -92,15 +92,11 @@ def _state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 @contextmanager
 def buffers_restored(module: nn.Module) -> Iterator[None]:
     """Restore the module's buffers on leaving: which tensors they are, their shapes, and what they hold."""
-    owners = [(buffers_of(part), dict(buffers_of(part))) for part in module.modules()]
+    held_in = [buffers_of(part) for part in module.modules()]
+    owners = [(held, dict(held)) for held in held_in if isinstance(held, dict)]  # TorchScript's are none
     # An expanded buffer (stride 0) cannot be written to, nor copied into. BatchNorm's writes do not count as versions
     # of the buffer, so what has changed cannot be asked.
-    saved = [
-        (buffer, label("workspace", buffer.clone()))
-        for _, buffers in owners
-        for buffer in buffers.values()
-        if buffer is not None and 0 not in buffer.stride()
-    ]
+    saved = [(b, label("workspace", b.clone())) for b in module.buffers() if 0 not in b.stride()]
     try:
         yield
     finally:
