@@ -57,9 +57,12 @@ def examples(n, dtype=torch.float64, seed=2):
     return torch.randn(n, 2, 6, 6, dtype=dtype, generator=generator), torch.randint(5, (n,), generator=generator)
 
 
-def learner(group, rule, net, optimizer=OPTIMIZERS["sgd"], dtype=torch.float64, seed=1, **options):
-    """Return a rule on a new network, whose ranks are the group's."""
-    found = {**ml.RULES, **ml.BASELINES}[rule](build(net, dtype, seed), optimizer, **options)
+def learner(group, rule, net, optimizer=OPTIMIZERS["sgd"], dtype=torch.float64, seed=1, sync=False, **options):
+    """Return a rule on a new network, whose ranks are the group's, and BatchNorm's statistics too if `sync`."""
+    model = build(net, dtype, seed)
+    if sync:
+        synchronise(model, group)
+    found = {**ml.RULES, **ml.BASELINES}[rule](model, optimizer, **options)
     found.group = group
     return found
 
@@ -72,9 +75,7 @@ def outcome(rule, **more):
 def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, **options):
     """Learn from batches of these sizes, this rank's part of each, with BatchNorm's statistics over all if `sync`."""
     options |= {"clip_norm": 0.3} if optimizer == "clipped" else {}
-    trained = learner(group, rule, NETS[net], OPTIMIZERS[optimizer], dtype, **options)
-    if sync:
-        synchronise(trained.blocks, group)
+    trained = learner(group, rule, NETS[net], OPTIMIZERS[optimizer], dtype, sync=sync, **options)
     losses = []
     for step, n in enumerate(sizes):
         x, y = examples(n, dtype, seed=step)

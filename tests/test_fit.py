@@ -599,6 +599,18 @@ def test_the_part_of_each_rank_is_looked_at_on_all_of_them(rank):
     assert look_ahead(made, by_hand(X, Y, 5), 10, True, group)
 
 
+WEIGHTS = torch.ones(10), torch.ones(10) + 1e-6
+
+
+@pytest.mark.parametrize("loss", [lambda w: nn.CrossEntropyLoss(w), lambda w: partial(F.cross_entropy, weight=w)])
+def test_a_run_does_not_go_on_with_other_class_weights(loss, data, tmp_path):
+    how = {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+    for weights in (WEIGHTS[0], WEIGHTS[0].clone()):
+        ml.fit(learner(loss=loss(weights)), data, **how)
+    with refuses(ValueError, "belongs to a run with loss"):
+        ml.fit(learner(loss=loss(WEIGHTS[1])), data, **how)
+
+
 @pytest.mark.parametrize("rule", ml.RULES)
 def test_one_autocast_context_around_fit_is_one_a_step(rule):
     around, apart = plain(rule=rule), plain(rule=rule)

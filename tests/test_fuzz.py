@@ -114,7 +114,8 @@ def trained(name: str, units: list[str], frozen: list[bool], optimizer: Any, sha
         if message is not None:
             assert "\n" not in message
             assert torch.equal(x, given)
-            assert_identical(before, state(rule), message)
+            late = name == "fa" and "saved, then changed" in units  # torch finds it in the backward pass
+            assert_identical(before[0][1:] if late else before, state(rule)[0][1:] if late else state(rule), message)
             return [message]
     return [losses, *state(rule)]
 

@@ -23,12 +23,13 @@ from memdfa_lab.core.recompute import generators_restored, other_generators_rest
 
 
 class Watched:
-    """A model's modules and parameters, to notice when one has been replaced, frozen or unfrozen."""
+    """The modules and parameters of models, to notice when one has been replaced, frozen or unfrozen."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._parts = [(held, dict(held)) for part in model.modules() for held in parts_of(part)]
-        self._parameters = list(model.parameters())
+    def __init__(self, *models: nn.Module):
+        self._models = models
+        parts = [held for model in models for part in model.modules() for held in parts_of(part)]
+        self._parts = [(held, dict(held)) for held in {id(held): held for held in parts}.values()]
+        self._parameters = list(models[0].parameters())
         self._learn = [parameter.requires_grad for parameter in self._parameters]
 
     def check(self) -> bool:
@@ -48,18 +49,25 @@ class Watched:
 
     def _first_change(self, held: dict[str, Any], before: dict[str, Any]) -> str:
         name = next(name for name in [*before, *held] if held.get(name) is not before.get(name))
-        where = [path for path, part in self.model.named_modules() if any(held is kept for kept in parts_of(part))]
+        named = [pair for model in self._models for pair in model.named_modules()]
+        where = [path for path, part in named if any(held is kept for kept in parts_of(part))]
         what = "is gone" if name not in held else "is new" if name not in before else "is another one"
         return f"{'.'.join(filter(None, [*where[:1], name]))} {what}"
 
 
 def rehearse(
-    chain: Sequence[nn.Module], x: Tensor, loss: Callable[[Tensor], object], loss_fn: object, teaches_blocks: bool
+    chain: Sequence[nn.Module],
+    x: Tensor,
+    loss: Callable[[Tensor], object],
+    loss_fn: object,
+    teaches_blocks: bool,
+    tries_backward: bool,
 ) -> None:
     """Run the blocks on a copy of x (N, ...), and the loss on their output, and restore what that changes.
 
-    `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: each block is taught on its own. Raises
-    TypeError, ValueError or RuntimeError that names the block, what came in, and what is wrong.
+    `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: each block is taught on its own.
+    `tries_backward`: the gradients of a block are formed, too, and dropped. Raises TypeError, ValueError or
+    RuntimeError that names the block, what came in, and what is wrong.
     """
     made = _Made()
     with without_modes(), made, ExitStack() as stack:
@@ -69,7 +77,7 @@ def rehearse(
         for i, block in enumerate(chain):
             made.used.clear()
             stack.enter_context(state_restored(block))
-            h = _run(i, block, h, teaches_blocks, made.used)
+            h = _run(i, block, h, teaches_blocks, tries_backward, made.used)
             lengths.append(rows(h))
         if teaches_blocks:
             check_lengths(chain, lengths)
@@ -89,28 +97,26 @@ def rehearse(
         )
 
 
-def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, used: Set[int]) -> Tensor:
+def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, tries_backward: bool, used: Set[int]) -> Tensor:
     """Return block i's output on h, checked. `used` gets the storages that it reads."""
     try:
-        if not teaches_blocks:
-            carries = i > 0 and h.is_floating_point()  # the block before it has a graph
-            return run_block(block, h.requires_grad_().clone() if carries else h).detach()
-        gradient = block_gradient(block, h)
-        if not isinstance(gradient, ByAutograd):
+        gradient = block_gradient(block, h) if teaches_blocks else None
+        if gradient is not None and not isinstance(gradient, ByAutograd):
             return gradient.output()
-        graph = gradient.forward_with_graph()
-        if not graph.is_floating_point() or not graph.dim():
-            raise TypeError(
-                f"it puts out {tuple(graph.shape)} {graph.dtype}, which takes no signal: use (N, ...) floats"
-            )
+        before = []
+        if gradient is None and i > 0 and h.is_floating_point():  # the block before it has a graph
+            before.append(h.requires_grad_())
+            h = h.clone()
+        graph = run_block(block, h) if gradient is None else gradient.forward_with_graph()
         weights = [p for p in block.parameters() if p.requires_grad and storage_id(p) in used]
-        if weights and not graph.requires_grad:  # a block that does not use its weights rests
-            raise RuntimeError(
-                "it puts out a tensor without a graph, so that it would never learn: set use_reentrant=False in its "
-                "checkpoint, or leave torch.no_grad out"
-            )
-        if weights:
-            torch.autograd.grad(graph, weights, torch.zeros_like(graph), allow_unused=True)
+        if teaches_blocks:
+            _check_taught(graph, weights)
+        if tries_backward and graph.requires_grad and (weights or before):
+            try:
+                torch.autograd.grad(graph, [*weights, *before], torch.zeros_like(graph), allow_unused=True)
+            except RuntimeError as problem:
+                if teaches_blocks or "use_reentrant" not in str(problem):  # which takes no part in autograd.grad
+                    raise
         return graph.detach()
     except torch.OutOfMemoryError:
         raise
@@ -123,6 +129,17 @@ def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, used: Set[in
             f"block {i}, {describe(block)}, does not take a batch of shape {tuple(h.shape)} and {h.dtype}{hint}; "
             f"no weight was changed: {' '.join(str(problem).split())}"
         ) from problem
+
+
+def _check_taught(graph: Tensor, weights: Sequence[Tensor]) -> None:
+    """Raise TypeError or RuntimeError if no signal can teach these weights at this output of their block."""
+    if not graph.is_floating_point() or not graph.dim():
+        raise TypeError(f"it puts out {tuple(graph.shape)} {graph.dtype}, which takes no signal: use (N, ...) floats")
+    if weights and not graph.requires_grad:  # a block that does not use its weights rests
+        raise RuntimeError(
+            "it puts out a tensor without a graph, so that it would never learn: set use_reentrant=False in its "
+            "checkpoint, or leave torch.no_grad out"
+        )
 
 
 def rows(h: Tensor) -> int:

@@ -60,7 +60,7 @@ class Rule(ABC):
         self.feedback = feedback
         self.clip_norm = clip_norm
         self.group = Group()
-        self._watched = contract.Watched(blocks if isinstance(blocks, nn.Module) else self.blocks)
+        self._watched = contract.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
         self._rehearsed: set[Any] = set()
         self._terms: terms.Terms | None = None
         self._make_optimizer = partial(state.make_optimizer, optimizer)
@@ -110,9 +110,9 @@ class Rule(ABC):
         if x.is_meta or shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed):
             return
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
-        with self.transport():
+        with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
-            contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks)
+            contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport is None)
         self._terms = None
         self._rehearsed |= {kind, shape}
 

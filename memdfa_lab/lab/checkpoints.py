@@ -133,6 +133,12 @@ def _described(thing: Any) -> str:
         return str(thing.__name__)
     else:
         name, values = type(thing).__name__, getattr(thing, "__dict__", {})
+    if isinstance(thing, torch.nn.Module):
+        values = values | dict(thing.named_buffers())  # such as class weights; parameters learn
     changing = ("optimizer", "base_lrs", "last_epoch", "training")
-    given = {key: repr(value) for key, value in values.items() if key[0] != "_" and key not in changing}
+    given = {
+        key: digest(value) if isinstance(value, torch.Tensor) else repr(value)
+        for key, value in values.items()
+        if key[0] != "_" and key not in changing
+    }
     return f"{name}({', '.join(f'{key}={value}' for key, value in given.items() if ' at 0x' not in value)})"
