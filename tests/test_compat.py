@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -79,6 +81,53 @@ def test_hooks_of_every_kind_are_seen_until_they_are_removed():
         assert not compat.has_step_hooks(optimizer)
         getattr(optimizer, f"register_step_{kind}_hook")(lambda *given: None)
         assert compat.has_step_hooks(optimizer)
+
+
+def test_autocast_is_on_within_it_on_any_device_and_off_where_it_is_switched_off():
+    assert not compat.autocast_is_on()
+    for device in ("cpu", "cuda"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where there is no GPU
+            context = torch.autocast(device, torch.bfloat16)
+        with context:
+            assert compat.autocast_is_on() == torch.is_autocast_enabled(device)
+            with torch.autocast(device, enabled=False):
+                assert not compat.autocast_is_on()
+
+
+@pytest.mark.parametrize("wrap", [lambda step: step, lambda step: torch.no_grad()(step)])
+def test_a_step_of_torchs_own_is_not_overheard_also_under_a_scheduler(wrap):
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    assert not compat.has_step_hooks(optimizer)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert not compat.has_step_hooks(optimizer)
+    optimizer.step = wrap(lambda: None)
+    assert compat.has_step_hooks(optimizer)
+    handle = register_optimizer_step_post_hook(lambda *given: None)
+    assert compat.has_step_hooks(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    handle.remove()
+
+
+def test_saved_by_yields_what_a_node_keeps():
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+    (product,) = [list(compat.saved_by((x * y).grad_fn))]
+    assert {id(x)} < {id(tensor) for tensor in product}
+    assert all(tensor.requires_grad for tensor in product)
+    assert not any(tensor.requires_grad for tensor in compat.saved_by((x + y).grad_fn))
+    assert not any(tensor.requires_grad for tensor in compat.saved_by((0.5 * x).grad_fn))
+    assert [
+        tuple(tensor.shape) for tensor in compat.saved_by(Doubled.apply(torch.ones(2, 3), Tensor.reshape).grad_fn)
+    ] == []
+
+
+def test_parts_of_are_the_dictionaries_that_change_with_the_module():
+    layer = nn.Sequential(nn.Linear(2, 2))
+    (parts,) = compat.parts_of(layer)
+    layer.append(nn.ReLU())
+    assert list(parts) == ["0", "1"]
+    assert [sorted(held) for held in compat.parts_of(layer[0])] == [["bias", "weight"]]
+    assert compat.parts_of(nn.ReLU()) == []
 
 
 def test_check_input_dim_refuses_what_the_layer_refuses():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from memdfa_lab.core.compat import ANY_CONVOLUTION, has_hooks, version
+from memdfa_lab.core.compat import ANY_CONVOLUTION, autocast_is_on, has_hooks, version
 
 WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
@@ -65,11 +65,6 @@ def run_block(block: nn.Module, h: Tensor) -> Tensor:
             "needs: use inplace=False where it begins"
         )
     return out
-
-
-def autocast_is_on() -> bool:
-    """Tell whether torch.autocast chooses the precision of operations here."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def forget_casts() -> None:

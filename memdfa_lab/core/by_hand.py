@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core.blocks import autocast_is_on, parts_of
-from memdfa_lab.core.compat import aten, has_global_hooks, has_hooks, has_step_hooks
+from memdfa_lab.core.blocks import parts_of
+from memdfa_lab.core.compat import aten, autocast_is_on, has_global_hooks, has_hooks, has_step_hooks
 from memdfa_lab.core.layers import LAYERS, NORMS, VIEWS, Backward, gradient_of, run
 from memdfa_lab.core.phases import label
 from memdfa_lab.core.signal import SMALL_BYTES, Signal, split

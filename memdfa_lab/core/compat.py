@@ -5,6 +5,7 @@ torch may change them in any release. They are used nowhere else, and tests/test
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ copying_view = aten._unsafe_view  # a reshaped tensor that autograd takes for on
 TRUTH_VALUE = aten._local_scalar_dense.default  # the operation by which a tensor becomes a number, as in `if tensor:`
 
 tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries, with what is of a type replaced
+
+autocast_is_on: Callable[[], bool] = _C._is_any_autocast_enabled  # on any device, in this thread
 
 # Autograd numbers its nodes in the order of the forward pass.
 next_node_number: Callable[[], int] = _C._autograd._get_sequence_nr
@@ -96,7 +99,16 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
         return True
-    return not inspect.unwrap(optimizer.step).__module__.startswith("torch.optim.")  # a scheduler wraps it
+    replaced = vars(optimizer).get("step")
+    if replaced is not None:
+        return not is_torchs_step(inspect.unwrap(replaced))  # a scheduler wraps torch's own
+    return not is_torchs_step(type(optimizer).step)
+
+
+@cache
+def is_torchs_step(step: Callable[..., Any]) -> bool:
+    """Tell whether this is how an optimizer of torch steps."""
+    return inspect.unwrap(step).__module__.startswith("torch.optim.")
 
 
 def saved_by(node: Any) -> Iterator[Tensor]:

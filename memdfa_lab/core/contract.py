@@ -28,7 +28,9 @@ class Watched:
     def __init__(self, *models: nn.Module):
         self._models = models
         parts = [held for model in models for part in model.modules() for held in parts_of(part)]
-        self._parts = [(held, dict(held)) for held in {id(held): held for held in parts}.values()]
+        self._held = list({id(held): held for held in parts}.values())
+        self._sizes = list(map(len, self._held))
+        self._parts = [(held, name, part) for held in self._held for name, part in held.items()]
         self._parameters = list(models[0].parameters())
         self._learn = [parameter.requires_grad for parameter in self._parameters]
 
@@ -37,22 +39,24 @@ class Watched:
 
         Raises ValueError if a module or a parameter is another one than before.
         """
-        for held, before in self._parts:
-            if len(held) != len(before) or any(held.get(name) is not part for name, part in before.items()):
-                raise ValueError(
-                    f"the model has changed since the rule was made: {self._first_change(held, before)}; make the rule "
-                    "again after changing the model, or change weights in place"
-                )
+        same = [held.get(name) is part for held, name, part in self._parts]  # a list, since all() of it is fast
+        if not all(same) or list(map(len, self._held)) != self._sizes:
+            raise ValueError(
+                f"the model has changed since the rule was made: {self._first_change()}; make the rule again after "
+                "changing the model, or change weights in place"
+            )
         learn = [parameter.requires_grad for parameter in self._parameters]
         changed, self._learn = learn != self._learn, learn
         return changed
 
-    def _first_change(self, held: dict[str, Any], before: dict[str, Any]) -> str:
-        name = next(name for name in [*before, *held] if held.get(name) is not before.get(name))
+    def _first_change(self) -> str:
+        before = {(id(held), name): part for held, name, part in self._parts}
+        now = {(id(held), name): part for held in self._held for name, part in held.items()}
+        key = next(key for key in {**before, **now} if now.get(key) is not before.get(key))
         named = [pair for model in self._models for pair in model.named_modules()]
-        where = [path for path, part in named if any(held is kept for kept in parts_of(part))]
-        what = "is gone" if name not in held else "is new" if name not in before else "is another one"
-        return f"{'.'.join(filter(None, [*where[:1], name]))} {what}"
+        where = [path for path, part in named if key[0] in map(id, parts_of(part))]
+        what = "is gone" if key not in now else "is new" if key not in before else "is another one"
+        return f"{'.'.join(filter(None, [*where[:1], key[1]]))} {what}"
 
 
 def rehearse(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core import contract, state, terms
-from memdfa_lab.core.blocks import as_blocks, autocast_is_on, forget_casts, run_block
+from memdfa_lab.core.blocks import as_blocks, forget_casts, run_block
 from memdfa_lab.core.checks import check_batch, check_finite, check_number, check_type
+from memdfa_lab.core.compat import autocast_is_on
 from memdfa_lab.core.feedback import Feedback, Stored
 from memdfa_lab.core.group import Group
 from memdfa_lab.core.local import BlockGradient, block_gradient

@@ -71,8 +71,16 @@ class Terms:
     @classmethod
     def of(cls, loss: Tensor, logits: Tensor, owners: Callable[[], Mapping[int, int]]) -> "Terms | None":
         """Return the loss's other terms; None if all of it is of the logits. `owners` is called where it is not."""
-        others = (leaf for node in _leaves_first(loss.grad_fn) if (leaf := _leaf(node)) is not None)
-        return None if all(leaf is logits for leaf in others) else cls(loss, logits, owners())
+        todo, met = [loss.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in met:
+                met.add(node)
+                leaf = _leaf(node)
+                if leaf is not None and leaf is not logits:
+                    return cls(loss, logits, owners())
+                todo += [child for child, _ in node.next_functions]
+        return None
 
     def gradients(self, whose: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the weights of a block (or the loss's own), each with its gradient by their term."""
