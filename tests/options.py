@@ -85,13 +85,13 @@ OPTIONS: dict[str, Option] = {
     "DFA": Option("rule", {"rule": "dfa"}),
     "MEM-DFA": Option("rule", {"rule": "memdfa"}, {"rule": "dfa"}),
     "BP, checkpointing": Option("rule", {"rule": "checkpoint"}, {"rule": "bp"}),
+    "BP, 2 segments": Option("rule", {"rule": "checkpoint", **of_rule(segments=2)}, {"rule": "bp"}),
     "BP, step in backward": Option("rule", {"rule": "step_in_backward"}, {"rule": "bp"}),
     "BP, both": Option("rule", {"rule": "checkpoint_step_in_backward"}, {"rule": "bp"}),
     "last layer": Option("rule", {"rule": "last_layer"}),
     "stored B": Option("feedback", {"feedback": "stored"}, {}),
     "shared B": Option("feedback", {"feedback": "shared"}),
     "keep_bytes": Option("keep", of_rule(keep_bytes=1500), {}),
-    "segments": Option("segments", of_rule(segments=2), {}),
     "clip_norm": Option("clip", of_rule(clip_norm=0.05)),
     "AdamW": Option("optimizer", {"optimizer": partial(torch.optim.AdamW, lr=0.01)}),
     "scheduler": Option("scheduler", of_fit(scheduler=partial(lr_scheduler.StepLR, step_size=1))),
@@ -146,7 +146,7 @@ def train(run: Run, group: Any = None) -> Tensor:
         if run.resumed:
             how = {
                 **run.of_fit,
-                "checkpoint": Path(os.environ.get("SHARED_FOLDER", folder)) / "run.pt",
+                "checkpoint": Path(folder if group is None else os.environ["SHARED_FOLDER"]) / "run.pt",
                 "progress": False,
             }
             ml.fit(rule, data, 2, 8, overwrite=True, **how)
@@ -184,8 +184,9 @@ def with_ranks(name: str, group: Any) -> str:
         found = train(run, group)
     except REFUSALS as problem:
         return f"refused: {problem}"
-    near = 0.05 if name == "autocast" else 1e-3
-    assert torch.allclose(found, train(run), rtol=near, atol=near), f"{name} on two ranks has other results"
+    expected = train(run)
+    far = ((found - expected).norm() / expected.norm()).item()
+    assert far < (0.05 if name == "autocast" else 1e-4), f"{name} on two ranks is {far:g} from one process"
     return "works"
 
 

@@ -50,7 +50,9 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         over, shape = [0, *range(2, h.dim())], (1, -1, *[1] * (h.dim() - 2))
         counts = 0.0 if self.group.idle else 1.0  # an idle rank's example has no part in the statistics
         values = h.double()
-        N = self.group.total([counts * h.numel() / h.shape[1]], "BatchNorm's number of examples").item()
+        N = 2.0  # without data it is not exchanged, and does not matter: bytes are counted
+        if not h.is_meta:
+            N = self.group.total([counts * h.numel() / h.shape[1]], "BatchNorm's number of examples").item()
         if N < 2:
             raise ValueError(f"BatchNorm in training mode needs more than one value a channel, got {tuple(h.shape)}")
         mean = self._sum(counts * values.sum(over)) / N
@@ -65,7 +67,7 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         return x if self.weight is None else torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
 
     def _sum(self, values: Tensor) -> Tensor:
-        summed: Tensor = _Sum.apply(values, self.group)
+        summed: Tensor = values if values.is_meta else _Sum.apply(values, self.group)
         return summed
 
 
