@@ -161,6 +161,7 @@ REFUSED = {
     "an activation": (lambda o, y, m: CROSS(o, y) + m[2].seen.square().mean(), "(6, 12)", "part of them"),
     "a view of one": (lambda o, y, m: CROSS(o, y) + m[2].seen.detach()[:, 0].sum(), "(6, 12)", "part of them"),
     "no logits": (lambda o, y, m: m[0].weight.sum(), "does not depend on the logits"),
+    "y of another shape": (lambda o, y, m: F.mse_loss(o[:, :1], y.float()), "the loss does not take", "target size"),
     "in place": (lambda o, y, m: CROSS(o.mul_(2), y), "in place"),
 }
 TERM = ("one term of the loss depends on the weights of block 0", "sum of terms")

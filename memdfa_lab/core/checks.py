@@ -82,7 +82,7 @@ def scalar_loss(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: 
     """Return loss_fn(logits, y), 0-d. Raises ValueError if the loss refuses them or is not a scalar of the logits."""
     try:
         loss = loss_fn(logits, y)
-    except (IndexError, RuntimeError, TypeError, ValueError) as problem:
+    except (IndexError, RuntimeError, TypeError, ValueError, UserWarning) as problem:
         raise ValueError(_why_refused(loss_fn, logits, y, problem)) from problem
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"

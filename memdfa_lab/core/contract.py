@@ -89,7 +89,9 @@ def rehearse(
         if isinstance(loss_fn, nn.Module):
             stack.enter_context(state_restored(loss_fn))
         try:
-            loss(h)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Using a target size")  # torch would spread y over the logits
+                loss(h)
         except (ValueError, RuntimeError):
             if not made.read:
                 raise
