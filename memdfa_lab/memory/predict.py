@@ -29,8 +29,9 @@ from memdfa_lab.core.compat import (
     storage_id,
     without_modes,
 )
+from memdfa_lab.core.contract import tensors_in
 from memdfa_lab.core.local import block_gradient
-from memdfa_lab.memory.ledger import Ledger, measure, tensors_in
+from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.trace import Trace
 
 META = torch.device("meta")
