@@ -215,7 +215,7 @@ def test_ctrl_c_twice_leaves_a_run_that_goes_on(pause_s, tmp_path):
         process.send_signal(signal.SIGINT)
         time.sleep(pause_s)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors[-1500:]
     assert errors.count("\n") == 1
     assert "interrupted" in errors
     rows = torch.load(tmp_path / "cut" / "memdfa" / "checkpoint.pt", weights_only=True)["progress"]["rows"]

@@ -155,9 +155,7 @@ class Rule(ABC):
         Parameters of the loss learn at once. The gradients of penalties on weights are formed in `update`.
         """
         with phase("error"):
-            loss, e = self._checked_error(
-                partial(self.group.error, self.loss_fn, self._loss_and_error), logits.detach(), y
-            )
+            loss, e = self._checked_error(partial(self.group.error, self.loss_fn, self._loss_and_error), logits, y)
             if self._terms is not None and self.loss_optimizer is not None:
                 self._terms.add(terms.OWN, self.group.share)
                 self.group.sum(state.learning(self.loss_fn))

@@ -61,7 +61,7 @@ class Group(group.Group):
     def error(
         self, loss_fn: Callable[..., Tensor], compute: group.Compute, logits: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return compute(logits, y) if self.size == 1 else whole_error(self, loss_fn, compute, logits, y)
+        return compute(logits, y) if self.size == 1 else whole_error(self, loss_fn, compute, logits.detach(), y)
 
     def start_sum(self, parameters: Sequence[Tensor], update: Callable[[], None]) -> None:
         self._update = update
