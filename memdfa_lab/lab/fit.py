@@ -122,7 +122,7 @@ def fit(
         while run.epoch < epochs:
             within_epoch = run.batch < run.batches
             if within_epoch:
-                group.asked = ctrl_c.is_set()
+                group.asked = bool(ctrl_c)
                 run.step()
                 bar.update()
             else:
@@ -130,7 +130,7 @@ def fit(
                 row = run.rows[-1]
                 bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
             # Ranks stop together: after a step, if one of them was asked to before it.
-            stop = ctrl_c.is_set() if group.size == 1 else within_epoch and group.stop
+            stop = bool(ctrl_c) if group.size == 1 else within_epoch and group.stop
             save = stop or not within_epoch or time.monotonic() - saved_at > save_every_s
             if written is not None and save:
                 run.save(written, settings)
@@ -206,16 +206,16 @@ class _Run:
 
 
 @contextmanager
-def _ctrl_c_noted() -> Iterator[threading.Event]:
-    """Note the first Ctrl-C, so that the running step ends and is saved; a second one acts at once."""
-    asked = threading.Event()
+def _ctrl_c_noted() -> Iterator[list[int]]:
+    """Note the first Ctrl-C in the list, so that the running step ends and is saved; a second one acts at once."""
+    asked: list[int] = []  # no threading.Event: its lock stops for ever if a second signal comes while it is set
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield asked
         return
     before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
-        asked.set()
+        asked.append(number)
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, note)
