@@ -64,6 +64,7 @@ check: $(READY) ## what a change must pass: format, lint, types, imports, tests
 
 COG := -m cogapp -r -P -I reports -p 'import tables'
 tables: $(READY) ## make the tables in README and reports anew
+	OMP_NUM_THREADS=1 $(PY) -W ignore tests/options.py reports/options.csv
 	$(PY) $(COG) README.md reports/index.md
 
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))

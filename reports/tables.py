@@ -25,6 +25,16 @@ def show(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         print(f"| {' | '.join(map(str, row))} |")
 
 
+def options() -> None:
+    """Options against options: ✓ both work, · the option in the row or the column changes nothing, ✗ refused."""
+    table = pd.read_csv(REPORTS / "options.csv")
+    signs = {"works": "✓", "no effect": "·", "refused": "✗"}
+    cells = {(one, other): signs[found.partition(":")[0]] for one, other, found in table.to_numpy()}
+    names = list(dict.fromkeys([*table["one"], *table["other"]]))
+    rows = [[f"{i} {one}", *(cells.get((one, other), "") for other in names[1:])] for i, one in enumerate(names, 1)]
+    show(["", *(str(i) for i in range(2, len(names) + 1))], [*rows[:-1], [f"{len(names)} {names[-1]}", *[""] * (len(names) - 1)]])
+
+
 def peaks() -> None:
     """The predicted peak of each rule in MiB, and what it is made of by the categories' first letters."""
     rows = []

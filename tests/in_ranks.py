@@ -57,9 +57,12 @@ def examples(n, dtype=torch.float64, seed=2):
     return torch.randn(n, 2, 6, 6, dtype=dtype, generator=generator), torch.randint(5, (n,), generator=generator)
 
 
-def learner(group, rule, net, optimizer=OPTIMIZERS["sgd"], dtype=torch.float64, seed=1, **options):
-    """Return a rule on a new network, whose ranks are the group's."""
-    found = {**ml.RULES, **ml.BASELINES}[rule](build(net, dtype, seed), optimizer, **options)
+def learner(group, rule, net, optimizer=OPTIMIZERS["sgd"], dtype=torch.float64, seed=1, sync=False, **options):
+    """Return a rule on a new network, whose ranks are the group's, and BatchNorm's statistics too if `sync`."""
+    model = build(net, dtype, seed)
+    if sync:
+        synchronise(model, group)
+    found = {**ml.RULES, **ml.BASELINES}[rule](model, optimizer, **options)
     found.group = group
     return found
 
@@ -72,9 +75,7 @@ def outcome(rule, **more):
 def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, **options):
     """Learn from batches of these sizes, this rank's part of each, with BatchNorm's statistics over all if `sync`."""
     options |= {"clip_norm": 0.3} if optimizer == "clipped" else {}
-    trained = learner(group, rule, NETS[net], OPTIMIZERS[optimizer], dtype, **options)
-    if sync:
-        synchronise(trained.blocks, group)
+    trained = learner(group, rule, NETS[net], OPTIMIZERS[optimizer], dtype, sync=sync, **options)
     losses = []
     for step, n in enumerate(sizes):
         x, y = examples(n, dtype, seed=step)
@@ -82,6 +83,99 @@ def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, **
         losses.append(trained.step(x[mine], y[mine]).item())
     trained.blocks.eval()
     return outcome(trained, losses=losses, output=trained.blocks(x).detach())
+
+
+WEIGHTS = torch.tensor([0.3, 2.0, 0.0, 1.1, 5.0], dtype=torch.float64)
+LOSS_RULES = ("bp", "dfa", "memdfa")
+IGNORED = {"none": None, "torch's own": -100, "a class": 1, "weighs 0": 2}  # the label that is put in
+
+
+def weighted(logits, y):
+    return F.cross_entropy(logits, y, WEIGHTS, ignore_index=1)
+
+
+def contrastive(logits, y):
+    """Return a loss of pairs: examples of one class are to be nearer to each other than to the rest."""
+    logits = F.normalize(logits, dim=1)
+    near, others = logits @ logits.T / 0.2, ~torch.eye(len(y), dtype=torch.bool)
+    alike = (y[:, None] == y) & others
+    chances = near.masked_fill(~others, -1e9).log_softmax(1)
+    return -(chances * alike).sum() / alike.sum().clamp(min=1) + 0.01 * logits.square().sum()
+
+
+def chances(y):
+    return F.one_hot(y, 5).to(torch.float64) * 0.7 + 0.06
+
+
+def penalised(logits, y, net):
+    """Return a mean with a penalty on the weights of each block, one of its own for each."""
+    return F.cross_entropy(logits, y) + 0.01 * sum(p.abs().sum() for p in net.parameters())
+
+
+# name -> the loss, the label that weighs nothing in it, how y is made of labels, whether ranks exchange three numbers
+LOSSES = {
+    "a mean": (F.cross_entropy, "none", None, True),
+    "a mean, smoothed": (partial(F.cross_entropy, label_smoothing=0.1), "torch's own", None, True),
+    "ignored labels": (F.cross_entropy, "torch's own", None, True),
+    "class weights": (partial(F.cross_entropy, weight=WEIGHTS), "none", None, True),
+    "weights, ignored labels": (nn.CrossEntropyLoss(WEIGHTS, ignore_index=1), "a class", None, True),
+    "weights, smoothed": (nn.CrossEntropyLoss(WEIGHTS, ignore_index=1, label_smoothing=0.2), "weighs 0", None, False),
+    "probabilities": (partial(F.cross_entropy, weight=WEIGHTS), "none", chances, True),
+    "squares": (ml.losses.mse, "none", None, True),
+    "a function": (weighted, "a class", None, False),
+    "a sum": (partial(F.cross_entropy, reduction="sum"), "torch's own", None, False),
+    "KL, a mean over the batch": (nn.KLDivLoss(reduction="batchmean"), "none", chances, False),
+    "many labels": (lambda z, y: F.multilabel_soft_margin_loss(z, y.to(z)), "none", lambda y: chances(y) > 0.5, False),
+    "pairs": (contrastive, "none", None, False),
+    "a penalty": (penalised, "a class", None, False),
+}
+
+
+def learn_loss(group, name, rule):
+    """Learn by a loss from batches of which rank 1 has as much, less, no label that counts, and no example."""
+    loss_fn, ignored, make, _ = LOSSES[name]
+    trained = learner(group, rule, mlp, loss_fn=loss_fn)
+    trained.loss_fn = partial(penalised, net=trained.blocks) if loss_fn is penalised else loss_fn
+    losses, shares, exchanged, call = [], [], [], group.call
+    for n, all_ignored in ((12, False), (13, False), (12, True), (1, False), (12, False)):
+        x, y = examples(n, seed=n)
+        if IGNORED[ignored] is not None:
+            y[y == 0] = IGNORED[ignored]
+            y[n // 2 :] = IGNORED[ignored] if all_ignored else y[n // 2 :]
+        y[0] = 3
+        mine, y = group.part(torch.arange(n)), y if make is None else make(y)
+        exchanged.clear()
+        group.call = lambda what, *others, **options: (exchanged.append(what), call(what, *others, **options))[1]
+        losses.append(trained.step(x[mine], y[mine]).item())
+        group.call = call
+        shares.append(group.share)
+    return outcome(trained, losses=losses, shares=shares, exchanged=exchanged)
+
+
+def losses_refused(group):
+    """Say how each loss that ranks cannot share ends: in a second step, as the first is by a plain mean."""
+    x, y = examples(6)
+    other = torch.full((5,), 1.0 + group.rank, dtype=torch.float64)
+    cases = {
+        "the form of y": (weighted, torch.zeros(6, 2 + group.rank)),
+        "y that is no tensor": (lambda logits, pair: weighted(logits, pair[0]), (y, y)),
+        "y that is no batch": (lambda logits, centres: (logits - centres).square().mean(), torch.zeros(5)),
+        "other class weights": (partial(F.cross_entropy, weight=other), y),
+        "another loss on one rank": ([F.cross_entropy, weighted][group.rank], y),
+        "another function on one rank": (lambda logits, y: weighted((1 + group.rank) * logits, y), y),
+        "random numbers": (lambda logits, y: weighted(logits * torch.rand(len(y), 1), y), y),
+        "no label that counts": (F.cross_entropy, torch.full((6,), -100)),
+    }
+    found = {}
+    for name, (loss_fn, labels) in cases.items():
+        rule = learner(group, "memdfa", mlp)
+        rule.step(x, y)
+        group.draw_apart(1)
+        before, rule.loss_fn = outcome(rule)["state"], loss_fn
+        problem = refused(rule.step, x, labels)
+        unchanged = all(torch.equal(value, before[key]) for key, value in rule.blocks.state_dict().items())
+        found[name] = problem, unchanged
+    return found
 
 
 def peaks(group, rule):
@@ -159,6 +253,8 @@ def all_cases(group, folder):
     found = {name: learn(group, **options) for name, options in EQUAL.items()}
     found |= {("peaks", rule): peaks(group, rule) for rule in ml.RULES}
     found["own statistics"] = learn(group, "bp", "sgd", "conv_batchnorm", [12], sync=False)
+    found |= {("loss", name, rule): learn_loss(group, name, rule) for name in LOSSES for rule in LOSS_RULES}
+    found["losses refused"] = losses_refused(group)
     found["not finite"] = not_finite(group)
     found["finds the download"] = downloads(group, folder)
     found["fit"] = fitted(group, folder / "fit.pt")

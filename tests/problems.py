@@ -106,6 +106,17 @@ class ChannelsLast(nn.Conv2d):
         return super().forward(h).contiguous(memory_format=torch.channels_last)
 
 
+class Words(nn.Module):
+    """The mean over the words of a sentence (N, T) of what an embedding has for each."""
+
+    def __init__(self, sparse: bool = False):
+        super().__init__()
+        self.table = nn.Embedding(11, 6, sparse=sparse)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.table(words.long()).mean(1)
+
+
 class FlattenLinear(nn.Linear):
     """A block that begins with a feature map, so that e B_i is one."""
 

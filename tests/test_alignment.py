@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from problems import BY_NAME, RULE_NAMES, make_rule, params, rotated, train
+from problems import BY_NAME, RULE_NAMES, Words, make_rule, params, rotated, train
 from reference import Twin, assert_identical, assert_same_training, refuses
 from torch import nn
 
@@ -129,12 +129,23 @@ def test_below_90_degrees_a_small_step_lowers_the_loss_and_above_it_raises_it():
     for sign in (1, -1):
         learner, x, y = linear("dfa", widths=(8, 12, 5))
         learner.blocks[1].requires_grad_(False)  # so that the first block alone decides
-        learner.parameters[1], learner.optimizers[1] = [], None
         learner.feedback.matrices[("block", 0)] *= sign
         angle = angles(learner, x, y)[0]
         learner.optimizers[0].param_groups[0]["lr"] = 1e-3
         losses = [learner.step(x, y).item() for _ in range(2)]
         assert (losses[1] < losses[0]) == (angle < 90)
+
+
+@rotated("rule of", LEARN_FROM_B, OF)
+def test_a_sparse_gradient_has_the_angle_of_a_dense_one(rule, of):
+    words, found = torch.randint(11, (6, 3), generator=torch.Generator().manual_seed(0)), []
+    for sparse in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = nn.Sequential(Words(sparse), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+        found.append(angles(ml.RULES[rule](net, SGD), words, MLP.y, of))
+    assert found[0] == found[1]
+    assert not any(is_nan(found[0]))
 
 
 # ------------------------------------------------------------------------------------------- no direction, no angle

@@ -113,7 +113,10 @@ class TestTheUsersModel:
         for place, kind in [(0, "forward"), (0, "forward_pre"), (2, "full_backward"), (2, "full_backward_pre")]:
             hook = getattr(model[place], f"register_{kind}_hook")
             hook(lambda module, *given, kind=kind: calls.append((kind, module)))
-        RULES[rule](model, OPTIMIZERS["sgd"], problem.loss).step(problem.x, problem.y)
+        learner = RULES[rule](model, OPTIMIZERS["sgd"], problem.loss)
+        learner.rehearse(problem.x, problem.y)
+        calls.clear()
+        learner.step(problem.x, problem.y)
         runs = 1 + (rule == "memdfa")
         assert calls.count(("forward", model[0])) == calls.count(("forward_pre", model[0])) == runs
         assert calls.count(("full_backward", model[2])) == calls.count(("full_backward_pre", model[2])) == 1

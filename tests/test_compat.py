@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -11,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.core import compat
+from memdfa_lab.core.watcher import empty_of_shape
 
 # ----------------------------------------------------------------------------------------------- tensors and modules
 
@@ -79,6 +82,53 @@ def test_hooks_of_every_kind_are_seen_until_they_are_removed():
         assert compat.has_step_hooks(optimizer)
 
 
+def test_autocast_is_on_within_it_on_any_device_and_off_where_it_is_switched_off():
+    assert not compat.autocast_is_on()
+    for device in ("cpu", "cuda"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where there is no GPU
+            context = torch.autocast(device, torch.bfloat16)
+        with context:
+            assert compat.autocast_is_on() == torch.is_autocast_enabled(device)
+            with torch.autocast(device, enabled=False):
+                assert not compat.autocast_is_on()
+
+
+@pytest.mark.parametrize("wrap", [lambda step: step, lambda step: torch.no_grad()(step)])
+def test_a_step_of_torchs_own_is_not_overheard_also_under_a_scheduler(wrap):
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    assert not compat.has_step_hooks(optimizer)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert not compat.has_step_hooks(optimizer)
+    optimizer.step = wrap(lambda: None)
+    assert compat.has_step_hooks(optimizer)
+    handle = register_optimizer_step_post_hook(lambda *given: None)
+    assert compat.has_step_hooks(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    handle.remove()
+
+
+def test_saved_by_yields_what_a_node_keeps():
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+    (product,) = [list(compat.saved_by((x * y).grad_fn))]
+    assert {id(x)} < {id(tensor) for tensor in product}
+    assert all(tensor.requires_grad for tensor in product)
+    assert not any(tensor.requires_grad for tensor in compat.saved_by((x + y).grad_fn))
+    assert not any(tensor.requires_grad for tensor in compat.saved_by((0.5 * x).grad_fn))
+    assert [
+        tuple(tensor.shape) for tensor in compat.saved_by(Doubled.apply(torch.ones(2, 3), Tensor.reshape).grad_fn)
+    ] == []
+
+
+def test_parts_of_are_the_dictionaries_that_change_with_the_module():
+    layer = nn.Sequential(nn.Linear(2, 2))
+    (parts,) = compat.parts_of(layer)
+    layer.append(nn.ReLU())
+    assert list(parts) == ["0", "1"]
+    assert [sorted(held) for held in compat.parts_of(layer[0])] == [["bias", "weight"]]
+    assert compat.parts_of(nn.ReLU()) == []
+
+
 def test_check_input_dim_refuses_what_the_layer_refuses():
     for norm, right in ((nn.BatchNorm1d(2), (3, 2)), (nn.BatchNorm2d(2), (3, 2, 4, 4))):
         compat.check_input_dim(norm, torch.ones(right))
@@ -140,78 +190,49 @@ def test_the_current_node_is_the_one_that_runs_and_none_outside_backward():
     assert seen[1].name().endswith("AccumulateGrad")
 
 
-# --------------------------------------------------------------------------------------- what sees torch's operations
+def test_saved_tensors_hooks_are_there_within_a_checkpoint_alone():
+    seen = []
+
+    def run(h: Tensor) -> Tensor:
+        seen.append(compat.saved_tensors_hooks(False))
+        return h.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(run, run(x), use_reentrant=False)
+    assert [hooks is None for hooks in seen] == [True, False]
+    assert compat.saved_tensors_hooks(False) is None
 
 
-class Seen(compat.Watcher):
+class SeenFunctions(TorchFunctionMode):
     def __init__(self) -> None:
-        self.operations: list[Any] = []
+        super().__init__()
+        self.names: list[str] = []
 
-    def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        self.operations.append(operation)
-        return operation(*args, **kwargs)
-
-
-def test_a_watcher_sees_each_operation_but_those_unwatched_and_others_within():
-    x, aten = torch.ones(2), compat.aten
-    with Seen() as seen:
-        assert compat.watchers() == (seen,)
-        x + 1
-        with compat.unwatched():
-            assert compat.watchers() == ()
-            x * 2
-        with Seen() as first:
-            x - 1
-        bool(x.sum() > 0)
-        with pytest.raises(RuntimeError, match="must match"):
-            x + torch.ones(3)
-    x / 2
-    assert compat.watchers() == ()
-    ones = [aten.ones.default, aten.add.Tensor]
-    assert seen.operations == [
-        aten.add.Tensor,
-        aten.sub.Tensor,
-        aten.sum.default,
-        aten.gt.Scalar,
-        compat.TRUTH_VALUE,
-        *ones,
-    ]
-    assert first.operations == [aten.sub.Tensor]
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
-def test_torch_takes_the_operations_that_it_takes_unwatched():
-    x = torch.rand(5, requires_grad=True)
-    with Seen() as seen:
-        x.clone().sgn().cumprod(0).sum().backward()
-        x.grad = None
-        torch.maximum(x.clone(), x.detach()).sum().backward()
-    assert compat.aten.masked_fill_.Scalar in seen.operations  # under a dispatch mode it is masked_fill
+@pytest.mark.parametrize(("run", "stay"), [(compat.run_backward, True), (Tensor.backward, False)])
+def test_a_mode_sees_what_runs_again_in_run_backward_and_not_in_torchs_own(run, stay):
+    x = torch.ones(2, requires_grad=True)
+    out = checkpoint(lambda h: torch.tanh(h).exp(), x, use_reentrant=False)
+    with SeenFunctions() as mode:
+        run(out, torch.full((2,), 3.0))
+    assert ("tanh" in mode.names) is stay
+    expected = torch.autograd.grad(torch.tanh(x).exp(), x, torch.full((2,), 3.0))[0]
+    assert torch.equal(x.grad, expected)
 
 
-def test_a_watcher_goes_along_to_a_backward_pass_and_not_to_other_threads():
-    x, seen = torch.ones(2, requires_grad=True), Seen()
-    with seen:
-        y = (x * 2).sum()
-        before = len(seen.operations)
-        y.backward()
-        after = len(seen.operations)
-        thread = threading.Thread(target=lambda: torch.ones(2) + 1)
-        thread.start()
-        thread.join()
-    assert before < after == len(seen.operations)
+def test_transforms_are_active_within_vmap_and_grad():
+    seen = []
 
+    def run(h: Tensor) -> Tensor:
+        seen.append(compat.transforms_active())
+        return h.sum()
 
-def test_parameters_and_tensors_of_another_class_can_be_made_while_watched():
-    class Named(Tensor):
-        pass
-
-    with Seen() as seen:
-        parameter = nn.Parameter(torch.ones(2))
-        assert isinstance(torch.ones(2).as_subclass(Named), Named)
-        assert isinstance(copy.deepcopy(nn.Linear(2, 2)).weight, nn.Parameter)
-    assert isinstance(parameter, nn.Parameter)
-    assert compat.aten.ones.default in seen.operations
-    assert "_make_subclass" not in vars(Tensor)
+    run(torch.ones(2)), torch.vmap(run)(torch.ones(2, 2)), torch.func.grad(run)(torch.ones(2)), run(torch.ones(2))
+    assert seen == [False, True, True, False]
 
 
 def test_the_profiler_marks_allocations_and_tells_their_size():
@@ -242,34 +263,6 @@ def test_whether_an_operation_is_several_others_on_the_cpu():
         compat.is_composite("aten::no_such_operation")
 
 
-# ----------------------------------------------------------------------------------------- what prediction leans on
-
-
-def test_a_tensor_without_data_has_shape_and_size_and_views_and_refuses_all_else():
-    x = compat.empty_of_shape((10**6, 10**6), (10**6, 1), torch.float32, 4 * 10**12)
-    assert (x.device.type, x.shape, x.untyped_storage().nbytes()) == ("cpu", (10**6, 10**6), 4 * 10**12)
-    assert compat.storage_id(x[3:].t()) == compat.storage_id(x.detach()) == compat.storage_id(x)
-    assert compat.address(x) is None is compat.address(torch.ones(2, device="meta"))
-    assert compat.address(torch.ones(2)[1:]) % 64 == 4
-    for ask in (torch.sum, Tensor.numpy, Tensor.relu_, Tensor.data_ptr, repr, lambda x: x[0, 0].item()):
-        with pytest.raises(RuntimeError, match="part of a prediction"):
-            ask(x)
-
-
-def test_a_storage_without_data_can_be_resized_and_given_to_others():
-    x = compat.empty_of_shape((3,), (1,), torch.float32, 12)
-    before, y = compat.storage_id(x), torch.empty(0)
-    for size in (40, 0, 8, 8):
-        x.untyped_storage().resize_(size)
-        assert (compat.storage_id(x), x.untyped_storage().nbytes()) == (before, size)
-    with compat.storages_replaceable(x.untyped_storage()):
-        y.set_(x.untyped_storage(), 0, (2,), (1,))
-    assert compat.storage_id(y) == before
-    for tensor in (x, y):
-        with pytest.raises(RuntimeError, match="part of a prediction"):
-            tensor.sum()
-
-
 def test_whether_an_operation_is_told_a_device():
     assert compat.takes_device(compat.aten.empty.memory_format)
     assert not compat.takes_device(compat.aten.mm.default)
@@ -280,7 +273,7 @@ def test_whether_onednn_runs_a_convolution_is_known_without_data():
     for dtype, expected in ((torch.float32, True), (torch.float64, False)):
         shapes = ((8, 3, 16, 16), (4, 3, 3, 3))
         real = [torch.ones(shape, dtype=dtype) for shape in shapes]
-        alike = [compat.empty_of_shape(t.shape, t.stride(), dtype, t.untyped_storage().nbytes()) for t in real]
+        alike = [empty_of_shape(t.shape, t.stride(), dtype, t.untyped_storage().nbytes()) for t in real]
         assert compat.is_onednns(*real, [4], *settings) == compat.is_onednns(*alike, [4], *settings) == expected
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
-from in_ranks import EQUAL, build, conv_batchnorm, examples, fitted, learn, peaks
+from in_ranks import EQUAL, LOSS_RULES, LOSSES, build, conv_batchnorm, examples, fitted, learn, learn_loss, peaks
 from reference import refuses
 
 import memdfa_lab as ml
@@ -76,6 +76,42 @@ def test_two_ranks_with_half_the_batch_each_are_one_process_with_all_of_it(both,
         losses, theirs = (torch.tensor(one["losses"], dtype=torch.float64) for one in (ours, expected))
         torch.testing.assert_close(losses, theirs, **tolerance)
         torch.testing.assert_close(ours["output"], expected["output"], **tolerance)
+
+
+@pytest.mark.parametrize("rule", LOSS_RULES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_ranks_learn_by_any_loss_as_one_process_does(both, name, rule):
+    expected, (*_, known) = learn_loss(ALONE, name, rule), LOSSES[name]
+    ranks_found = [both[rank]["loss", name, rule] for rank in (0, 1)]
+    for ours in ranks_found:
+        assert_same(ours, expected)
+        assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-12, abs=1e-12)
+        assert ("the batch" not in ours["exchanged"]) == known
+        assert ours["exchanged"].count("the loss") == (1 if known else 2)
+    assert [sum(shares) for shares in zip(*(ours["shares"] for ours in ranks_found), strict=True)] == pytest.approx(
+        expected["shares"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    {
+        "the form of y": "ranks differ in y: torch.float32 (n, 2) on rank 0, torch.float32 (n, 3) on rank 1",
+        "y that is no tensor": "ValueError: several ranks gather y for this loss: it must be a tensor (n, ...)",
+        "y that is no batch": "got torch.float32 (5) for logits (6, 5)",
+        "other class weights": "ValueError: ranks differ in weight: [1.0, 1.0",
+        "another loss on one rank": "ranks differ in loss: cross_entropy on rank 0, a function of the whole batch",
+        "another function on one rank": "ValueError: ranks differ in the loss of one batch: ",
+        "random numbers": "let it draw no random numbers",
+        "no label that counts": "FloatingPointError: the loss or its gradient is not finite",
+    }.items(),
+)
+def test_losses_that_ranks_cannot_share_are_refused_by_all_of_them(both, name, hint):
+    for rank in (0, 1):
+        problem, unchanged = both[rank]["losses refused"][name]
+        assert hint in problem
+        assert "\n" not in problem
+        assert unchanged
 
 
 def test_without_synchronising_each_rank_has_statistics_of_its_own(both):

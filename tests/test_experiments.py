@@ -9,8 +9,10 @@ import torch
 from reference import assert_identical, refuses
 
 import memdfa_lab as ml
+from memdfa_lab import figures
 from memdfa_lab.batch.report import check_parameters
-from memdfa_lab.lab.experiments import compare, confusion, summary
+from memdfa_lab.lab.experiments import compare, confusion, make_rule, summary, train
+from memdfa_lab.lab.settings import RunSettings
 
 EXPECTED = {"epochs": range(1, 11), "lr": (None, (0.0, 1.0)), "rules": [{"bp", "fa"}], "fast": bool, "dataset": str}
 GOOD = {"epochs": 3, "lr": None, "rules": ["bp"], "fast": False, "dataset": "mnist"}
@@ -35,6 +37,27 @@ def test_the_summary_is_mean_and_spread_over_seeds_of_the_last_epoch():
     assert (row["seeds"], row["train_loss"], row["seconds"]) == (2, 2.0, 8.5)
     assert row["test_accuracy"] == pytest.approx(0.7)
     assert row["test_accuracy_std"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
+
+
+def test_without_accuracy_the_summary_and_the_curves_have_none(data):
+    rows = [{"rule": "bp", "seed": seed, "epoch": 1, "loss": 2.0 + seed, "seconds": 1.0} for seed in (0, 1)]
+    table = pd.DataFrame(rows)
+    assert list(summary(table)) == ["rule", "seeds", "train_loss", "seconds"]
+    with refuses(ValueError, "table lacks test_accuracy"):
+        figures.learning_curves(table)
+    (axes,) = figures.learning_curves(table.assign(test_accuracy=np.nan)).axes  # no test example
+    assert axes.get_ylabel() == "mean training loss"
+    for sweep in (table.drop(columns="rule"), table.drop(columns="rule").assign(test_accuracy=np.nan)):
+        assert figures.sweep_summary(sweep.assign(run=["a", "b"]), ["seed"]).axes[0].get_ylabel() == "loss"
+
+
+def test_a_short_batch_is_left_out_if_the_settings_say_so(data):
+    found = [train("bp", "fc_relu", data, 1, 64, drop_last=drop_last)[1].rows[0]["loss"] for drop_last in (True, False)]
+    rule = make_rule("bp", "fc_relu", data)
+    assert found[0] == ml.fit(rule, data, 1, 64, drop_last=True).rows[0]["loss"] != found[1]
+    run = RunSettings(rule="bp", network="fc_relu")
+    assert "drop_last" not in run.model_dump()  # a sweep's runs keep their names
+    assert run.changed(drop_last=True).model_dump()["drop_last"] is True
 
 
 def test_confusion_counts_true_classes_in_rows():

@@ -215,7 +215,7 @@ def test_ctrl_c_twice_leaves_a_run_that_goes_on(pause_s, tmp_path):
         process.send_signal(signal.SIGINT)
         time.sleep(pause_s)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors[-1500:]
     assert errors.count("\n") == 1
     assert "interrupted" in errors
     rows = torch.load(tmp_path / "cut" / "memdfa" / "checkpoint.pt", weights_only=True)["progress"]["rows"]
@@ -223,6 +223,30 @@ def test_ctrl_c_twice_leaves_a_run_that_goes_on(pause_s, tmp_path):
         assert cli.main(list(map(str, training(tmp_path / out, len(rows) + 1)))) == 0
     assert_same_result(tmp_path / "cut", tmp_path / "whole")
     assert {path.name for path in (tmp_path / "cut").rglob(".*")} <= {".checkpoint.pt.lock"}
+
+
+def test_a_second_ctrl_c_at_any_line_of_the_first_ones_handler_does_not_hang():
+    code = """import os, signal, sys
+from memdfa_lab.lab.fit import _ctrl_c_noted
+for line in range(30):  # of those that run once the first signal is there
+    count = 0
+    def again(*_):
+        global count
+        count += 1
+        if count == line:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGINT)
+        return again
+    try:
+        with _ctrl_c_noted() as noted:
+            sys.settrace(again)
+            os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    sys.settrace(None)
+    assert noted
+"""
+    subprocess.run([sys.executable, "-c", f"{MAIN}{code}"], timeout=60, check=True)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(tmp_path, capsys):

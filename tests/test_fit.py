@@ -1,6 +1,7 @@
 """Training over epochs: evaluation, history, checkpoints that resume bit for bit, also after kill -9 and Ctrl-C."""
 
 import copy
+import dataclasses
 import gzip
 import math
 import os
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_identical, refuses
+from problems import Words, rotated
+from reference import assert_identical, refuses, refuses_and_keeps
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 import memdfa_lab as ml
 from memdfa_lab.lab import files
+from memdfa_lab.lab.ahead import look_ahead
 from memdfa_lab.lab.datasets import order
+from memdfa_lab.lab.distributed import Group
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -186,6 +190,7 @@ def test_numbers_of_numpy_resume_as_pythons_do(data, tmp_path):
 
 COSINE, SMOOTH = partial(schedulers.CosineAnnealingLR, T_max=8), partial(F.cross_entropy, label_smoothing=0.1)
 DIFFERENT = {
+    "batch_size 100, this one has 100, drop_last": {"drop_last": True},
     "batch_size 100, this one has 50": {"batch_size": 50},
     "seed 0, this one has 1": {"seed": 1},
     "data mnist5k-holdout, 240 examples": {"split": 1},
@@ -208,10 +213,11 @@ def finished(data, tmp_path_factory):
     """Return a checkpoint of two epochs, and a function that fits a rule from it, by other settings if given."""
     path = tmp_path_factory.mktemp("finished") / "run.pt"
 
-    def fit(epochs=2, split=0, negative=slice(0), batch_size=100, seed=0, scheduler=COSINE, **of_rule):
+    def fit(epochs=2, split=0, negative=slice(0), batch_size=100, seed=0, scheduler=COSINE, drop_last=False, **of_rule):
         rule, chosen = learner(**{"loss": SMOOTH, **of_rule}), data.holdout(0.2, seed=split)
         chosen.x_train[negative] *= -1
-        before, how = state(rule), {"seed": seed, "scheduler": scheduler, "checkpoint": path}
+        how = {"seed": seed, "scheduler": scheduler, "drop_last": drop_last, "checkpoint": path}
+        before = state(rule)
         try:
             return ml.fit(rule, chosen, epochs, batch_size, **how).rows
         except ValueError:
@@ -349,6 +355,19 @@ def test_every_example_is_seen_once_an_epoch_and_the_loss_is_the_mean_over_them(
     assert float(row.split(",")[3]) == pytest.approx(ml.accuracy(rule, data.x_test, data.y_test))
 
 
+def test_a_short_last_batch_can_be_left_out(data):
+    rule, losses = learner(), []
+    step = rule.step
+    rule.step = lambda x, y: losses.append((len(x), step(x, y))) or losses[-1][1]
+    history = ml.fit(rule, data, 2, 64, drop_last=True)
+    assert [n for n, _ in losses] == [64] * 8
+    assert history.rows[1]["loss"] == pytest.approx(sum(loss.item() for _, loss in losses[4:]) / 4, rel=1e-12)
+    batches = data.batches(64, drop_last=True)
+    assert [len(next(batches)[1]) for _ in range(9)] == [64] * 9
+    whole, same = (ml.fit(learner(dropout=0.0), data, 1, 100, drop_last=drop_last) for drop_last in (True, False))
+    assert without_seconds(whole).equals(without_seconds(same))  # nothing is short
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     first = order(1000, 3, 2).tolist()
     order.cache_clear()
@@ -391,3 +410,222 @@ def test_a_rule_on_a_gpu_learns_as_on_the_cpu(data):
     on_cpu, on_gpu = (ml.MemDFA(ml.models.mlp(784, [8], 10).to(d), optimizer=SGD) for d in ("cpu", "cuda"))
     one, other = (ml.fit(rule, data, 1, 64).table["loss"].item() for rule in (on_cpu, on_gpu))
     assert one == pytest.approx(other, rel=1e-4)
+
+
+# other inputs, labels and losses than those of the data sets
+
+
+def by_hand(x, y, tests=8):
+    """Return a data set of these tensors, of which the last are for the test."""
+    n = len(x) - tests
+    return ml.datasets.Data("by hand", x[:n], y[:n], x[n:], y[n:], torch.zeros(1, 1, 1), 1.0, 4)
+
+
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def plain(inputs=6, outputs=4, first=(), rule="memdfa", loss=F.cross_entropy, lr=0.1):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = nn.Sequential(*(make() for make in first), nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs))
+        return ml.RULES[rule](net, partial(torch.optim.SGD, lr=lr), loss)
+
+
+X, Y = numbers(48, 6), torch.arange(48) % 4
+X += F.one_hot(Y, 6)  # so that there is something to learn
+
+
+@rotated("rule dtype", ml.RULES, [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_inputs_of_whole_numbers_stay_what_they_are(rule, dtype):
+    words, got = torch.randint(11, (48, 5), generator=torch.Generator().manual_seed(0)).to(dtype), []
+    made = plain(first=[Words], rule=rule)
+    made.blocks[0].register_forward_pre_hook(lambda block, inputs: got.append(inputs[0]))
+    data = by_hand(words, words[:, 0].long() % 4)
+    last = ml.fit(made, data, 2, 8).rows[-1]
+    assert {x.dtype for x in got} == {dtype}
+    with torch.no_grad():
+        output = made.blocks.eval()(data.x_test)
+    assert torch.equal(ml.predict(made, data.x_test), output)
+    right = (output.argmax(1) == data.y_test).double().mean().item()
+    assert last["test_accuracy"] == ml.accuracy(made, data.x_test, data.y_test) == pytest.approx(right)
+    assert next(data.batches(4, like=numbers(1).double()))[0].dtype == dtype
+
+
+def test_the_input_of_predict_is_not_changed_by_a_module_that_works_in_place():
+    before = X.clone()
+    ml.predict(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 4)), X)
+    assert torch.equal(ml.predict(nn.ReLU(inplace=True), X), before.relu())  # without a weight
+    assert torch.equal(X, before)
+
+
+def test_predict_inside_autocast_sees_the_weights_that_there_are():
+    net = plain().blocks
+    with torch.autocast("cpu", torch.bfloat16):
+        net(X).sum().backward()  # the casts of these weights are kept
+        with torch.no_grad():
+            net[-1].weight.zero_()
+        assert torch.equal(ml.predict(net, X), net[-1].bias.bfloat16().expand(48, 4))
+
+
+# what no accuracy can be told of: (outputs, y, loss)
+def _first(loss):
+    return lambda output, y: loss(output[:, 0], y.float())
+
+
+WITHOUT_ACCURACY = {
+    "one logit": (1, (Y > 1).long(), _first(F.binary_cross_entropy_with_logits)),
+    "a number": (1, X[:, 0], _first(F.mse_loss)),
+    "a column": (1, X[:, :1], F.mse_loss),
+    "float64": (4, X[:, :4].double(), F.mse_loss),
+    "several labels": (4, (X[:, :4] > 0).float(), F.binary_cross_entropy_with_logits),
+    "soft labels": (4, X[:, :4].softmax(1), F.cross_entropy),
+    "labels to ignore": (4, torch.where(Y == 3, -100, Y), F.cross_entropy),
+    "counts": (4, Y * 2, lambda output, y: F.poisson_nll_loss(output.mean(1), y.float())),
+}
+
+
+@pytest.mark.parametrize("task", WITHOUT_ACCURACY)
+def test_where_accuracy_means_nothing_there_is_none(task, tmp_path):
+    outputs, y, loss = WITHOUT_ACCURACY[task]
+    made = plain(outputs=outputs, loss=loss)
+    history = ml.fit(made, by_hand(X, y), 20, 8, checkpoint=tmp_path / "run.pt")
+    assert list(history.table) == ["epoch", "loss", "seconds"]
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"]
+    with refuses(ValueError, "accuracy is for outputs (N, C)" if y.dim() == 1 else "a tensor of 48 labels"):
+        ml.accuracy(made, X, y)
+
+
+def test_a_picture_of_labels_has_no_accuracy():
+    made = ml.MemDFA(nn.Sequential(nn.Conv2d(2, 3, 1)), SGD)
+    data = by_hand(numbers(12, 2, 4, 4), torch.randint(3, (12, 4, 4)))
+    assert list(ml.fit(made, data, 1, 4).table) == ["epoch", "loss", "seconds"]
+    with refuses(ValueError, "a tensor of 8 labels, one or more, one for each example; got shape (8, 4, 4)"):
+        ml.accuracy(made, data.x_test, data.y_test)
+
+
+def test_without_a_test_example_the_test_accuracy_is_nan(data):
+    row = ml.fit(plain(), by_hand(X, Y, tests=0), 1, 8).rows[0]
+    assert math.isnan(row["test_accuracy"])
+    assert row["train_accuracy"] > 0
+
+
+def test_a_function_of_the_epoch_need_not_return_numbers():
+    assert list(ml.fit(plain(), by_hand(X, Y), 1, on_epoch=lambda rule, epoch: None).table)[-1] == "seconds"
+
+
+# what can be known before the first step
+
+
+def norm():
+    return nn.BatchNorm1d(6)
+
+
+class OfSix(nn.Module):
+    """It takes batches of six examples alone."""
+
+    def forward(self, h):
+        return h.view(6, 6)
+
+
+NAN_X, NAN_Y = X.clone(), X[:, :1].clone()
+NAN_X[17, 3] = math.nan
+NAN_Y[-1] = math.inf
+HAND, NORM = by_hand(X, Y), {"first": [norm]}
+AHEAD = {  # data, batch size, the rest -> what is said
+    "one left": (by_hand(X, Y, 7), 10, NORM, "1 of the 41 training examples", "batch_size 9 or drop_last=True"),
+    "one left of two": (by_hand(X, Y, 45), 2, NORM, "1 of the 3 training examples", "batch_size 3 or drop_last=True"),
+    "a fixed size": (HAND, 6, {"first": [OfSix]}, "have 4 of the 40 training", "batch_size 5 or drop_last=True"),
+    "a label beyond": (by_hand(X, torch.where(Y == 3, 4, Y)), 2, {}, "from 0 to 4 (labels are int64 (2,) from 0 to 3)"),
+    "a test label beyond": (by_hand(X, torch.where(torch.arange(48) == 47, 9, Y)), 8, {}, "y_test must be", "to 9"),
+    "NaN": (by_hand(NAN_X, Y), 8, {}, "x_train of the data holds NaN or inf"),
+    "inf to test": (by_hand(X, NAN_Y), 8, {"outputs": 1, "loss": F.mse_loss}, "y_test of the data holds NaN or inf"),
+    "a list": (dataclasses.replace(HAND, y_train=Y[:40].tolist()), 8, {}, "y_train must be a tensor", "not a list"),
+    "many labels": (dataclasses.replace(HAND, y_train=Y), 8, {}, "of as many examples, one or more, got 40 and 48"),
+    "few test labels": (dataclasses.replace(HAND, y_test=Y[:0]), 8, {}, "y_test must be of as many", "8 and 0"),
+    "sparse": (
+        dataclasses.replace(HAND, x_train=X[:40].to_sparse()),
+        8,
+        {},
+        "x_train must be a dense tensor",
+        "sparse",
+    ),
+    "another width": (dataclasses.replace(HAND, x_test=X[:8, :5]), 8, {}, "x_test: it is (8, 5)", "x_train is (N, 6)"),
+    "no example": (by_hand(X, Y, 48), 8, {}, "one or more, got 0 and 0"),
+    "float labels": (by_hand(X, Y.float()), 8, {}, "y (8,) torch.float32"),
+    "a column of labels": (by_hand(X, Y[:, None]), 8, {}, "y (8, 1) torch.int64"),
+    "no batch left": (HAND, 41, {"drop_last": True}, "drop_last leaves no batch of 41 from 40 examples"),
+    "maybe": (HAND, 8, {"drop_last": 1}, "drop_last must be True or False, not a int"),
+}
+
+
+@rotated("case rule", AHEAD, ml.RULES)
+def test_what_is_known_before_the_first_step_is_said_then(case, rule):
+    data, batch_size, rest, *hints = AHEAD[case]
+    drop_last = rest.get("drop_last", False)
+    made = plain(rule=rule, **{name: value for name, value in rest.items() if name != "drop_last"})
+    drawn = torch.get_rng_state()
+    with refuses_and_keeps(made, (ValueError, TypeError, FloatingPointError), *hints):
+        ml.fit(made, data, 1, batch_size, drop_last=drop_last)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("way", ["drop_last", "batch size", "pixels", "no norm", "ml.alignment.follow"])
+def test_one_example_is_left_out_or_taken_where_that_is_possible(way):
+    data = by_hand(X, Y, 7)
+    if way == "pixels":  # more than one value a channel
+        data = by_hand(numbers(48, 2, 3, 3), Y, 7)
+        first = [partial(nn.BatchNorm2d, 2), nn.Flatten]
+        ml.fit(plain(18, first=first), data, 1, 10)
+    elif way == "ml.alignment.follow":
+        made = plain(first=[norm])
+        ml.alignment.follow(made, data, [4], 10)  # the last batch is not reached
+        ml.alignment.follow(made, data, [9], 10, drop_last=True)
+        with refuses_and_keeps(made, ValueError, "1 of the 41 training examples", "drop_last=True"):
+            ml.alignment.follow(made, data, [5], 10)
+    else:
+        first = [] if way == "no norm" else [norm]
+        ml.fit(plain(first=first), data, 1, 9 if way == "batch size" else 10, drop_last=way == "drop_last")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_part_of_each_rank_is_looked_at_on_all_of_them(rank):
+    made, group = plain(first=[norm]), Group(rank, size=2)
+    for examples, batch_size in ((43, 10), (42, 10), (41, 10), (40, 3)):
+        data = by_hand(X, Y, 48 - examples)
+        with refuses(ValueError, "a rank's part of the last batch", f"1 of the {examples} training examples"):
+            look_ahead(made, data, batch_size, False, group)
+    assert look_ahead(made, by_hand(X, Y, 4), 10, False, group)
+    assert look_ahead(made, by_hand(X, Y, 5), 10, True, group)
+
+
+WEIGHTS = torch.ones(10), torch.ones(10) + 1e-6
+
+
+@pytest.mark.parametrize("loss", [lambda w: nn.CrossEntropyLoss(w), lambda w: partial(F.cross_entropy, weight=w)])
+def test_a_run_does_not_go_on_with_other_class_weights(loss, data, tmp_path):
+    how = {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+    for weights in (WEIGHTS[0], WEIGHTS[0].clone()):
+        ml.fit(learner(loss=loss(weights)), data, **how)
+    with refuses(ValueError, "belongs to a run with loss"):
+        ml.fit(learner(loss=loss(WEIGHTS[1])), data, **how)
+
+
+@pytest.mark.parametrize("rule", ml.RULES)
+def test_one_autocast_context_around_fit_is_one_a_step(rule):
+    around, apart = plain(rule=rule), plain(rule=rule)
+    step = apart.step
+
+    def in_a_context(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(x, y)
+
+    apart.step = in_a_context
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ml.fit(around, by_hand(X, Y), 3, 8)
+        accuracy = ml.accuracy(around, X, Y)
+    expected = ml.fit(apart, by_hand(X, Y), 3, 8)
+    assert list(found.table["loss"]) == list(expected.table["loss"])
+    assert_identical(around.blocks.state_dict(), apart.blocks.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accuracy == ml.accuracy(apart, X, Y)

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -39,7 +40,7 @@ def ignores_logits(logits: Tensor, y: Tensor) -> Tensor:
 
 X, Y = MLP.x, MLP.y
 BATCHES = {
-    "a list": (X.tolist(), Y, TypeError, "x must be a dense tensor (N, ...) of real numbers, got a list"),
+    "a list": (X.tolist(), Y, TypeError, "x must be one tensor (N, ...), got a list"),
     "numpy": (X.numpy(), Y, TypeError, "use torch.as_tensor"),
     "nothing": (None, Y, TypeError, "got a NoneType"),
     "complex": (X.cfloat(), Y, TypeError, "torch.complex64"),
@@ -162,7 +163,20 @@ REFUSED = {
     "accuracy of none": (lambda d: ml.accuracy(net(), X[:0], Y[:0]), "0 labels, one or more"),
     "accuracy, few": (lambda d: ml.accuracy(net(), X, Y[:3]), "a tensor of 6 labels"),
     "accuracy, columns": (lambda d: ml.accuracy(net(), X, Y[:, None]), "got shape (6, 1)"),
+    "accuracy, numbers": (lambda d: ml.accuracy(net(), X, Y.float()), "outputs (6, 5) and labels (6,) torch.float32"),
+    "accuracy, beyond": (lambda d: ml.accuracy(net(), X, Y + 1), "from 0 to C - 1; got outputs (6, 5)", "from 1 to 5"),
+    "accuracy, one logit": (lambda d: ml.accuracy(nn.Linear(8, 1), X, Y > 2), "two classes or more", "outputs (6, 1)"),
     # data
+    "no image to build for": (
+        lambda d: experiments.make_rule("bp", "fc_relu", replace(d, x_train=X)),
+        "no images (N, C",
+    ),
+    "holdout of numbers": (
+        lambda d: replace(d, y_train=d.y_train.float()).holdout(),
+        "whole-number labels (N,), got tor",
+    ),
+    "holdout of columns": (lambda d: replace(d, y_train=d.y_train[:, None]).holdout(), "int64 (300, 1)"),
+    "no batch": (lambda d: next(d.batches(301, drop_last=True)), "take batch_size 300 or less"),
     "holdout seed": (lambda d: d.holdout(0.5, seed=-1), "seed must be"),
     # models
     "network": (lambda d: models.build("fc_rlu"), "did you mean 'fc_relu'?"),
@@ -255,8 +269,8 @@ REFUSED = {
 @pytest.mark.parametrize("call", REFUSED)
 def test_a_call_that_makes_no_sense_gets_one_line(call, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make, message = REFUSED[call]
-    with refuses((TypeError, ValueError, RuntimeError), message):
+    make, *hints = REFUSED[call]
+    with refuses((TypeError, ValueError, RuntimeError), *hints):
         make(data)
     assert list(tmp_path.rglob("*")) == []
 

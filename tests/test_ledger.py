@@ -210,9 +210,9 @@ def test_memdfa_steps_through_a_very_deep_network(depth, width):
 
 
 class KeepsEveryOutput(ml.MemDFA):
-    def begin(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor, y: Tensor) -> Tensor:
         self.too_long: list[Tensor] = []
-        return super().begin(x)
+        return super().begin(x, y)
 
     def teach(self, i, block, e):
         self.too_long.append(super().teach(i, block, e))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from memdfa_lab.lab.losses import LOSSES
+from memdfa_lab.lab.losses import LOSSES, as_mean
 
 ON_ONE_HOT = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}
 
@@ -43,3 +46,49 @@ def test_labels_of_another_shape_or_dtype_are_refused(name):
         LOSSES[name](torch.zeros(4, 5), torch.tensor([0, 1]))
     with pytest.raises(RuntimeError, match="dtype"):
         LOSSES[name](torch.zeros(2, 5), torch.tensor([0.0, 1.0]))
+
+
+class Doubled(nn.CrossEntropyLoss):
+    """A loss with a forward of its own."""
+
+    def forward(self, logits, y):
+        return 2 * super().forward(logits, y)
+
+
+def hooked():
+    loss_fn = nn.CrossEntropyLoss()
+    loss_fn.register_forward_hook(lambda module, given, loss: 2 * loss)
+    return loss_fn
+
+
+@pytest.mark.parametrize("loss_fn", [*LOSSES.values(), nn.CrossEntropyLoss(), partial(F.cross_entropy, weight=None)])
+def test_the_weight_of_a_part_is_what_its_mean_divides_by(loss_fn):
+    assert as_mean(loss_fn).weight(torch.tensor([0, 1, 1])) == 3
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 20.0, 300.0])])
+@pytest.mark.parametrize("y", [[2, 255, 1, 1], [255, 255, 255, 255]])
+def test_ignored_labels_weigh_nothing(weight, y):
+    y, mean = torch.tensor(y, dtype=torch.uint8), as_mean(nn.CrossEntropyLoss(weight, ignore_index=255))
+    logits = torch.linspace(-2, 3, 12).view(4, 3)
+    total = F.cross_entropy(logits, y, weight, ignore_index=255, reduction="sum")
+    assert mean.weight(y) == (0 if y[0] == 255 else 3 if weight is None else 340)
+    assert mean.weight(y) * F.cross_entropy(logits, y, weight, ignore_index=255).nan_to_num() == pytest.approx(total)
+
+
+OTHERS = {
+    "a sum": partial(F.cross_entropy, reduction="sum"),
+    "a sum, as torch wrote it once": partial(F.cross_entropy, size_average=False),
+    "a module's sum": nn.CrossEntropyLoss(reduction="sum"),
+    "options without names": partial(F.cross_entropy, torch.zeros(2, 3)),
+    "weights and smoothing": nn.CrossEntropyLoss(torch.ones(3), label_smoothing=0.1),
+    "a subclass": Doubled(),
+    "hooks": hooked(),
+    "a function": lambda logits, y: F.cross_entropy(logits, y),
+    "another of torch's": nn.NLLLoss(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_loss_that_may_be_no_mean_is_not_taken_for_one(name):
+    assert as_mean(OTHERS[name]) is None

@@ -247,6 +247,31 @@ def test_what_cannot_be_predicted_is_refused(arguments, error, hint):
         predict(*arguments)
 
 
+def test_a_loss_of_another_y_than_labels_wants_its_shape():
+    with refuses(ValueError, "the loss does not take", "say its y_shape"):
+        predict("bp", tiny_net, (6, 4), loss_fn=F.binary_cross_entropy_with_logits)
+    assert predict("bp", tiny_net, (6, 4), loss_fn=F.binary_cross_entropy_with_logits, y_shape=(6, 5)).peak_bytes > 0
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 12)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.embedding(t).mean(1)
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE)
+def test_whole_numbers_are_predicted_as_measured(rule):
+    net = nn.Sequential(Words(), nn.Linear(12, 5))
+    words = torch.arange(42).view(6, 7) % 30
+    predicted = predict(rule, net, (6, 7), x_dtype=torch.long)
+    assert events(predicted) == events(
+        measure(EVERY_RULE[rule](net, OPTIMIZERS["sgd"]), words, torch.arange(6) % 5, warm_up=1)
+    )
+
+
 # ----------------------------------------------------------------------------------------- large, many, side by side
 
 

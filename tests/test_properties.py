@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import CLASSES, EVERY_RULE, OPTIMIZERS, STORAGES, Problem, Residual, Skip, make_rule, train
 from reference import assert_identical, assert_same_training, train_plainly
@@ -27,13 +26,6 @@ from torch import Tensor, nn
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import losses
 from memdfa_lab.memory import measure, predict
-
-FOUND = [Phase.explicit, Phase.reuse, Phase.generate]  # the nightly run makes failures small, which takes minutes
-COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("ci", max_examples=30, derandomize=True, database=None, phases=FOUND, **COMMON)
-settings.register_profile("deep", max_examples=500, print_blob=True, **COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
 
 # Each is held to the measurement here, also where it has an operation that tests/test_proved.py does not meet.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:no test has shown")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -25,11 +24,9 @@ from problems import (
 from reference import (
     TOLERANCE,
     assert_close_training,
-    assert_identical,
     assert_matches_twin,
     assert_same_training,
     refuses,
-    refuses_and_keeps,
     surrogate_gradients,
     train_plainly,
 )
@@ -37,7 +34,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.core.rule import Rule
-from memdfa_lab.core.rules import FA
 
 SGD = OPTIMIZERS["sgd"]
 
@@ -154,22 +150,7 @@ def test_fa_with_the_weights_as_feedback_is_bp(problem):
     check_fa_with_the_weights_is_bp("fa", problem)
 
 
-# ------------------------------------------------------------------------------------ what FA must not learn as BP
-
-
-class Attention(nn.MultiheadAttention):
-    """A unit whose weights torch uses inside one function of its own."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 2, batch_first=True)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h[:, None], h[:, None], h[:, None], need_weights=False)[0][:, 0]
-
-
-class TwoArms(nn.Bilinear):
-    def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h, h)
+# ---------------------------------------------------------------------------- blocks without a graph of their own
 
 
 class Checkpointed(nn.Module):
@@ -186,44 +167,8 @@ class Checkpointed(nn.Module):
         return h + self.b(torch.tanh(self.a(h)))
 
 
-class Wrapped(nn.Sequential):
-    """A chain that is one unit."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h)
-
-
 def with_unit(unit: Callable[[], nn.Module]) -> Problem:
     return Problem("unit", lambda: nn.Sequential(nn.Linear(8, 8), unit(), nn.Linear(8, 5)), (8,))
-
-
-WITHOUT_B = [
-    (lambda: Wrapped(Attention()), "no B for attention and bilinear"),
-    (lambda: TwoArms(8, 8, 8), "no B for attention and bilinear"),
-    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "computed in the forward pass"),
-    (Checkpointed, "use_reentrant=True"),
-]
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the checkpoint
-@pytest.mark.parametrize(("unit", "hint"), WITHOUT_B)
-def test_fa_refuses_a_weight_through_which_it_would_send_the_error_as_bp_does(unit, hint):
-    problem = with_unit(unit)
-    rule = make_rule("fa", problem)
-    with refuses_and_keeps(rule, ValueError, hint, "DFA or MEM-DFA"):
-        rule.step(problem.x, problem.y)
-
-
-def test_fa_leaves_torch_as_it_was():
-    problem = BY_NAME["mlp_tanh_mse"]
-    model = problem.build()
-    FA(model, SGD, problem.loss).step(problem.x, problem.y)
-    plain = copy.deepcopy(model)
-    one, other = (torch.autograd.grad(problem.loss(m(problem.x), problem.y), m[0].weight) for m in (model, plain))
-    assert_identical(one, other)
-
-
-# ---------------------------------------------------------------------------- blocks without a graph of their own
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the checkpoint

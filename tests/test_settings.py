@@ -13,8 +13,8 @@ from memdfa_lab.lab.settings import RunSettings
 
 OTHERS = {
     "rule": "dfa", "network": "fc_sigmoid", "dataset": "own.npz", "root": "folder", "epochs": 2, "batch_size": 50,
-    "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce", "feedback": "shared", "distribution": "normal",
-    "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
+    "drop_last": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce", "feedback": "shared",
+    "distribution": "normal", "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
 }  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def test_every_setting_is_an_option_of_train(monkeypatch, capsys, data):
     loaded = []
     monkeypatch.setattr(experiments, "train", train)
     monkeypatch.setattr(experiments, "load_for", lambda *arguments: loaded.append(arguments) or data)
-    options = [text for name, value in OTHERS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in OTHERS.items())
+    options = [text for name, value in pairs for text in ([name] if value is True else [name, str(value)])]
     for arguments in (options, []):
         assert cli.main(["train", *arguments]) == 130
     assert OTHERS.keys() == RunSettings.model_fields.keys()

@@ -1,6 +1,8 @@
 """The command line: memdfa train | reproduce | profile | bench | sweep | explore."""
 
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt as stop:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only spoil the way out
         text = str(stop) or "interrupted: what was finished is kept, the same command goes on from there"
         return _show(text, INTERRUPTED)
     except Exception as problem:

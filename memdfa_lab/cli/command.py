@@ -34,9 +34,12 @@ def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
     """Add an option for each of these settings of a run; `defaults` differ from those of the table."""
     for name in names:
         kind, table, default, description = setting(RunSettings, name)
-        default = defaults.get(name, default)
+        default, option = defaults.get(name, default), f"--{name.replace('_', '-')}"
+        if kind is bool:
+            command.add_argument(option, action="store_true", help=description)
+            continue
         command.add_argument(
-            f"--{name.replace('_', '-')}",
+            option,
             type=kind,
             choices=None if table is None else list(table),
             default=default,

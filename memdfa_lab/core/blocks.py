@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from memdfa_lab.core.compat import ANY_CONVOLUTION, address, has_hooks, version
+from memdfa_lab.core.compat import ANY_CONVOLUTION, autocast_is_on, has_hooks, version
+from memdfa_lab.core.watcher import address
 
 WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
@@ -53,6 +55,7 @@ def parts_of(block: nn.Module) -> list[nn.Module]:
 
 def run_block(block: nn.Module, h: Tensor) -> Tensor:
     """Return block(h). Raises TypeError if that is not a tensor, RuntimeError if the block changed h in place."""
+    forget_casts()
     before = version(h)
     out = block(h)
     if not isinstance(out, Tensor):
@@ -65,8 +68,16 @@ def run_block(block: nn.Module, h: Tensor) -> Tensor:
     return out
 
 
+def forget_casts() -> None:
+    """Drop the casts of weights that autocast keeps until its context ends: all blocks', and older than an update."""
+    if autocast_is_on():
+        torch.clear_autocast_cache()
+
+
 def _chain(model: nn.Module | Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yield the modules of a chain in the order in which they run."""
+    if isinstance(model, torch.fx.GraphModule):
+        raise TypeError("the model is a traced graph, whose modules say nothing of their order: pass it untraced")
     if isinstance(model, nn.Module) and not _is_chain(model):
         raise TypeError(
             f"{type(model).__name__} is not a chain of modules: pass an nn.Sequential, or a list of modules in the "

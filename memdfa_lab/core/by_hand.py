@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import parts_of
-from memdfa_lab.core.compat import aten, has_global_hooks, has_hooks, has_step_hooks
+from memdfa_lab.core.compat import aten, autocast_is_on, has_global_hooks, has_hooks, has_step_hooks
 from memdfa_lab.core.layers import LAYERS, NORMS, VIEWS, Backward, gradient_of, run
 from memdfa_lab.core.phases import label
 from memdfa_lab.core.signal import SMALL_BYTES, Signal, split
@@ -37,7 +37,7 @@ def block_gradient(block: nn.Module, h: Tensor, during: AbstractContextManager[A
     layers = parts[at + 1 :]
     if not _can_be_done(weight, layers) or has_global_hooks() or any(map(has_hooks, parts)):
         return None
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if autocast_is_on():
         return None
     for view in parts[:at]:
         h = view(h)
@@ -61,6 +61,8 @@ class ByHand:
             self.kept.append(self._run(self.parts[0]))
 
     def learn(self, signal: Signal, in_place_sgd: Optimizer = None) -> None:
+        self.begin()
+        signal = signal.cast(self.out.dtype)
         for part in self.parts:
             ran = self.kept.popleft() if self.kept else self._run(part)
             if len(self.parts) > 1:

@@ -1,5 +1,6 @@
 """Checks of what is given: a name, a number, an object, a batch, a loss. Each error is a line that says what to do."""
 
+import contextlib
 import difflib
 import math
 from collections.abc import Callable, Mapping
@@ -54,9 +55,13 @@ def first_difference(one: object, other: object) -> tuple[str, str]:
 
 def check_batch(x: Any) -> None:
     """Raise TypeError, ValueError or FloatingPointError if x is not a batch (N, ...) of finite real numbers."""
-    if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_complex():
-        given = f"{x.dtype}, {x.layout}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise TypeError(f"x must be a dense tensor (N, ...) of real numbers, got {given}: use torch.as_tensor")
+    if not isinstance(x, Tensor):
+        several = isinstance(x, (tuple, list, dict)) and any(isinstance(item, Tensor) for item in x)
+        do = "join them to one, and split them in the first block" if several else "use torch.as_tensor"
+        raise TypeError(f"x must be one tensor (N, ...), got a {type(x).__name__}: {do}")
+    if x.layout is not torch.strided or x.is_nested or x.is_complex():
+        given = "a nested tensor" if x.is_nested else f"{x.dtype}, {x.layout}"
+        raise TypeError(f"x must be a dense tensor (N, ...) of real numbers, got {given}: pad it, or use x.to_dense()")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must be a batch (N, ...) of one example or more, got shape {tuple(x.shape)}")
     check_finite("x holds NaN or inf", x)
@@ -77,16 +82,25 @@ def scalar_loss(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: 
     """Return loss_fn(logits, y), 0-d. Raises ValueError if the loss refuses them or is not a scalar of the logits."""
     try:
         loss = loss_fn(logits, y)
-    except (IndexError, RuntimeError, TypeError, ValueError) as problem:
-        given = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-        if isinstance(y, Tensor) and y.numel() and not (y.is_floating_point() or y.is_complex()):
-            given += f" from {y.min()} to {y.max()}"
-        usual = f"labels are int64 ({len(logits)},) from 0 to {logits.shape[-1] - 1}"
-        raise ValueError(
-            f"the loss does not take logits {tuple(logits.shape)} and y {given} ({usual}); no weight was changed: "
-            f"{' '.join(str(problem).split())}"
-        ) from problem
+    except (IndexError, RuntimeError, TypeError, ValueError, UserWarning) as problem:
+        raise ValueError(_why_refused(loss_fn, logits, y, problem)) from problem
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"the loss must be a scalar made from the logits, a mean over the batch; got {shape}")
     return loss
+
+
+def _why_refused(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any, problem: Exception) -> str:
+    with contextlib.suppress(Exception):
+        loss_fn(logits.clone(), y)  # which may be changed in place, as a leaf of a graph may not
+        return "the loss changes the logits in place: write logits / 2, for example, in place of logits /= 2"
+    given = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+    if isinstance(y, Tensor) and y.numel() and not (y.is_floating_point() or y.is_complex() or y.is_meta):
+        given += f" from {y.min()} to {y.max()}"
+    N, *more = logits.shape
+    classes, *positions = more or [1]
+    usual = f"labels are int64 {(N, *positions)} from 0 to {classes - 1}"
+    return (
+        f"the loss does not take logits {tuple(logits.shape)} and y {given} ({usual}); no weight was changed: "
+        f"{' '.join(str(problem).split())}"
+    )

@@ -3,19 +3,19 @@
 torch may change them in any release. They are used nowhere else, and tests/test_compat.py says what is needed of each.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import Lock
-from typing import Any, Self
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType, _ExperimentalConfig
-from torch.library import Library, fallthrough_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils import _python_dispatch, _pytree
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils import _pytree
 
 aten = torch.ops.aten
 _C: Any = torch._C  # torch's stubs lack some of it
@@ -29,11 +29,18 @@ SUM = aten.add.Tensor
 
 tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries, with what is of a type replaced
 
+autocast_is_on: Callable[[], bool] = _C._is_any_autocast_enabled  # on any device, in this thread
+
 # Autograd numbers its nodes in the order of the forward pass.
 next_node_number: Callable[[], int] = _C._autograd._get_sequence_nr
 current_node: Callable[[], Any] = _C._current_autograd_node  # the one that this thread runs; None outside backward
 
-without_modes = _python_dispatch._disable_current_modes
+# The hooks through which autograd passes what it saves, as in a checkpoint; None without
+saved_tensors_hooks: Callable[[bool], Any] = _C._autograd._top_saved_tensors_default_hooks
+_run_engine: Callable[..., Any] = torch.autograd.graph._engine_run_backward
+
+transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active  # vmap, grad, ... of torch.func
+
 
 # torch.profiler's account of the allocator
 ALLOCATION = _EventType.Allocation
@@ -55,9 +62,22 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def parts_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the module's own parameters and its own modules by name, where it keeps any, in dictionaries that change.
+
+    TorchScript's modules have none.
+    """
+    return [held for held in (module._parameters, module._modules) if isinstance(held, dict) and held]
+
+
 def node_number(node: Any) -> int:
     """Return the number of a node of autograd's graph."""
     return int(node._sequence_nr())
+
+
+def run_backward(out: Tensor, gradient: Tensor) -> None:
+    """Run out.backward(gradient); within it, modes that see torch's functions stay on, which that takes off."""
+    _run_engine((out,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -68,8 +88,32 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether the optimizer has hooks of its own around its step."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Tell whether hooks of the optimizer, or of all optimizers, run around its step, or that is not torch's own."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return True
+    replaced = vars(optimizer).get("step")
+    if replaced is not None:
+        return not is_torchs_step(inspect.unwrap(replaced))  # a scheduler wraps torch's own
+    return not is_torchs_step(type(optimizer).step)
+
+
+@cache
+def is_torchs_step(step: Callable[..., Any]) -> bool:
+    """Tell whether this is how an optimizer of torch steps."""
+    return inspect.unwrap(step).__module__.startswith("torch.optim.")
+
+
+def saved_by(node: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a node of autograd's graph keeps for its gradient."""
+    if hasattr(node, "saved_tensors"):  # of an autograd.Function
+        yield from (tensor for tensor in node.saved_tensors if tensor is not None)
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            value = getattr(node, name)
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, Tensor):
+                    yield item
 
 
 def check_input_dim(norm: Any, h: Tensor) -> None:
@@ -104,144 +148,6 @@ def cuda_history(run: Callable[[], object]) -> Any:
         return torch.cuda.memory._snapshot()
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-
-
-# Between autograd and the kernels torch's dispatcher has a place for C++ FakeTensor, which Python cannot switch on.
-_PLACE: Any = _C._parse_dispatch_key("Fake")
-_WATCHERS = "memdfa_lab watchers"  # where they are kept for a thread; autograd's threads are given them
-
-
-class Watcher:
-    """Within it each operation that torch runs is run by `watch`, once autograd has noted it.
-
-    A TorchDispatchMode sees the same, but where there is one torch's backward formulas take other operations.
-    """
-
-    def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        """Run operation(*args, **kwargs), which this watcher does not see again, and return its output."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        _count(1)
-        _watch_by((*watchers(), self))
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        _watch_by(watchers()[:-1])
-        _count(-1)
-
-
-def watchers() -> tuple[Watcher, ...]:
-    """Return the watchers in force in this thread; the last of them sees an operation first."""
-    return _C._get_obj_in_tls(_WATCHERS) if _C._is_key_in_tls(_WATCHERS) else ()
-
-
-def _watch_by(inner: tuple[Watcher, ...]) -> None:
-    _C._stash_obj_in_tls(_WATCHERS, inner)
-    _C._dispatch_tls_set_dispatch_key_included(_PLACE, bool(inner))
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Let nothing see the operations within, neither watchers nor dispatch modes."""
-    inner = watchers()
-    _watch_by(())
-    try:
-        with without_modes():
-            yield
-    finally:
-        _watch_by(inner)
-
-
-def _seen(operation: Any, *args: Any, **kwargs: Any) -> Any:
-    inner = _C._get_obj_in_tls(_WATCHERS)
-    _watch_by(inner[:-1])
-    try:
-        return inner[-1].watch(operation, args, kwargs)
-    finally:
-        _watch_by(inner)
-
-
-_LIBRARIES = Library("_", "IMPL"), Library("aten", "IMPL", "Fake")  # what they register is there as long as they are
-_LIBRARIES[0].fallback(_seen, "Fake")
-# Two functions take a view in C++, for a tensor of another class, and Python must not have met it: `as_subclass`, ...
-_LIBRARIES[1].impl("alias", fallthrough_kernel)
-
-
-def _made_unseen(*args: Any, **kwargs: Any) -> Tensor:  # ... and the one behind nn.Parameter
-    with unwatched():
-        return _C.TensorBase._make_subclass(*args, **kwargs)
-
-
-_max_pool1d = torch.max_pool1d
-
-
-def _max_pooled(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Without a graph torch pools in no operation that can be seen: it takes memory, and reads the data."""
-    if address(input) is not None or not input.numel() or (input.requires_grad and torch.is_grad_enabled()):
-        return _max_pool1d(input, *args, **kwargs)
-    with unwatched():
-        shape = _max_pool1d(torch.empty(input.shape, device="meta"), *args, **kwargs).shape
-    return torch.empty(shape, dtype=input.dtype)
-
-
-def _count(change: int) -> None:
-    """Note so many more watchers in force, in any thread, and replace two functions of torch while there is one."""
-    global _in_force
-    tensor: Any = Tensor
-    with _LOCK:
-        _in_force += change
-        if _in_force:
-            tensor._make_subclass, torch.max_pool1d = staticmethod(_made_unseen), _max_pooled
-        else:
-            del tensor._make_subclass
-            torch.max_pool1d = _max_pool1d
-
-
-_LOCK, _in_force = Lock(), 0
-
-
-# Tensors that say that they are on the CPU, and have no data
-_CPU, _NOWHERE = torch.device("cpu"), 1
-_NO_DATA = "this tensor has a shape and no data, since it is part of a prediction: only operations of torch may use it"
-
-
-class _StorageWithoutData(torch.UntypedStorage):
-    def resize_(self, size: int) -> None:
-        own: Any = self
-        with storages_replaceable(own):
-            for part in (0, size):  # torch swaps what is of the same size or none
-                own._swap_data_ptr_(_C._construct_storage_from_data_pointer(_NOWHERE, _CPU, part))
-
-
-def empty_of_shape(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, size_bytes: int) -> Tensor:
-    """Return a CPU tensor over a storage that says it has this size, and has no memory.
-
-    Who asks for the data, outside of a watcher that answers instead, gets a RuntimeError.
-    """
-    storage = _C._construct_storage_from_data_pointer(_NOWHERE, _CPU, size_bytes)
-    storage.__class__ = _StorageWithoutData
-    tensor = torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
-    _C._set_storage_data_ptr_access_error_msg(storage._cdata, _NO_DATA)
-    return tensor
-
-
-@contextmanager
-def storages_replaceable(*storages: torch.UntypedStorage) -> Iterator[None]:
-    """Let these storages, where they have no data, be given to other tensors, or be resized, within."""
-    locked = {storage._cdata for storage in storages if isinstance(storage, _StorageWithoutData)}
-    for key in locked:
-        _C._clear_storage_data_ptr_access_error_msg(key)
-    try:
-        yield
-    finally:
-        for key in locked:
-            _C._set_storage_data_ptr_access_error_msg(key, _NO_DATA)
-
-
-def address(tensor: Tensor) -> int | None:
-    """Return where the tensor's data are in memory; None if it has none."""
-    return None if tensor.is_meta or isinstance(tensor.untyped_storage(), _StorageWithoutData) else tensor.data_ptr()
 
 
 def is_onednns(input: Tensor, weight: Tensor, bias_sizes: Any, *settings: Any) -> bool:

@@ -4,15 +4,28 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+Compute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the loss, detached, and e, of these logits and y
+
 
 class Group:
-    """One process. `lab.distributed.Group` has the same methods for several, each with its part of the batch."""
+    """One process. `lab.distributed.Group` has the same methods for several, each with its part of the batch.
 
-    rank, size = 0, 1
+    Attributes:
+        share: The part of the whole loss's gradient that this process found in the last step, for what the loss depends
+            on besides the logits. The sum over processes of `share` times such a gradient is the whole one.
+    """
 
-    def reduce_loss(self, loss: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of the whole batch, 0-d, and this process's rows of its e = dloss/dlogits, (n, C)."""
-        return loss, e
+    rank, size, share = 0, 1, 1.0
+
+    def error(
+        self, loss_fn: Callable[..., Tensor], compute: Compute, logits: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of the whole batch, 0-d, and this process's rows of its e = dloss/dlogits, (n, C).
+
+        `logits` (n, C) and y are this process's. `compute(logits, y)` returns the loss, detached, and e, of the
+        examples that it is given, by `loss_fn`. If it is called more than once, the last call counts.
+        """
+        return compute(logits, y)
 
     def start_sum(self, parameters: Sequence[Tensor], update: Callable[[], None]) -> None:
         """Begin to sum these parameters' gradients over the processes, and call `update` when that is done."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from memdfa_lab.core import by_hand
 from memdfa_lab.core.blocks import run_block
-from memdfa_lab.core.compat import storage_id
 from memdfa_lab.core.signal import Signal
 
 
@@ -53,10 +52,13 @@ class ByAutograd:
         self.graph: Tensor | None = None
 
     def forward(self) -> Tensor:
+        self.out = self.forward_with_graph().detach()
+        return self.out
+
+    def forward_with_graph(self) -> Tensor:
         with self.during:
             self.graph = run_block(self.block, self.h)
-        self.out = self.graph.detach()
-        return self.out
+        return self.graph
 
     def begin(self) -> None:
         if self.graph is None:
@@ -65,14 +67,8 @@ class ByAutograd:
     def learn(self, signal: Signal, in_place_sgd: torch.optim.Optimizer | None = None) -> None:
         self.begin()
         graph, self.graph = self.graph, None
-        assert graph is not None
-        if graph.requires_grad:
-            graph.backward(signal.shaped_like(self.out))
-        elif storage_id(graph) != storage_id(self.h):  # a block that returns its input, as layer dropout does, may rest
-            raise RuntimeError(
-                f"{type(self.block).__name__} puts out a tensor without a graph, so that it would never learn: set "
-                "use_reentrant=False in its checkpoint, or leave torch.no_grad out"
-            )
+        if graph is not None and graph.requires_grad:  # else the block rests in this step, as in layer dropout
+            graph.backward(signal.cast(self.out.dtype).shaped_like(self.out))
 
     def output(self) -> Tensor:
         if not hasattr(self, "out"):

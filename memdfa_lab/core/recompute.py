@@ -1,31 +1,55 @@
 """A forward pass that leaves nothing behind, so that a second one has the same result.
 
-Pass 1 of MEM-DFA (Chu et al. 2020) needs only the network's output. Whatever else a forward pass changes, the random
-number generators and the buffers, is restored. Pass 2 then draws the same dropout masks, and BatchNorm's statistics are
-updated once.
+Pass 1 of MEM-DFA (Chu et al. 2020) needs only the network's output. Whatever else a forward pass changes is restored:
+the random number generators of torch, numpy and Python, buffers, and the attributes of modules. Pass 2 then draws the
+same dropout masks, and BatchNorm's statistics are updated once.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import copy
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core.compat import buffers_of
-from memdfa_lab.core.local import block_gradient
+from memdfa_lab.core.compat import buffers_of, version
+from memdfa_lab.core.local import ByAutograd, block_gradient
 from memdfa_lab.core.phases import label, phase
 
+CONTAINERS = (list, dict, set, deque, bytearray)
+OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # the attributes that every module has
 
-def forward_without_trace(blocks: Iterable[nn.Module], x: Tensor, first: int = 0) -> Tensor:
-    """Return the output of `blocks` for x (N, ...), without a graph; generators and buffers stay as they were.
 
-    `first` is the number of the first of these blocks in the network, for the profilers.
+def forward_without_trace(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    first: int = 0,
+    see: Callable[[type, Tensor], object] = lambda way, h: None,
+) -> Tensor:
+    """Return the output of `blocks` for x (N, ...), without a graph; what they change besides is restored.
+
+    `first` is the number of the first of these blocks in the network, for the profilers. `see` is given the class
+    of `BlockGradient` by which each block ran, and its output.
     """
-    with torch.no_grad(), generators_restored(x.device):
-        h = x
+    with torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(generators_restored(x.device))
+        h, known = x, True
         for i, block in enumerate(blocks, first):
-            with phase("forward", i), buffers_restored(block):  # by block: copies of all buffers would grow with depth
-                h = block_gradient(block, h).output()
+            with phase("forward", i):
+                gradient = block_gradient(block, h)
+                if known and isinstance(gradient, ByAutograd):  # by hand, nothing draws from other libraries
+                    known = False
+                    stack.enter_context(other_generators_restored())
+                # By block: copies of all buffers would grow with depth.
+                with state_restored(block) if isinstance(gradient, ByAutograd) else buffers_restored(block):
+                    h = gradient.output()
+                way = type(gradient)
+                del gradient  # and its input
+            see(way, h)
     return h
 
 
@@ -36,17 +60,95 @@ def generators_restored(device: torch.device) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Restore the module's buffers on leaving, both which tensors they are and what these hold."""
-    owners = [(part, name, buffer) for part in module.modules() for name, buffer in buffers_of(part).items()]
-    # An expanded buffer (stride 0) cannot be written to, nor copied into. BatchNorm's writes do not count as versions
-    # of the buffer, so what has changed cannot be asked.
-    saved = [None if b is None or 0 in b.stride() else label("workspace", b.clone()) for _, _, b in owners]
+def other_generators_restored() -> Iterator[None]:
+    """Restore the global generators of Python and, if it is there, of numpy on leaving."""
+    numpy: Any = sys.modules.get("numpy")
+    with generator_restored(random), generator_restored(getattr(numpy, "random", None)):
+        yield
+
+
+@contextmanager
+def generator_restored(generator: Any) -> Iterator[None]:
+    """Restore a generator of torch, numpy or Python on leaving."""
+    get, put = _state_of(generator)
+    before = get()
     try:
         yield
     finally:
+        put(before)
+
+
+def _state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """Return how to take and to set the state of a generator; of anything else there is none."""
+    for get, put in (("get_state", "set_state"), ("getstate", "setstate")):  # of torch and numpy, of Python
+        if hasattr(generator, get) and hasattr(generator, put):
+            return getattr(generator, get), getattr(generator, put)
+    if hasattr(generator, "bit_generator"):  # numpy's newer ones
+        bits = generator.bit_generator
+        return lambda: copy.deepcopy(bits.state), lambda state: setattr(bits, "state", state)
+    return lambda: None, lambda state: None
+
+
+@contextmanager
+def buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Restore the module's buffers on leaving: which tensors they are, their shapes, and what they hold."""
+    held_in = [buffers_of(part) for part in module.modules()]
+    owners = [(held, dict(held)) for held in held_in if isinstance(held, dict)]  # TorchScript's are none
+    # An expanded buffer (stride 0) cannot be written to, nor copied into. BatchNorm's writes do not count as versions
+    # of the buffer, so what has changed cannot be asked.
+    saved = [(b, label("workspace", b.clone())) for b in module.buffers() if 0 not in b.stride()]
+    try:
+        yield
+    finally:
+        for held, before in owners:
+            _put_back(held, before)
         with torch.no_grad():
-            for (part, name, buffer), before in zip(owners, saved, strict=True):
-                buffers_of(part)[name] = buffer
-                if buffer is not None and before is not None:
-                    buffer.copy_(before)
+            for buffer, value in saved:
+                _write(buffer, value)
+
+
+@contextmanager
+def state_restored(module: nn.Module) -> Iterator[None]:
+    """Restore the module's buffers, and the attributes of its parts: what they are, and what they hold.
+
+    What they hold is restored in tensors, generators, and lists, dictionaries and sets, but not in what lies in these.
+    """
+    attributes = [(vars(part), {k: v for k, v in vars(part).items() if k not in OF_TORCH}) for part in module.modules()]
+    values = [value for _, before in attributes for value in before.values()]
+    contents = [(value, copy.copy(value)) for value in values if isinstance(value, CONTAINERS)]
+    tensors = [(value, version(value), value.detach().clone()) for value in values if isinstance(value, Tensor)]
+    with buffers_restored(module), ExitStack() as stack:
+        for value in values:
+            if not isinstance(value, (Tensor, *CONTAINERS)):
+                stack.enter_context(generator_restored(value))
+        try:
+            yield
+        finally:
+            for held, before in attributes:
+                _put_back(held, before, OF_TORCH)
+            for value, content in contents:
+                _refill(value, content)
+            with torch.no_grad():
+                for tensor, number, numbers in tensors:
+                    if version(tensor) != number:
+                        _write(tensor, numbers)
+
+
+def _put_back(held: dict[str, Any], before: dict[str, Any], but: frozenset[str] = frozenset()) -> None:
+    for name in [name for name in held if name not in before and name not in but]:
+        del held[name]
+    held.update(before)
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(content)
+    else:
+        container.extend(content)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    if tensor.shape != value.shape:  # an observer's buffers grow when they are first used
+        tensor.resize_(value.shape)
+    tensor.copy_(value)

@@ -2,35 +2,45 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core import state
-from memdfa_lab.core.blocks import as_blocks, run_block
-from memdfa_lab.core.checks import check_batch, check_finite, check_number, check_type, scalar_loss
+from memdfa_lab.core import contract, state, terms
+from memdfa_lab.core.blocks import as_blocks, forget_casts, run_block
+from memdfa_lab.core.checks import check_batch, check_finite, check_number, check_type
+from memdfa_lab.core.compat import autocast_is_on
 from memdfa_lab.core.feedback import Feedback, Stored
 from memdfa_lab.core.group import Group
 from memdfa_lab.core.local import BlockGradient, block_gradient
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.signal import Signal
+from memdfa_lab.core.watcher import address
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+MOST_SHAPES = 8  # of batches that are tried before their first step; later ones are taken on trust
 
 
 class Rule(ABC):
     """A network, one optimizer a block, and a way to learn from a batch.
 
     `blocks`: a model as `as_blocks` takes it. `optimizer`: called with the parameters of each block, for example
-    `partial(torch.optim.SGD, lr=0.05)`. `loss_fn(logits, y)`: a scalar, a mean over the batch. `feedback`: the random
-    matrices, `Stored(seed=0)` if not given; BP does not use them. `clip_norm`: the largest norm of one block's
-    gradient, all its parameters together; a larger one is scaled down.
+    `partial(torch.optim.SGD, lr=0.05)`. `loss_fn(logits, y)`: a scalar, a mean over the batch. It may add penalties on
+    the weights of single blocks, and learns too if it is a module with parameters. `feedback`: the random matrices,
+    `Stored(seed=0)` if not given; BP does not use them. `clip_norm`: the largest norm of one block's gradient, all its
+    parameters together; a larger one is scaled down.
+
+    Parameters may be frozen and unfrozen between steps.
 
     Raises TypeError if the model cannot be cut into blocks or an argument is of another kind; ValueError for an
     optimizer that needs the whole network at once (LBFGS), and what `as_blocks` refuses.
     """
+
+    # Whether each block is taught on its own, by a signal that must fit its output; else autograd carries the error.
+    teaches_blocks: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -52,8 +62,15 @@ class Rule(ABC):
         self.feedback = feedback
         self.clip_norm = clip_norm
         self.group = Group()
-        self.parameters = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
-        self.optimizers = [state.make_optimizer(optimizer, block) if block else None for block in self.parameters]
+        self._watched = contract.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
+        self._rehearsed: set[Any] = set()
+        self._terms: terms.Terms | None = None
+        self._make_optimizer = partial(state.make_optimizer, optimizer)
+        self.parameters = [state.learning(block) for block in self.blocks]
+        self.optimizers = [self._make_optimizer(block) if block else None for block in self.parameters]
+        self.loss_optimizer: torch.optim.Optimizer | None = None
+        self._loss_taken_over: Loss | None = None
+        self.follow_model()
         self.check()
 
     def check(self) -> None:  # noqa: B027, few rules have something to check
@@ -68,14 +85,55 @@ class Rule(ABC):
         does not take y.
         """
 
-    def begin(self, x: Tensor) -> Tensor:
-        """Return x without a graph, checked; drop old gradients."""
+    def begin(self, x: Tensor, y: Any) -> Tensor:
+        """Return x without a graph, checked; look at the model as it is now, and drop old gradients.
+
+        The first batch of a shape is tried on everything that the step runs, before anything is changed.
+        """
         with phase("begin"):
             check_batch(x)
+            if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                where = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+                raise RuntimeError(f"a step forms gradients, and {where} is on: call step outside of it")
+        self.follow_model()
+        self.rehearse(x, y)
         for block in self.parameters:
             for parameter in block:
                 parameter.grad = None
         return x.detach()
+
+    def rehearse(self, x: Tensor, y: Any) -> None:
+        """Try a step with x, (N, ...), and y, which leaves all as it was, unless a batch like it was tried.
+
+        Raises TypeError, ValueError or RuntimeError, one line, for what the step cannot take.
+        """
+        kind = (x.shape[1:], x.dtype, self.blocks.training, autocast_is_on(), id(self.loss_fn))
+        shape = (kind, 0 if self.group.size > 1 else len(x))  # all ranks try at the same time
+        tried = shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed)
+        if tried or address(x) is None:  # a prediction has no data to try
+            return
+        alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
+        with self.transport() as transport:
+            loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
+            contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport is None)
+        self._terms = None
+        self._rehearsed |= {kind, shape}
+
+    def transport(self) -> AbstractContextManager[Any]:
+        """Return the context in which the forward pass prepares the way back."""
+        return nullcontext()
+
+    def follow_model(self) -> None:
+        """Take over which parameters are frozen now, and a loss that is another one than before.
+
+        Raises ValueError if a module or a parameter has been replaced since the rule was made.
+        """
+        if self._watched.check():
+            state.follow_freezing(self.blocks, self.parameters, self.optimizers, self._make_optimizer)
+        if self.loss_fn is not self._loss_taken_over:
+            own = state.learning(self.loss_fn)
+            self.loss_optimizer = self._make_optimizer(own) if own else None
+            self._loss_taken_over = self.loss_fn
 
     def forward(self, i: int, h: Tensor) -> Tensor:
         """Return block i's output on h (N, ...), with its graph."""
@@ -94,16 +152,34 @@ class Rule(ABC):
         return block_gradient(self.chain[i], h, phase("recompute", i))
 
     def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, 0-d and detached, and e = dloss/dlogits, of the logits' shape (N, C)."""
+        """Return the loss, 0-d and detached, and e = dloss/dlogits, of the logits' shape (N, C).
+
+        Parameters of the loss learn at once. The gradients of penalties on weights are formed in `update`.
+        """
         with phase("error"):
-            logits = logits.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = scalar_loss(self.loss_fn, logits, y)
-            (e,) = torch.autograd.grad(loss, logits)
-            # contiguous: the gradient of a sum is one number, expanded, and could not be changed in place
-            loss, e = self.group.reduce_loss(loss.detach(), e.contiguous())
-            check_finite("the loss or its gradient is not finite", loss, e)
+            loss, e = self._checked_error(partial(self.group.error, self.loss_fn, self._loss_and_error), logits, y)
+            if self._terms is not None and self.loss_optimizer is not None:
+                self._terms.add(terms.OWN, self.group.share)
+                self.group.sum(state.learning(self.loss_fn))
+                self.loss_optimizer.step()
+                self.loss_optimizer.zero_grad(set_to_none=True)
             return loss, e
+
+    def _checked_error(self, compute: Any, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+        loss, e = compute(logits, y)
+        check_finite("the loss or its gradient is not finite (as is a mean over no label, if all are ignored)", loss, e)
+        if self._terms is not None:
+            self._terms.check()
+        return loss, e
+
+    def _loss_and_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+        loss, e, self._terms = terms.loss_and_error(self.loss_fn, logits, y, self._owners)
+        return loss, e
+
+    def _owners(self) -> dict[int, int]:
+        """Return whose each parameter that learns is, by its id: the number of a block, or the loss's own."""
+        whose = {id(p): i for i, block in enumerate(self.parameters) for p in block}
+        return {id(p): terms.OWN for p in state.learning(self.loss_fn)} | whose
 
     def backward(self, h: Tensor, e: Tensor) -> None:
         """Leave the gradient of every block in its parameters, through the graph of the output h."""
@@ -120,9 +196,11 @@ class Rule(ABC):
         if self.parameters[i]:
             block.begin()
             self.group.finish_sum()  # of the block before, whose gradients were exchanged meanwhile
-            alone = self.clip_norm is None and self.group.size == 1
+            penalised = self._terms is not None and i in self._terms.leaves
+            alone = self.clip_norm is None and self.group.size == 1 and not penalised
             with phase("local gradient", i):
                 block.learn(self.signal(i, e), self.optimizers[i] if alone else None)
+                self._add_penalties(i)
             self.group.start_sum(self.parameters[i], partial(self.update, i))
         if i == len(self.chain) - 1:
             self.group.finish_sum()
@@ -130,6 +208,7 @@ class Rule(ABC):
 
     def update(self, i: int) -> None:
         """Update block i's weights by the gradients they hold, and free those."""
+        self._add_penalties(i)
         optimizer = self.optimizers[i]
         if optimizer is None:
             return
@@ -139,13 +218,20 @@ class Rule(ABC):
                 nn.utils.clip_grad_norm_(self.parameters[i], self.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        forget_casts()
+
+    def _add_penalties(self, i: int) -> None:
+        if self._terms is not None:
+            self._terms.add(i, self.group.share)
+            if not self._terms.leaves:
+                self._terms = None  # frees the loss's graph
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Return what the rule keeps between steps, by the category under which the profilers count it."""
         return {
-            "parameters": list(self.blocks.parameters()),
+            "parameters": [*self.blocks.parameters(), *state.learning(self.loss_fn)],
             "buffers": list(self.blocks.buffers()),
-            "optimizer state": state.optimizer_tensors(self.optimizers),
+            "optimizer state": state.optimizer_tensors([*self.optimizers, self.loss_optimizer]),
             "feedback": list(self.feedback.matrices.values()),
             "gradients": self.group.send_buffers,
         }

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core.checks import check_number, lookup
+from memdfa_lab.core.contract import check_lengths, rows, two_sums, warn_if_other
 from memdfa_lab.core.feedback import Feedback
-from memdfa_lab.core.local import BlockGradient
+from memdfa_lab.core.local import BlockGradient, ByAutograd
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.state import OptimizerFactory
@@ -34,7 +35,7 @@ class BP(Rule):
     """Backpropagation: the exact gradient, at the price of every activation in memory."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.begin(x)
+        h = self.begin(x, y)
         for i in range(len(self.blocks)):
             h = self.forward(i, h)
         loss, e = self.error(h, y)
@@ -47,13 +48,18 @@ class BP(Rule):
 class FA(Rule):
     """Feedback alignment: BP, with a fixed random B in place of each weight on the way back."""
 
+    def transport(self) -> FeedbackTransport:
+        return FeedbackTransport(self.feedback, self.blocks)
+
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.begin(x)
-        with FeedbackTransport(self.feedback, self.blocks):
+        h = self.begin(x, y)
+        transport = self.transport()
+        with transport:
             for i in range(len(self.blocks)):
                 h = self.forward(i, h)
         loss, e = self.error(h, y)
-        self.backward(h, e)
+        with transport.backward_pass():
+            self.backward(h, e)
         for i in range(len(self.blocks)):
             self.update(i)
         return loss
@@ -62,12 +68,15 @@ class FA(Rule):
 class DFA(Rule):
     """Direct feedback alignment: each block is taught from the output; what that needs is kept until then."""
 
+    teaches_blocks = True
+
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.begin(x)
+        h = self.begin(x, y)
         kept: deque[BlockGradient] = deque()
         for i in range(len(self.blocks)):
             kept.append(self.keep(i, h))
             h = kept[-1].output()
+        check_lengths(self.chain, [rows(block.output()) for block in kept])
         loss, e = self.error(h, y)
         for i in range(len(self.blocks)):
             self.teach(i, kept.popleft(), e)
@@ -77,9 +86,16 @@ class DFA(Rule):
 class MemDFA(Rule):
     """MEM-DFA: DFA's updates, bit for bit, with one block's activations at a time and one more forward pass.
 
+    A block must do the same twice. What it draws from the generators of torch, numpy and Python, its buffers and its
+    attributes are restored before the second pass; if the logits differ all the same, the step warns, once, and
+    `ml.check` says which block it is. Where torch takes another kernel with a graph than without (attention, for
+    example), they differ by about 1e-7, and so do the updates from DFA's.
+
     `keep_bytes`: as many blocks as fit into it, from the first on, are kept from pass 1 as in DFA, and only the rest is
     run again. 0 is the paper's MEM-DFA; with infinity no block is run twice. Raises ValueError for less than 0.
     """
+
+    teaches_blocks = True
 
     def __init__(
         self,
@@ -97,17 +113,31 @@ class MemDFA(Rule):
         if keep_bytes and kept_bytes is None:
             raise ValueError("keep_bytes needs the counter of memdfa_lab.memory: import that first")
         self.keep_bytes = keep_bytes
+        self._has_warned = False  # that the second pass differs from the first
         self._fitting: dict[tuple[torch.Size, torch.dtype], int] = {}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.begin(x)
+        h = self.begin(x, y)
         kept: deque[BlockGradient] = deque()
         for i in range(self._how_many_fit(h)):
             kept.append(self.keep(i, h))
             h = kept[-1].output()
-        loss, e = self.error(forward_without_trace(self.chain[len(kept) :], h, len(kept)), y)
+        lengths = [rows(block.output()) for block in kept]
+        run_twice: list[type] = []
+
+        def see(way: type, h: Tensor) -> None:
+            run_twice.append(way)
+            lengths.append(rows(h))
+
+        logits = forward_without_trace(self.chain[len(kept) :], h, len(kept), see)
+        check_lengths(self.chain, lengths)
+        sums = two_sums(logits) if ByAutograd in run_twice else None  # by hand, the second pass cannot differ
+        loss, e = self.error(logits, y)
+        del logits
         for i in range(len(self.blocks)):  # h_i comes from the old W_i, which is not needed again
             h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
+        if sums is not None and not self._has_warned:
+            self._has_warned = warn_if_other(sums, h)
         return loss
 
     def _how_many_fit(self, x: Tensor) -> int:

@@ -38,6 +38,10 @@ class Signal:
         """Return the whole signal in the shape (N, ...) and the memory layout of the block's output."""
         return self.e.view(out.shape) if self.feedback is None else self._write_into(torch.empty_like(out))
 
+    def cast(self, dtype: torch.dtype) -> "Signal":
+        """Return the signal in the dtype of the block's output."""
+        return self if self.e.dtype == dtype else type(self)(self.i, self.e.to(dtype), self.feedback)
+
     def of(self, examples: slice) -> "Signal":
         """Return the signal of some examples of the batch."""
         return type(self)(self.i, self.e[examples], self.feedback)

@@ -31,6 +31,32 @@ def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) ->
     return optimizer
 
 
+def learning(thing: object) -> list[nn.Parameter]:
+    """Return the parameters of a module that learn; other functions have none."""
+    return [p for p in thing.parameters() if p.requires_grad] if isinstance(thing, nn.Module) else []
+
+
+def follow_freezing(
+    blocks: nn.Sequential,
+    parameters: list[list[nn.Parameter]],
+    optimizers: list[Optimizer | None],
+    make: Callable[[list[nn.Parameter]], Optimizer],
+) -> None:
+    """Bring parameters and optimizers, one a block, up to what is frozen now.
+
+    What was frozen when an optimizer was made joins its first group; what has been frozen since stays and gets no
+    gradient.
+    """
+    for i, block in enumerate(blocks):
+        parameters[i], optimizer = learning(block), optimizers[i]
+        if optimizer is None:
+            optimizers[i] = make(parameters[i]) if parameters[i] else None
+            continue
+        first, *others = (group["params"] for group in optimizer.param_groups)
+        here = {id(p) for p in [*first, *parameters[i]]} - {id(p) for params in others for p in params}
+        first[:] = [p for p in block.parameters() if id(p) in here]
+
+
 def optimizer_tensors(optimizers: Sequence[Optimizer | None]) -> list[Tensor]:
     """Return the tensors that the optimizers keep between steps, such as momentum."""
     states = [state for optimizer in optimizers if optimizer is not None for state in optimizer.state.values()]
@@ -38,39 +64,52 @@ def optimizer_tensors(optimizers: Sequence[Optimizer | None]) -> list[Tensor]:
 
 
 def save(rule: Any) -> dict[str, Any]:
-    """Return a rule's state: its weights and buffers, the state of each optimizer, and the feedback."""
+    """Return a rule's state: its weights and buffers, the state of each optimizer, and the feedback.
+
+    With them comes the state of the loss and its optimizer, if it has parameters.
+    """
+    own = {}
+    if rule.loss_optimizer is not None:
+        own = {"loss": {"module": rule.loss_fn.state_dict(), "optimizer": _saved(rule.loss_optimizer)}}
     return {
         "rule": type(rule).__name__,
         "blocks": rule.blocks.state_dict(),
-        "optimizers": [
-            None if optimizer is None else {"kind": type(optimizer).__name__, "state": optimizer.state_dict()}
-            for optimizer in rule.optimizers
-        ],
+        "optimizers": [_saved(optimizer) for optimizer in rule.optimizers],
         "feedback": rule.feedback.state_dict(),
+        **own,
     }
 
 
 def load(rule: Any, saved: dict[str, Any]) -> None:
     """Give a rule a copy of a saved state. Raises ValueError before anything changes if it is not of such a rule."""
     if not isinstance(saved, dict) or saved.keys() != save(rule).keys():
-        raise ValueError("this is not the state_dict of a rule; load a model's own into the model")
+        raise ValueError("this is not the state_dict of a rule (with such a loss); load a model's own into the model")
     ours, theirs = _description(save(rule)), _description(saved)
     if ours != theirs:
         ours, theirs = first_difference(ours, theirs)
         raise ValueError(f"this state is of another rule or network: it has {theirs}, the rule has {ours}")
     rule.feedback.load_state_dict(saved["feedback"])
     rule.blocks.load_state_dict(saved["blocks"])
-    for optimizer, saved_optimizer in zip(rule.optimizers, saved["optimizers"], strict=True):
+    pairs = [*zip(rule.optimizers, saved["optimizers"], strict=True)]
+    if "loss" in saved:
+        rule.loss_fn.load_state_dict(saved["loss"]["module"])
+        pairs.append((rule.loss_optimizer, saved["loss"]["optimizer"]))
+    for optimizer, saved_optimizer in pairs:
         if optimizer is not None:
             optimizer.load_state_dict(copy.deepcopy(saved_optimizer["state"]))
+
+
+def _saved(optimizer: Optimizer | None) -> dict[str, Any] | None:
+    return None if optimizer is None else {"kind": type(optimizer).__name__, "state": optimizer.state_dict()}
 
 
 def _description(saved: dict[str, Any]) -> str:
     """Return what must be the same in two states for one to be loaded into the other, a line each."""
     lines = [f"rule {saved['rule']}", f"{saved['feedback']['kind']} feedback"]
-    for name, value in saved["blocks"].items():  # tensors, or a module's extra state
+    own = saved.get("loss", {"module": {}, "optimizer": None})
+    for name, value in {**saved["blocks"], **own["module"]}.items():  # tensors, or a module's extra state
         lines.append(f"{name} of shape {tuple(getattr(value, 'shape', ()))}")
-    for i, optimizer in enumerate(saved["optimizers"]):
+    for i, optimizer in enumerate([*saved["optimizers"], own["optimizer"]]):
         groups = [len(group["params"]) for group in optimizer["state"]["param_groups"]] if optimizer else []
         kind = (
             f"{optimizer['kind']} of {' + '.join(map(str, groups))} tensors" if optimizer else "no optimizer (frozen)"

@@ -11,10 +11,12 @@ from memdfa_lab.figures.lines import from_zero, lines, right_angle
 def learning_curves(table: pd.DataFrame) -> Figure:
     """Draw training loss and test error against epochs, the mean over seeds in a band from the least to the largest.
 
-    `table` has the columns rule, epoch, loss, test_accuracy, and a row a seed (`ml.experiments.compare`).
+    `table` has the columns rule, epoch, loss, test_accuracy, and a row a seed (`ml.experiments.compare`). Without any
+    test example, the loss is drawn alone.
     """
-    labels = {"loss": "mean training loss", "error": "test error (%)"}
-    figure = lines(table.assign(error=100 * (1 - table["test_accuracy"])), "epoch", ["loss", "error"], labels=labels)
+    labels, errors = {"loss": "mean training loss", "error": "test error (%)"}, 100 * (1 - table["test_accuracy"])
+    shown = ["loss", "error"] if errors.notna().any() else ["loss"]
+    figure = lines(table.assign(error=errors), "epoch", shown, labels=labels)
     for axes in figure.axes:
         from_zero(axes)
     return figure

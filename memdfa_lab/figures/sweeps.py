@@ -21,7 +21,8 @@ def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
     check_type("varied", varied, (list, tuple), "a list of parameters' names, such as ['lr', 'rule']")
     named = [f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied]
     varied = [name for name in named if name in table]  # a run that was given another may not be finished
-    results = [str(name) for name in table if is_numeric_dtype(table[name]) and name not in [*varied, "seconds"]]
+    numbers = [name for name in table if is_numeric_dtype(table[name]) and table[name].notna().any()]
+    results = [str(name) for name in numbers if name not in [*varied, "seconds"]]
     if not results:
         return None
     value = "test_accuracy" if "test_accuracy" in results else results[-1]

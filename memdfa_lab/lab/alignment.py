@@ -18,12 +18,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.checks import check_batch, check_int, check_type, lookup
 from memdfa_lab.core.recompute import buffers_restored, forward_without_trace, generators_restored
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP
 from memdfa_lab.core.seeds import LARGEST_SEED
-from memdfa_lab.lab.datasets import Data, check_data
+from memdfa_lab.lab.ahead import look_ahead
+from memdfa_lab.lab.datasets import Data, as_input, check_data
+from memdfa_lab.lab.distributed import Group
 
 T = TypeVar("T")
 RULE = "a rule, such as ml.MemDFA(model, optimizer)"
@@ -56,6 +59,7 @@ def follow(
     *,
     probe: int = 500,
     seed: int = 0,
+    drop_last: bool = False,
     before_step: Callable[[Rule, int], object] | None = None,
 ) -> pd.DataFrame:
     """Train as `ml.fit` does, and return the angles after each number of steps in `at`, 0 being the start.
@@ -76,10 +80,12 @@ def follow(
     if before_step is not None:
         check_type("before_step", before_step, Callable, "a function of the rule and the step")
     rule.blocks.train()
+    whole = len(data.x_train) // batch_size  # batches
+    look_ahead(rule, data, batch_size, drop_last or max(at) <= whole, Group())
     like = next(rule.blocks.parameters())
-    x, y = data.x_train[:probe].to(like), data.y_train[:probe].to(like.device)
+    x, y = as_input(data.x_train[:probe], like), data.y_train[:probe].to(like.device)
     rows: list[tuple[int, int, float, float]] = []
-    for step, batch in zip(range(max(at) + 1), data.batches(batch_size, seed, like), strict=False):
+    for step, batch in zip(range(max(at) + 1), data.batches(batch_size, seed, like, drop_last), strict=False):
         if step in at:
             pairs = zip(angles(rule, x, y), angles(rule, x, y, "signal"), strict=True)
             rows += [(step, block, *pair) for block, pair in enumerate(pairs, 1)]
@@ -99,7 +105,8 @@ def _gradients(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
 def _gradient_of(block: list[nn.Parameter]) -> list[Tensor]:
     if all(parameter.grad is None for parameter in block):
         return []
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in block]  # None: not used in the forward pass
+    # None: not used in the forward pass. Sparse: of an embedding that is made so.
+    return [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in block]
 
 
 def _signals(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
@@ -122,8 +129,9 @@ def _signals(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
 @contextmanager
 def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
     """Give a rule whose step leaves the gradients in the weights and changes none; put back what it does change."""
+    rule.follow_model()
     twin = _apart(rule)  # the same network
-    twin.optimizers = [None for _ in rule.optimizers]
+    twin.optimizers, twin.loss_optimizer = [None for _ in rule.optimizers], None
     twin.feedback = _apart(rule.feedback)
     gradients = [(p, p.grad) for p in rule.blocks.parameters()]
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
@@ -162,11 +170,11 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
     check_batch(x)
     found, h = [], x
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
-        _, e = rule.error(forward_without_trace(rule.chain, x), y)
         twin = _apart(rule)
-        twin.feedback = _apart(rule.feedback)
+        twin.feedback, twin.loss_optimizer = _apart(rule.feedback), None
+        _, e = twin.error(forward_without_trace(rule.chain, x), y)
         for i, (block, weights) in enumerate(zip(rule.blocks, rule.parameters, strict=True)):
-            out = block(h)
+            out = run_block(block, h)
             signal, u = twin.signal(i, e).shaped_like(out.detach()), torch.zeros_like(out, requires_grad=True)
             if weights:
                 step = torch.autograd.grad(out, weights, signal, retain_graph=True)

@@ -13,18 +13,26 @@ from torch import Tensor, nn
 from memdfa_lab.core.compat import ANY_BATCH_NORM
 from memdfa_lab.lab.distributed import Group
 
+OF_ONE_PROCESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def synchronise(model: nn.Module, group: Group) -> None:
     """Make each BatchNorm in the model one whose statistics are the whole batch's; weights and buffers stay.
 
-    A block with one then learns by autograd, not by hand. In a group of one process nothing changes.
+    Do so before a rule is made. A block with one then learns by autograd, not by hand. In a group of one process
+    nothing changes. Raises ValueError for a BatchNorm of another class than torch's three, or one that is the model.
     """
     if group.size == 1:
         return
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-                setattr(module, name, SyncBatchNorm(child, group))
+    places = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
+    norms = [place for place in places if isinstance(place[2], ANY_BATCH_NORM)]
+    other = next((child for *_, child in norms if type(child) not in OF_ONE_PROCESS), None)
+    if isinstance(model, ANY_BATCH_NORM) or other is not None:
+        raise ValueError(
+            f"a {type(other or model).__name__} cannot be synchronised: use nn.BatchNorm1d, 2d or 3d, inside a model"
+        )
+    for module, name, child in norms:
+        setattr(module, name, SyncBatchNorm(child, group))
 
 
 class SyncBatchNorm(ANY_BATCH_NORM):
@@ -42,7 +50,9 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         over, shape = [0, *range(2, h.dim())], (1, -1, *[1] * (h.dim() - 2))
         counts = 0.0 if self.group.idle else 1.0  # an idle rank's example has no part in the statistics
         values = h.double()
-        N = self.group.total([counts * h.numel() / h.shape[1]], "BatchNorm's number of examples").item()
+        N = 2.0  # without data it is not exchanged, and does not matter: bytes are counted
+        if not h.is_meta:
+            N = self.group.total([counts * h.numel() / h.shape[1]], "BatchNorm's number of examples").item()
         if N < 2:
             raise ValueError(f"BatchNorm in training mode needs more than one value a channel, got {tuple(h.shape)}")
         mean = self._sum(counts * values.sum(over)) / N
@@ -57,7 +67,7 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         return x if self.weight is None else torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
 
     def _sum(self, values: Tensor) -> Tensor:
-        summed: Tensor = _Sum.apply(values, self.group)
+        summed: Tensor = values if values.is_meta else _Sum.apply(values, self.group)
         return summed
 
 

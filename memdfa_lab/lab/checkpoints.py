@@ -94,7 +94,9 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def settings_of(rule: Rule, schedulers: list[Scheduler], data: Data, batch_size: int, seed: int) -> dict[str, Any]:
+def settings_of(
+    rule: Rule, schedulers: list[Scheduler], data: Data, batch_size: int, seed: int, drop_last: bool
+) -> dict[str, Any]:
     """Return what must not change between a run and its continuation; no scheduler has made a step yet.
 
     The network is known by its representation, which has the settings of each layer, and by the names, shapes and
@@ -114,7 +116,7 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], data: Data, batch_size:
         "scheduler": _described(schedulers[0]) if schedulers else None,
         "clip_norm": rule.clip_norm,
         "feedback": feedback,
-        "batch_size": batch_size,
+        "batch_size": f"{batch_size}, drop_last" if drop_last else batch_size,
         "seed": seed,
     }
 
@@ -131,6 +133,12 @@ def _described(thing: Any) -> str:
         return str(thing.__name__)
     else:
         name, values = type(thing).__name__, getattr(thing, "__dict__", {})
+    if isinstance(thing, torch.nn.Module):
+        values = values | dict(thing.named_buffers())  # such as class weights; parameters learn
     changing = ("optimizer", "base_lrs", "last_epoch", "training")
-    given = {key: repr(value) for key, value in values.items() if key[0] != "_" and key not in changing}
+    given = {
+        key: digest(value) if isinstance(value, torch.Tensor) else repr(value)
+        for key, value in values.items()
+        if key[0] != "_" and key not in changing
+    }
     return f"{name}({', '.join(f'{key}={value}' for key, value in given.items() if ' at 0x' not in value)})"

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.checks import check_finite, check_int, check_type, lookup
 from memdfa_lab.core.seeds import mix
 from memdfa_lab.lab.sources import KEYS, LOADERS, Arrays, read_npz, require, split
 
@@ -21,7 +22,11 @@ SIZES = {"mnist": ((60000, 28, 28), (10000, 28, 28)), "cifar10": ((50000, 32, 32
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Normalised images (N, C, H, W) float32, labels (N,) int64; pixels are x * pixel_range + mean."""
+    """Normalised images (N, C, H, W) float32, labels (N,) int64; pixels are x * pixel_range + mean.
+
+    Filled by hand, x may be any (N, ...) that the network takes, such as whole numbers for words, and y what the loss
+    takes.
+    """
 
     name: str
     x_train: Tensor
@@ -35,26 +40,36 @@ class Data:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.x_train.shape[1:]
-        return channels, height, width
+        shape = tuple(self.x_train.shape[1:])
+        if len(shape) != 3:
+            raise ValueError(f"{self.name} has no images (N, C, H, W), which networks by name take: x is (N, *{shape})")
+        return shape
 
-    def batches(self, batch_size: int, seed: int = 0, like: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, batch_size: int, seed: int = 0, like: Tensor | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches x (N, C, H, W) and y (N,) of the training data for ever, epoch after epoch as `ml.fit` does.
 
-        x is in the dtype and both are on the device of `like`, if it is given.
+        Both are on the device of `like`, if it is given, and x is as `as_input` makes it. Raises ValueError if
+        `drop_last` leaves no batch.
         """
+        n = len(self.x_train)
+        batches = batches_in(n, batch_size, drop_last)
         for epoch in count():
-            for chosen in order(len(self.x_train), seed, epoch).split(batch_size):
+            for chosen in order(n, seed, epoch).split(batch_size)[:batches]:
                 x, y = self.x_train[chosen], self.y_train[chosen]
-                yield (x, y) if like is None else (x.to(like), y.to(like.device))
+                yield (x, y) if like is None else (as_input(x, like), y.to(like.device))
 
     def holdout(self, fraction: float = 0.1, seed: int = 0) -> "Data":
         """Split the training data, class by class, and leave the test data out: for choosing anything.
 
         x_test, y_test of the result are the held-out images. The normalisation stays: its few constants have seen the
         held-out pixels, never a label and never the test set.
-        Raises ValueError if the fraction leaves a class without an image on either side.
+        Raises ValueError if the fraction leaves a class without an image on either side, or y_train has no classes.
         """
+        if self.y_train.dim() != 1 or self.y_train.is_floating_point():
+            given = f"{self.y_train.dtype} {tuple(self.y_train.shape)}"
+            raise ValueError(f"holdout splits class by class: y_train must be whole-number labels (N,), got {given}")
         rest, held_out = map(torch.from_numpy, split(self.y_train.cpu().numpy(), fraction, seed))
         x, y = self.x_train, self.y_train
         split_off = replace(self, x_test=x[held_out], y_test=y[held_out], test_exact=None)
@@ -69,10 +84,39 @@ class Data:
         return replace(self, test_exact=None if self.test_exact is None else self.test_exact[:test], **parts)
 
 
-def check_data(who: str, data: object) -> None:
-    """Raise TypeError if this is not a data set; `who` takes it."""
+def check_data(who: str, data: Any) -> None:
+    """Raise TypeError if this is not a data set, which `who` takes.
+
+    Raises ValueError if it has no training example or not a y for each x, FloatingPointError if it holds NaN or inf.
+    """
     if not hasattr(data, "x_train"):
         raise TypeError(f"{who} takes data as ml.datasets.load returns it, not a {type(data).__name__}")
+    for key in KEYS:
+        tensor = getattr(data, key)
+        check_type(key, tensor, Tensor, "a tensor (use torch.as_tensor)")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(f"{key} must be a dense tensor, got {tensor.layout}{' of nested ones' * tensor.is_nested}")
+    for x, y in (KEYS[:2], KEYS[2:]):
+        sizes = [len(tensor) if tensor.dim() else 0 for tensor in (getattr(data, x), getattr(data, y))]
+        if sizes[0] != sizes[1] or (x == "x_train" and not sizes[0]):
+            least = ", one or more" if x == "x_train" else ""
+            raise ValueError(f"{x} and {y} must be of as many examples{least}, got {sizes[0]} and {sizes[1]}")
+    for key in KEYS:
+        tensor = getattr(data, key)
+        if tensor.is_floating_point() and tensor.numel():
+            check_finite(f"{key} of the data holds NaN or inf", tensor)
+
+
+def as_input(x: Tensor, like: Tensor) -> Tensor:
+    """Return x on the device of `like`, a weight; in its dtype, too, unless x is of whole numbers or truth values."""
+    return x.to(like) if x.is_floating_point() else x.to(like.device)
+
+
+def batches_in(n: int, batch_size: int, drop_last: bool) -> int:
+    """Return the number of batches of n examples in an epoch. Raises ValueError if `drop_last` leaves none."""
+    if drop_last and batch_size > n:
+        raise ValueError(f"drop_last leaves no batch of {batch_size} from {n} examples: take batch_size {n} or less")
+    return n // batch_size if drop_last else -(-n // batch_size)
 
 
 @lru_cache(maxsize=4)

@@ -1,10 +1,10 @@
 """One network on several processes, each with its part of the batch: data-parallel training, as torchrun starts it.
 
-The loss is a mean over the whole batch of N examples. A rank with n of them scales its e by n / N; then the sum over
-ranks of each block's gradients is the gradient of that loss. A step exchanges three numbers with the loss, and each
-gradient once, block by block. MEM-DFA sends block i's while block i + 1 is run again, and updates block i before block
-i + 1 has its gradient, so that every rank holds one block's gradients, and memory to send them from. B is drawn from
-its seed on each rank and never sent.
+The loss is the whole batch's, and each rank has its own examples' rows of e (`whole_loss`); then the sum over ranks of
+each block's gradients is the gradient of that loss. A step exchanges three numbers with the loss, or the logits, and
+each gradient once, block by block. MEM-DFA sends block i's while block i + 1 is run again, and updates block i before
+block i + 1 has its gradient, so that every rank holds one block's gradients, and memory to send them from. B is drawn
+from its seed on each rank and never sent.
 
 gloo on the CPU; nccl on CUDA (written, not run on a GPU).
 """
@@ -25,6 +25,7 @@ from memdfa_lab.core import group
 from memdfa_lab.core.checks import first_difference
 from memdfa_lab.core.phases import label
 from memdfa_lab.core.seeds import mix
+from memdfa_lab.lab.whole_loss import whole_error
 
 TIMEOUT_S = 60.0
 
@@ -40,11 +41,13 @@ class Group(group.Group):
         idle: This rank has no example of its own in the batch; what it computes counts for nothing.
         asked: This rank is to stop after this step.
         stop: Some rank was to stop, before this step, so that all stop after it.
+        agreed: The loss whose settings are known to be the same on all ranks.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", timeout_s: float = TIMEOUT_S):
         self.rank, self.size, self.device, self.timeout_s = rank, size, device, timeout_s
         self.idle = self.asked = self.stop = False
+        self.agreed: Any = None
         self._update: Callable[[], None] | None = None
         self._begun: Sequence[Tensor] | None = None  # the parameters whose gradients are being summed
         self._works: list[Any] = []
@@ -55,14 +58,10 @@ class Group(group.Group):
 
     # What a rule needs: `core.group` says what each method does.
 
-    def reduce_loss(self, loss: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        if self.size == 1:
-            return loss, e
-        n = 0 if self.idle else len(e)
-        bad = 0 * e.sum().item()  # NaN if e is not finite: then so is the loss, on every rank, and none goes on
-        total, N, asked = self.total([n * loss.item() + bad, n, self.asked], "the loss").tolist()
-        self.stop = asked > 0
-        return loss.new_tensor(total / N), e.mul_(n / N)
+    def error(
+        self, loss_fn: Callable[..., Tensor], compute: group.Compute, logits: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return compute(logits, y) if self.size == 1 else whole_error(self, loss_fn, compute, logits.detach(), y)
 
     def start_sum(self, parameters: Sequence[Tensor], update: Callable[[], None]) -> None:
         self._update = update

@@ -34,18 +34,22 @@ def load_for(network: str, dataset: str, root: str | Path | None = None) -> Data
     return datasets.load(dataset, root=root, shape=None if flat else shape)
 
 
-def make_rule(rule: str, network: str, data: Data, **settings: Any) -> Rule:
+def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | None = None, **settings: Any) -> Rule:
     """Return a rule with a new network for `data`, from the names of rule and network and `RunSettings`.
 
-    What is not given is the network's own setting. Raises ValueError for an unknown name, a number out of its range, or
+    What is not given is the network's own setting. `sync_batchnorm`: the processes over which BatchNorm has its
+    statistics; each its own, if not given. Raises ValueError for an unknown name, a number out of its range, or
     a device that is not there.
     """
     run = RunSettings(rule=rule, network=network, **settings).completed()
     if run.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {run.device!r} is not there: use cpu, or install a torch that finds your GPU")
     decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
+    model = models.build(network, data.input_shape, data.classes, run.seed, run.initialisation).to(run.device)
+    if sync_batchnorm is not None:
+        synchronise(model, sync_batchnorm)
     return find_rule(rule)(
-        models.build(network, data.input_shape, data.classes, run.seed, run.initialisation).to(run.device),
+        model,
         optimizer=partial(OPTIMIZERS[str(run.optimizer)], lr=run.lr, **decay),
         loss_fn=LOSSES[str(run.loss)],
         feedback=feedback.KINDS[run.feedback](run.seed, str(run.distribution), run.scale),
@@ -77,13 +81,17 @@ def train(
     """
     run = RunSettings(rule=rule, network=network, epochs=epochs, batch_size=batch_size, seed=seed, **settings)
     run = run.completed()
-    learner = make_rule(rule, network, data, seed=seed, **settings)
+    learner = make_rule(rule, network, data, sync_batchnorm=group if sync_batchnorm else None, seed=seed, **settings)
     if group is not None:
         learner.group = group
-        if sync_batchnorm:
-            synchronise(learner.blocks, group)
     checkpoint = None if folder is None else Path(folder) / "checkpoint.pt"
-    how: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "overwrite": overwrite, "progress": progress}
+    how: dict[str, Any] = {
+        "seed": seed,
+        "drop_last": run.drop_last,
+        "checkpoint": checkpoint,
+        "overwrite": overwrite,
+        "progress": progress,
+    }
     history = fit(learner, data, int(run.epochs or 0), int(run.batch_size or 0), **how)
     if folder is not None and learner.group.rank == 0:
         history.to_csv(Path(folder) / "history.csv")
@@ -120,17 +128,21 @@ def compare(
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a rule from the table of `compare`: mean and spread over seeds of the last epoch, time of all."""
+    """Return a row a rule from the table of `compare`: mean and spread over seeds of the last epoch, time of all.
+
+    Accuracies are there if the table has them.
+    """
     runs = table.groupby(["rule", "seed"], sort=False)
     rules = runs.last().assign(seconds=runs["seconds"].sum()).groupby("rule", sort=False)
-    return rules.agg(
-        seeds=("loss", "size"),
-        train_loss=("loss", "mean"),
-        test_accuracy=("test_accuracy", "mean"),
-        test_accuracy_std=("test_accuracy", "std"),
-        train_accuracy=("train_accuracy", "mean"),
-        seconds=("seconds", "mean"),
-    ).reset_index()
+    columns = {
+        "seeds": ("loss", "size"),
+        "train_loss": ("loss", "mean"),
+        "test_accuracy": ("test_accuracy", "mean"),
+        "test_accuracy_std": ("test_accuracy", "std"),
+        "train_accuracy": ("train_accuracy", "mean"),
+        "seconds": ("seconds", "mean"),
+    }
+    return rules.agg(**{name: of for name, of in columns.items() if of[0] in table}).reset_index()
 
 
 def profile(

@@ -1,5 +1,6 @@
 """Epochs over a data set: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
+import math
 import os
 import signal
 import sys
@@ -20,8 +21,9 @@ from memdfa_lab.core.checks import check_int, check_type
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import checkpoints
+from memdfa_lab.lab.ahead import look_ahead
 from memdfa_lab.lab.checkpoints import Scheduler
-from memdfa_lab.lab.datasets import Data, check_data, order
+from memdfa_lab.lab.datasets import Data, as_input, batches_in, check_data, order
 from memdfa_lab.lab.distributed import Group, digest
 from memdfa_lab.lab.evaluation import accuracy
 from memdfa_lab.lab.files import locked, write_text
@@ -31,15 +33,17 @@ TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give 
 
 @dataclass
 class History:
-    """The results of each epoch, a dict a row: epoch, loss (mean over the epoch), accuracies, seconds of training."""
+    """The results of each epoch, a dict a row: epoch, loss (mean over the epoch), accuracies, seconds of training.
+
+    Accuracies are there if the network's outputs (N, C) are scores of two classes or more, of which each y is one.
+    """
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def table(self) -> pd.DataFrame:
         """The rows as a pandas table."""
-        columns = dict.fromkeys(["epoch", "loss", "train_accuracy", "test_accuracy", "seconds"])
-        columns |= dict.fromkeys(name for row in self.rows for name in row)  # what on_epoch adds
+        columns = dict.fromkeys(["epoch", "loss"]) | dict.fromkeys(name for row in self.rows for name in row)
         return pd.DataFrame(self.rows, columns=list(columns)).astype({"epoch": int})
 
     def to_csv(self, path: str | Path) -> None:
@@ -54,56 +58,62 @@ def fit(
     batch_size: int = 100,
     *,
     seed: int = 0,
+    drop_last: bool = False,
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     checkpoint: str | Path | None = None,
     overwrite: bool = False,
     save_every_s: float = 60.0,
     progress: bool = True,
-    on_epoch: Callable[[Rule, int], Mapping[str, float]] | None = None,
+    on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None = None,
 ) -> History:
     """Train for `epochs` epochs and return the history.
 
-    The network trains in training mode, on the device and in the dtype of its weights. The order of the examples
-    depends on (seed, epoch) alone; dropout draws from torch's global generator, so call `torch.manual_seed` before
-    building the rule. The last batch of an epoch may be shorter. `scheduler` makes a learning-rate scheduler for an
-    optimizer; it steps once an epoch, ReduceLROnPlateau by the epoch's loss. `checkpoint`: a file that is written after
-    each epoch, every `save_every_s` seconds within one, and on Ctrl-C after the running step. If it exists, training
-    goes on where it stopped, with the result of an uninterrupted run; `overwrite=True` starts anew. `on_epoch(rule,
-    epoch)` is called after each epoch, from 1 on; the numbers that it returns by name become columns of the history.
+    The network trains in training mode, on the device and in the dtype of its weights; inputs of whole numbers stay
+    what they are. The order of the examples depends on (seed, epoch) alone; dropout draws from torch's global
+    generator, so call `torch.manual_seed` before building the rule. The last batch of an epoch may be shorter;
+    `drop_last` leaves it out then. `scheduler` makes a learning-rate scheduler for an optimizer; it steps once an
+    epoch, ReduceLROnPlateau by the epoch's loss. `checkpoint`: a file that is written after each epoch, every
+    `save_every_s` seconds within one, and on Ctrl-C after the running step. If it exists, training goes on where it
+    stopped, with the result of an uninterrupted run; `overwrite=True` starts anew. `on_epoch(rule, epoch)` is called
+    after each epoch, from 1 on; the numbers that it returns by name, if any, become columns of the history.
 
     If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments and takes its part of
     every batch; `batch_size`, loss and accuracies are of the whole batch. The first rank writes the checkpoint and all
     read it; a run may go on with another number of ranks. Dropout is then drawn from (seed, epoch, batch, rank), and
     evaluation uses the first rank's BatchNorm statistics.
 
-    Raises TypeError for a rule, data or function that is none; ValueError for sizes below 1, a checkpoint that is
-    damaged or belongs to another setting, or ranks that differ; RankLost if another rank ends; KeyboardInterrupt on
-    Ctrl-C, after the checkpoint; and whatever `rule.step` raises.
+    Raises, before the first step, TypeError for a rule, data or function that is none; ValueError for sizes below 1, x
+    and y of different lengths, a label that the loss does not take, a last batch that is too short for BatchNorm, a
+    checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError for data with NaN
+    or inf. Later RankLost if another rank ends; KeyboardInterrupt on Ctrl-C, after the checkpoint; and whatever
+    `rule.step` raises.
     """
     epochs, batch_size = check_int("epochs", epochs), check_int("batch_size", batch_size)
     seed = check_int("seed", seed, 0, LARGEST_SEED)
     check_type("rule", rule, Rule, "a rule, such as ml.MemDFA(model, optimizer)")
     check_data("fit", data)
+    check_type("drop_last", drop_last, bool, "True or False")
     for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
-    run = _Run(rule, data, batch_size, seed)
+    run = _Run(rule, data, batch_size, seed, drop_last)
     if scheduler is not None:
         run.schedulers = [scheduler(optimizer) for optimizer in rule.optimizers if optimizer is not None]
     for made in run.schedulers:
         check_type("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
-    settings = checkpoints.settings_of(rule, run.schedulers, data, batch_size, seed)
+    settings = checkpoints.settings_of(rule, run.schedulers, data, batch_size, seed, drop_last)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
     group = run.group
     group.agree(**settings, epochs=epochs)
+    rule.blocks.train()
+    run.scored = look_ahead(rule, data, batch_size, drop_last, group)
     if path is not None and path.exists() and not overwrite:
         run.load(path, settings, epochs)
     if group.size > 1:  # nothing is written before all have read
         group.agree(**{"where training begins": (run.epoch, run.batch), "weights": digest(*rule.blocks.parameters())})
     written = path if group.rank == 0 else None
-    rule.blocks.train()
 
     saved_at = time.monotonic()
     lock = nullcontext() if written is None else locked(written)
@@ -112,14 +122,15 @@ def fit(
         while run.epoch < epochs:
             within_epoch = run.batch < run.batches
             if within_epoch:
-                group.asked = ctrl_c.is_set()
+                group.asked = bool(ctrl_c)
                 run.step()
                 bar.update()
             else:
                 run.finish_epoch(on_epoch)
-                bar.set_postfix(loss=run.rows[-1]["loss"], test=run.rows[-1]["test_accuracy"])
+                row = run.rows[-1]
+                bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
             # Ranks stop together: after a step, if one of them was asked to before it.
-            stop = ctrl_c.is_set() if group.size == 1 else within_epoch and group.stop
+            stop = bool(ctrl_c) if group.size == 1 else within_epoch and group.stop
             save = stop or not within_epoch or time.monotonic() - saved_at > save_every_s
             if written is not None and save:
                 run.save(written, settings)
@@ -134,10 +145,11 @@ class _Run:
 
     PROGRESS = ("epoch", "batch", "loss_sum", "seconds", "rows")
 
-    def __init__(self, rule: Rule, data: Data, batch_size: int, seed: int):
+    def __init__(self, rule: Rule, data: Data, batch_size: int, seed: int, drop_last: bool):
         self.rule, self.data, self.batch_size, self.seed = rule, data, batch_size, seed
         self.group = rule.group if isinstance(rule.group, Group) else Group()
-        self.batches = -(-len(data.x_train) // batch_size)  # in an epoch
+        self.batches = batches_in(len(data.x_train), batch_size, drop_last)  # in an epoch
+        self.scored = False  # whether accuracy means something
         self.schedulers: list[Scheduler] = []
         self.epoch = self.batch = 0
         self.loss_sum = self.seconds = 0.0
@@ -150,15 +162,16 @@ class _Run:
         chosen = examples[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
         mine = group.part(chosen)
         group.draw_apart(self.seed, self.epoch, self.batch)
-        loss = self.rule.step(self.data.x_train[mine].to(like), self.data.y_train[mine].to(like.device))
+        loss = self.rule.step(as_input(self.data.x_train[mine], like), self.data.y_train[mine].to(like.device))
         group.idle = False
         self.loss_sum += loss.item() * len(chosen)
         self.seconds += time.perf_counter() - started
         self.batch += 1
 
-    def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float]] | None) -> None:
+    def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None) -> None:
         """Step the schedulers and add a row to the history."""
-        loss, data, seen = self.loss_sum / len(self.data.x_train), self.data, slice(TRAIN_ACCURACY_ON)
+        data, seen = self.data, slice(TRAIN_ACCURACY_ON)
+        loss = self.loss_sum / min(len(data.x_train), self.batches * self.batch_size)
         for scheduler in self.schedulers:
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(loss)
@@ -166,20 +179,20 @@ class _Run:
                 scheduler.step()
         self.epoch += 1
         self.group.share_buffers(self.rule.blocks)
-        row = {
-            "epoch": self.epoch,
-            "loss": loss,
-            "train_accuracy": self._accuracy(data.x_train[seen], data.y_train[seen]),
-            "test_accuracy": self._accuracy(data.x_test, data.y_test),
-            "seconds": self.seconds,
-        }
+        row = {"epoch": self.epoch, "loss": loss}
+        if self.scored:
+            row["train_accuracy"] = self._accuracy(data.x_train[seen], data.y_train[seen])
+            row["test_accuracy"] = self._accuracy(data.x_test, data.y_test)
+        row["seconds"] = self.seconds
         if on_epoch is not None:
-            row |= {name: float(value) for name, value in on_epoch(self.rule, self.epoch).items()}
+            row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
         self.rows.append(row)
         self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
 
     def _accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Return the accuracy on all examples, of which each rank evaluates a part."""
+        """Return the accuracy on all examples, of which each rank evaluates a part; NaN if there is none."""
+        if not len(y):
+            return math.nan
         x, y = (tensor.tensor_split(self.group.size)[self.group.rank] for tensor in (x, y))
         return self.group.mean(accuracy(self.rule, x, y) if len(x) else 0.0, len(x))
 
@@ -193,16 +206,16 @@ class _Run:
 
 
 @contextmanager
-def _ctrl_c_noted() -> Iterator[threading.Event]:
-    """Note the first Ctrl-C, so that the running step ends and is saved; a second one acts at once."""
-    asked = threading.Event()
+def _ctrl_c_noted() -> Iterator[list[int]]:
+    """Note the first Ctrl-C in the list, so that the running step ends and is saved; a second one acts at once."""
+    asked: list[int] = []  # no threading.Event: its lock stops for ever if a second signal comes while it is set
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield asked
         return
     before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
-        asked.set()
+        asked.append(number)
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, note)

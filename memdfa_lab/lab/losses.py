@@ -1,9 +1,16 @@
-"""Losses by name, for whole-number labels: means over the batch, from the network's output (N, C) and y (N,)."""
+"""Losses by name, for whole-number labels: means over the batch, from the network's output (N, C) and y (N,).
+
+`as_mean` knows which losses are weighted means over the examples, so that the loss of a batch follows from its parts'.
+"""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from memdfa_lab.core.compat import has_global_hooks, has_hooks
 
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
@@ -22,3 +29,42 @@ def _one_hot(output: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": mse, "bce": bce}
+CROSS_ENTROPY = {"weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+
+
+class Mean(NamedTuple):
+    """A loss known as a mean: its settings, and the weight of examples by their y, by which their mean divides."""
+
+    settings: dict[str, Any]
+    weight: Callable[[Tensor], float]
+
+
+def as_mean(loss_fn: Callable[..., Tensor]) -> Mean | None:
+    """Return what is known of `mse`, `bce` and cross-entropy by a mean; None for any other loss.
+
+    Cross-entropy is F.cross_entropy, a partial of it by keywords, or nn.CrossEntropyLoss. Its mean is over the labels
+    that count, each with the weight of its class. With both class weights and label smoothing, None.
+    """
+    if loss_fn is mse or loss_fn is bce:
+        return Mean({"loss": loss_fn.__name__}, len)
+    given: dict[str, Any] = {}
+    if type(loss_fn) is nn.CrossEntropyLoss and not has_hooks(loss_fn) and not has_global_hooks():
+        given = {name: getattr(loss_fn, name) for name in CROSS_ENTROPY}
+    elif type(loss_fn) is partial and loss_fn.func is F.cross_entropy and not loss_fn.args:
+        given = loss_fn.keywords
+    elif loss_fn is not F.cross_entropy:
+        return None
+    options = CROSS_ENTROPY | given
+    if options.keys() != CROSS_ENTROPY.keys() or options["reduction"] != "mean":
+        return None
+    weights, ignored = options["weight"], options["ignore_index"]
+    if weights is not None and options["label_smoothing"]:  # a label whose class weighs 0 then has a loss all the same
+        return None
+    return Mean({"loss": "cross_entropy", **options}, partial(_weight_of_labels, weights, ignored))
+
+
+def _weight_of_labels(weights: Tensor | None, ignored: int, y: Tensor) -> float:
+    if y.is_floating_point():  # probabilities (n, C, ...) count alike, whatever the weights of the classes
+        return y.numel() / y.shape[1]
+    counts = y != ignored
+    return (counts if weights is None else weights[y[counts].long()].double()).sum().item()

@@ -1,5 +1,6 @@
 """The one table of a training run's settings. The command line, sweep files, experiments and reports all read it."""
 
+import operator
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Self, cast, get_args
@@ -107,6 +108,11 @@ class RunSettings(Checked):
     root: str | None = Field(None, description="where data sets are kept; default: $MEMDFA_DATA, else the user's cache")
     epochs: Count | None = Field(None, description=OWN)
     batch_size: Count | None = Field(None, description=OWN)
+    drop_last: bool = Field(
+        False,
+        description="leave out the last batch of an epoch if it is shorter than the others",
+        exclude_if=operator.not_,  # runs without it keep the names that they had before there was such a setting
+    )
     lr: NotNegative | None = Field(None, description=f"learning rate; {OWN}, which is for its own optimizer")
     optimizer: OptimizerName | None = Field(None, description=f"momentum is sgd with momentum 0.9; {OWN}")
     weight_decay: NotNegative | None = Field(None, description=OWN)

@@ -95,10 +95,15 @@ def _torchvision(fetch: Callable[[], Any], root: Path, name: str, files: str) ->
 def read_npz(path: Path) -> Arrays:
     """Read and check an .npz: images (N, C, H, W) uint8 or float32, labels (N,) from 0 to K-1."""
     require(path.is_file(), f"{path}: no such file")
+    found, key = {}, ""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as packed:
-            found = {key: packed[key] for key in (*KEYS, "test_exact") if key in packed}
+            for key in (key for key in (*KEYS, "test_exact") if key in packed):
+                found[key] = packed[key]
     except Exception as error:  # zipfile, zlib and numpy answer damage with a dozen kinds of exception
+        kind = {"x": "'uint8'", "y": "int", "t": "bool"}.get(key[:1])
+        why = f"{path}: {key} is of object dtype, which could run code when it is read"
+        require("Object arrays" not in str(error), f"{why}: save it with astype({kind})")
         raise ValueError(f"{path} is damaged or not an .npz ({' '.join(str(error).split())}): replace it") from error
     missing = [key for key in KEYS if key not in found]
     require(not missing, f"{path} has no {', '.join(missing)}: an .npz needs {', '.join(KEYS)}")

@@ -14,9 +14,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # tempfile's are readable by their owner alone
-    with folder_made_for(path):
-        temporary.touch(exist_ok=False)
     try:
+        with folder_made_for(path):
+            temporary.touch(exist_ok=False)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())

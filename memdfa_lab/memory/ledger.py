@@ -21,7 +21,9 @@ from torch import Tensor
 
 from memdfa_lab.core import phases
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.compat import SUM, Watcher, current_node, next_node_number, node_number, storage_id, watchers
+from memdfa_lab.core.compat import SUM, current_node, next_node_number, node_number, storage_id
+from memdfa_lab.core.contract import tensors_in
+from memdfa_lab.core.watcher import Watcher, watchers
 from memdfa_lab.memory.trace import Event, Storage, Trace
 
 Tensors = Callable[[], Mapping[str, Iterable[Tensor]]]  # tensors by category
@@ -214,14 +216,3 @@ class Ledger(Watcher):
             block = self._blocks[bisect_right(self._numbers, node_number(node)) - 1]
         seconds = time.perf_counter() - self._started
         self.events.append(Event(seconds, self._operations, self._name, phase, block, change, storage))
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in an operation's arguments, or in what it returns."""
-    if isinstance(value, Tensor):  # with another layout it has several storages, each a tensor of its own
-        return [value] if value.layout is torch.strided else []
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in tensors_in(item)]

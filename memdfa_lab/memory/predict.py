@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from memdfa_lab.core import rules
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.compat import unwatched
 from memdfa_lab.core.local import block_gradient
+from memdfa_lab.core.watcher import unwatched
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.shapes import ShapesAlone
 from memdfa_lab.memory.trace import Trace
@@ -34,6 +34,7 @@ def predict(
     feedback: Any = None,
     *,
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    x_dtype: torch.dtype | None = None,
     y_shape: tuple[int, ...] | None = None,
     steps: int = 1,
     **options: Any,
@@ -41,8 +42,9 @@ def predict(
     """Return what `measure` would return for this rule, network and batch; nothing is computed or allocated.
 
     `rule`: a name, such as "memdfa", or a class. `network`: a model, which is not touched, or a function that makes
-    one, so that it need not exist: `lambda: ml.models.mlp(784, [800] * 1000, 10)`. `x_shape`: (N, ...), floats.
-    `optimizer`: SGD with learning rate 0.1 if not given. y is N whole-number labels, or floats of `y_shape` if given.
+    one, so that it need not exist: `lambda: ml.models.mlp(784, [800] * 1000, 10)`. `x_shape`: (N, ...). x is of
+    `x_dtype`, the weights' if not given; words are torch.long. `optimizer`: SGD with learning rate 0.1 if not given. y
+    is N whole-number labels, or floats of `y_shape` if given.
     `options` go to the rule. It is a step in the steady state, `measure(..., warm_up=1)`: what a first step leaves
     behind, the optimizer's state and stored feedback, is in memory already. With `steps=0` it is that alone, and no
     step.
@@ -61,13 +63,18 @@ def predict(
         with shapes:
             model = _without_data(network)
             dtype = next(model.parameters()).dtype
-            x = torch.empty(x_shape, dtype=dtype)
+            x = torch.empty(x_shape, dtype=x_dtype or dtype)
             y = torch.empty(x_shape[0], dtype=torch.long) if y_shape is None else torch.empty(y_shape, dtype=dtype)
             factory = optimizer or partial(torch.optim.SGD, lr=0.1)
             learner = kind(model, optimizer=factory, loss_fn=loss_fn, feedback=feedback, **options)
             if steps == 0:
                 return measure(learner, x, y, steps=0, warm_up=1)
-        trace = measure(learner, x, y, steps=steps, run=shapes.watch)
+        try:
+            trace = measure(learner, x, y, steps=steps, run=shapes.watch)
+        except ValueError as problem:
+            if y_shape is None and str(problem).startswith("the loss does not take"):
+                raise ValueError(f"{problem}; for a y that is no labels, say its y_shape, such as (N, C)") from problem
+            raise
         return trace if trace.end_bytes == 0 else measure(learner, x, y, steps=steps, run=shapes.watch)
 
 

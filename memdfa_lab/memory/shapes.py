@@ -13,17 +13,15 @@ from torch import Tensor
 
 from memdfa_lab.core.compat import (
     TRUTH_VALUE,
-    Watcher,
     aten,
     convolution_layout,
-    empty_of_shape,
     is_onednns,
     storage_id,
-    storages_replaceable,
     takes_device,
     tree_map_only,
 )
-from memdfa_lab.memory.ledger import tensors_in
+from memdfa_lab.core.contract import tensors_in
+from memdfa_lab.core.watcher import Watcher, empty_of_shape, storages_replaceable
 from memdfa_lab.memory.proved import PROVED
 
 META = torch.device("meta")

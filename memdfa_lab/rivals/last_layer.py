@@ -14,7 +14,7 @@ class LastLayer(Rule):
             raise ValueError("the last block is frozen, and no other would learn: unfreeze it, or take BP")
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h, last = self.begin(x), len(self.blocks) - 1
+        h, last = self.begin(x, y), len(self.blocks) - 1
         for i in range(last + 1):
             with torch.set_grad_enabled(i == last):
                 h = self.forward(i, h)

@@ -60,7 +60,7 @@ class LeanBP(Rule):
         self.segments = min(default if segments is None else check_int("segments", segments), len(self.chain))
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self._forward_in_segments(self.begin(x))
+        h = self._forward_in_segments(self.begin(x, y))
         loss, e = self.error(h, y)
         if self.updates_in_backward:
             with self._updating_in_backward():

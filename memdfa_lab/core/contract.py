@@ -1,0 +1,227 @@
+"""What a step asks of the network and the loss, seen before anything is taught.
+
+A rule takes the network as it is at the start of each step: `Watched` notices what has been replaced since the rule was
+made. The first step with a batch of a new shape is rehearsed: all blocks and the loss run on a copy of the batch, and
+what they change is restored. So what cannot be trained is refused while weights, buffers, the optimizer's state,
+generators and the caller's batch are as they were.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memdfa_lab.core.blocks import parts_of as chained
+from memdfa_lab.core.blocks import run_block
+from memdfa_lab.core.compat import parts_of, storage_id
+from memdfa_lab.core.local import ByAutograd, block_gradient
+from memdfa_lab.core.recompute import generators_restored, other_generators_restored, state_restored
+from memdfa_lab.core.watcher import Watcher, unwatched
+
+
+class Watched:
+    """The modules and parameters of models, to notice when one has been replaced, frozen or unfrozen."""
+
+    def __init__(self, *models: nn.Module):
+        self._models = models
+        parts = [held for model in models for part in model.modules() for held in parts_of(part)]
+        self._held = list({id(held): held for held in parts}.values())
+        self._sizes = list(map(len, self._held))
+        self._parts = [(held, name, part) for held in self._held for name, part in held.items()]
+        self._parameters = list(models[0].parameters())
+        self._learn = [parameter.requires_grad for parameter in self._parameters]
+
+    def check(self) -> bool:
+        """Return whether a parameter has been frozen or unfrozen since the last look.
+
+        Raises ValueError if a module or a parameter is another one than before.
+        """
+        same = [held.get(name) is part for held, name, part in self._parts]  # a list, since all() of it is fast
+        if not all(same) or list(map(len, self._held)) != self._sizes:
+            raise ValueError(
+                f"the model has changed since the rule was made: {self._first_change()}; make the rule again after "
+                "changing the model, or change weights in place"
+            )
+        learn = [parameter.requires_grad for parameter in self._parameters]
+        changed, self._learn = learn != self._learn, learn
+        return changed
+
+    def _first_change(self) -> str:
+        before = {(id(held), name): part for held, name, part in self._parts}
+        now = {(id(held), name): part for held in self._held for name, part in held.items()}
+        key = next(key for key in {**before, **now} if now.get(key) is not before.get(key))
+        named = [pair for model in self._models for pair in model.named_modules()]
+        where = [path for path, part in named if key[0] in map(id, parts_of(part))]
+        what = "is gone" if key not in now else "is new" if key not in before else "is another one"
+        return f"{'.'.join(filter(None, [*where[:1], key[1]]))} {what}"
+
+
+def rehearse(
+    chain: Sequence[nn.Module],
+    x: Tensor,
+    loss: Callable[[Tensor], object],
+    loss_fn: object,
+    teaches_blocks: bool,
+    tries_backward: bool,
+) -> None:
+    """Run the blocks on a copy of x (N, ...), and the loss on their output, and restore what that changes.
+
+    `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: each block is taught on its own.
+    `tries_backward`: the gradients of a block are formed, too, and dropped. Raises TypeError, ValueError or
+    RuntimeError that names the block, what came in, and what is wrong.
+    """
+    made = _Made()
+    with unwatched(), made, ExitStack() as stack:
+        stack.enter_context(generators_restored(x.device))
+        stack.enter_context(other_generators_restored())
+        h, lengths = x.detach().clone(), []
+        for i, block in enumerate(chain):
+            made.used.clear()
+            stack.enter_context(state_restored(block))
+            h = _run(i, block, h, teaches_blocks, tries_backward, made.used)
+            lengths.append(rows(h))
+        if teaches_blocks:
+            check_lengths(chain, lengths)
+        made.watch_reads(h)
+        if isinstance(loss_fn, nn.Module):
+            stack.enter_context(state_restored(loss_fn))
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Using a target size")  # torch would spread y over the logits
+                loss(h)
+        except (ValueError, RuntimeError):
+            if not made.read:
+                raise
+        made.watching = False  # what follows restores state
+    if made.read:
+        raise ValueError(
+            f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: a gradient comes from the "
+            "logits alone; make it part of them"
+        )
+
+
+def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, tries_backward: bool, used: Set[int]) -> Tensor:
+    """Return block i's output on h, checked. `used` gets the storages that it reads."""
+    try:
+        gradient = block_gradient(block, h) if teaches_blocks else None
+        if gradient is not None and not isinstance(gradient, ByAutograd):
+            return gradient.output()
+        before = []
+        if gradient is None and i > 0 and h.is_floating_point():  # the block before it has a graph
+            before.append(h.requires_grad_())
+            h = h.clone()
+        graph = run_block(block, h) if gradient is None else gradient.forward_with_graph()
+        weights = [p for p in block.parameters() if p.requires_grad and storage_id(p) in used]
+        if teaches_blocks:
+            _check_taught(graph, weights)
+        if tries_backward and graph.requires_grad and (weights or before):
+            try:
+                torch.autograd.grad(graph, [*weights, *before], torch.zeros_like(graph), allow_unused=True)
+            except RuntimeError as problem:
+                if teaches_blocks or "use_reentrant" not in str(problem):  # which takes no part in autograd.grad
+                    raise
+        return graph.detach()
+    except (TypeError, ValueError, IndexError, RuntimeError) as problem:
+        if isinstance(problem, torch.OutOfMemoryError) or type(problem).__module__.startswith("memdfa_lab"):
+            raise  # it is not of this block: memory, or another rank
+        kind = next(kind for kind in (TypeError, ValueError, IndexError, RuntimeError) if isinstance(problem, kind))
+        dtype = next((parameter.dtype for parameter in block.parameters()), h.dtype)
+        about_types = i == 0 and dtype != h.dtype and "type" in str(problem)
+        hint = f" (its weights are {dtype}: x must be so too)" if about_types else ""
+        raise kind(
+            f"block {i}, {describe(block)}, does not take a batch of shape {tuple(h.shape)} and {h.dtype}{hint}; "
+            f"no weight was changed: {' '.join(str(problem).split())}"
+        ) from problem
+
+
+def _check_taught(graph: Tensor, weights: Sequence[Tensor]) -> None:
+    """Raise TypeError or RuntimeError if no signal can teach these weights at this output of their block."""
+    if not graph.is_floating_point() or not graph.dim():
+        raise TypeError(f"it puts out {tuple(graph.shape)} {graph.dtype}, which takes no signal: use (N, ...) floats")
+    if weights and not graph.requires_grad:  # a block that does not use its weights rests
+        raise RuntimeError(
+            "it puts out a tensor without a graph, so that it would never learn: set use_reentrant=False in its "
+            "checkpoint, or leave torch.no_grad out"
+        )
+
+
+def rows(h: Tensor) -> int:
+    """Return the length of dimension 0; 0 if there is none."""
+    return len(h) if h.dim() else 0
+
+
+def check_lengths(chain: Sequence[nn.Module], lengths: Sequence[int]) -> None:
+    """Raise ValueError if the outputs of the blocks, which have these lengths, are not all as long as e."""
+    if len(set(lengths)) > 1:
+        i = next(i for i in range(1, len(chain)) if lengths[i] != lengths[i - 1])
+        raise ValueError(
+            f"block {i}, {describe(chain[i])}, makes {lengths[i]} rows of {lengths[i - 1]}: a block's signal has e's "
+            f"rows, {lengths[-1]}, so join or split examples in the first block or in the loss; no weight was changed"
+        )
+
+
+def describe(block: nn.Module) -> str:
+    """Return the kinds of modules that a block runs."""
+    return " + ".join(type(part).__name__ for part in chained(block))
+
+
+def two_sums(logits: Tensor) -> tuple[float, float]:
+    """Return the sum and the norm of the logits: enough to notice other ones, without keeping them in memory."""
+    return logits.sum().item(), torch.linalg.vector_norm(logits).item()
+
+
+def warn_if_other(sums: tuple[float, float], logits: Tensor) -> bool:
+    """Warn, and return True, if the second pass's logits have other sums than the first's, beyond rounding."""
+    total, norm = two_sums(logits)
+    near = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * max(norm, sums[1])
+    other = abs(norm - sums[1]) > near or abs(total - sums[0]) > near * logits.numel() ** 0.5
+    if other:
+        warnings.warn(
+            f"the second forward pass gave other logits than the first (norm {norm:.6g}, before {sums[1]:.6g}), so the "
+            "updates are not DFA's: ml.check(rule, x, y) says which block differs; DFA, and MemDFA with "
+            "keep_bytes=math.inf, run each block once",
+            stacklevel=3,
+        )
+    return other
+
+
+class _Made(Watcher):
+    """Note which tensors operations make; from `watch_reads` on, which of these are read, other than the logits."""
+
+    def __init__(self) -> None:
+        self.alive: dict[int, Any] = {}  # weak references to storages, by storage_id
+        self.used: set[int] = set()  # what operations have been given, by storage_id
+        self.read: list[tuple[int, ...]] = []  # shapes
+        self.watching = False
+
+    def watch_reads(self, logits: Tensor) -> None:
+        self.alive = {key: made for key, made in self.alive.items() if made() is not None}
+        self.alive.pop(storage_id(logits), None)
+        self.watching = True
+
+    def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        given = tensors_in((args, kwargs))
+        self.used.update(map(storage_id, given))
+        if self.watching:
+            self.read += [tuple(tensor.shape) for tensor in given if storage_id(tensor) in self.alive]
+        out = operation(*args, **kwargs)
+        if not self.watching:
+            for tensor in tensors_in(out):
+                if storage_id(tensor) not in map(storage_id, given):
+                    self.alive[storage_id(tensor)] = weakref.ref(tensor.untyped_storage())
+        return out
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an operation's arguments, or in what it returns."""
+    if isinstance(value, Tensor):  # with another layout it has several storages, each a tensor of its own
+        return [value] if value.layout is torch.strided else []
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]

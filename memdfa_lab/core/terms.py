@@ -1,0 +1,123 @@
+"""What a loss depends on besides the logits: the weights of blocks, as in a penalty, and parameters of its own.
+
+A loss is a sum of terms, each of the logits (and the loss's own parameters) or of one block's weights. The gradient of
+a block's weights by their term is formed when the block is updated, so that one block's is in memory at a time. That is
+right because such a term keeps nothing of other blocks, whose weights may have been updated by then.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memdfa_lab.core.checks import check_finite, scalar_loss
+from memdfa_lab.core.compat import saved_by
+from memdfa_lab.core.phases import label
+
+LOGITS, OWN = -1, -2  # what a term may be of, besides the number of a block
+
+
+def loss_and_error(
+    loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any, owners: Callable[[], Mapping[int, int]]
+) -> tuple[Tensor, Tensor, "Terms | None"]:
+    """Return the loss, 0-d, e = dloss/dlogits of the logits' shape (N, C), and the loss's other terms if it has any.
+
+    owners() returns the block of each parameter by its id. Raises ValueError for a loss that is none of the logits.
+    """
+    logits = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = scalar_loss(loss_fn, logits, y)
+    terms = Terms.of(loss, logits, owners)
+    (e,) = torch.autograd.grad(loss, logits, retain_graph=terms is not None, allow_unused=True)
+    if e is None:
+        raise ValueError("the loss does not depend on the logits, so that the network would learn nothing from it")
+    # contiguous: the gradient of a sum is one number, expanded, and could not be changed in place
+    return loss.detach(), e.contiguous(), terms
+
+
+class Terms:
+    """The terms of one loss, 0-d, that are not of the logits. `owner` has the block of each parameter's id.
+
+    Raises ValueError for a term of two things, and for a leaf that is nobody's: no optimizer would change it.
+    """
+
+    def __init__(self, loss: Tensor, logits: Tensor, owner: Mapping[int, int]):
+        self.loss = loss
+        self.leaves: dict[int, list[Tensor]] = {}  # by the block's number, or OWN
+        needs: dict[Any, frozenset[int]] = {}  # what each node of the graph depends on
+        for node in _leaves_first(loss.grad_fn):
+            leaf = _leaf(node)
+            if leaf is not None:
+                whose = LOGITS if leaf is logits else owner.get(id(leaf))
+                if whose is None:
+                    raise ValueError(
+                        f"the loss depends on a tensor of shape {tuple(leaf.shape)} that learns and is neither the "
+                        "network's nor the loss's own: make the loss an nn.Module that has it as a parameter"
+                    )
+                needs[node] = frozenset([whose])
+                if whose != LOGITS:
+                    self.leaves.setdefault(whose, []).append(leaf)
+                continue
+            needs[node] = frozenset().union(*(needs[child] for child, _ in node.next_functions if child is not None))
+            joins_blocks = len(needs[node]) > 1 and not needs[node] <= {LOGITS, OWN}
+            if joins_blocks and any(tensor.requires_grad for tensor in saved_by(node)):
+                names = " and ".join(map(_name, sorted(needs[node])))
+                raise ValueError(
+                    f"one term of the loss depends on {names} ({type(node).__name__}): each block is updated on its "
+                    "own, so make the loss a sum of terms, each of the logits or of one block's weights"
+                )
+
+    @classmethod
+    def of(cls, loss: Tensor, logits: Tensor, owners: Callable[[], Mapping[int, int]]) -> "Terms | None":
+        """Return the loss's other terms; None if all of it is of the logits. `owners` is called where it is not."""
+        todo, met = [loss.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in met:
+                met.add(node)
+                leaf = _leaf(node)
+                if leaf is not None and leaf is not logits:
+                    return cls(loss, logits, owners())
+                todo += [child for child, _ in node.next_functions]
+        return None
+
+    def gradients(self, whose: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the weights of a block (or the loss's own), each with its gradient by their term."""
+        weights = self.leaves.get(whose, ())
+        if weights:
+            yield from zip(weights, torch.autograd.grad(self.loss, weights, retain_graph=True), strict=True)
+
+    def add(self, whose: int, share: float) -> None:
+        """Add these gradients, times `share`, to those that the weights hold; once."""
+        for weight, gradient in self.gradients(whose):
+            gradient = label("gradients", gradient if share == 1 else gradient * share)
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        self.leaves.pop(whose, None)
+
+    def check(self) -> None:
+        """Raise FloatingPointError if one of all these gradients is not finite."""
+        for whose in self.leaves:
+            check_finite("a penalty's gradient is not finite", *(gradient for _, gradient in self.gradients(whose)))
+
+
+def _leaf(node: Any) -> Tensor | None:
+    leaf: Tensor | None = getattr(node, "variable", None)  # of a node that hands its gradient to a tensor
+    return leaf
+
+
+def _leaves_first(root: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph, each after those that it leads to."""
+    todo, met = [(root, False)], set()
+    while todo:
+        node, children_done = todo.pop()
+        if children_done:
+            yield node
+        elif node not in met:
+            met.add(node)
+            todo.append((node, True))
+            todo += [(child, False) for child, _ in node.next_functions if child is not None]
+
+
+def _name(whose: int) -> str:
+    return {LOGITS: "the logits", OWN: "the loss's own parameters"}.get(whose, f"the weights of block {whose}")

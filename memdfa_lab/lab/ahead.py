@@ -1,0 +1,70 @@
+"""What is known of a training run before its first step: batches and labels that would be refused, and the metric."""
+
+import torch
+from torch import Tensor
+
+from memdfa_lab.core.checks import scalar_loss
+from memdfa_lab.core.recompute import forward_without_trace
+from memdfa_lab.core.rule import Rule
+from memdfa_lab.lab.datasets import Data, as_input
+from memdfa_lab.lab.distributed import Group, RankLost
+from memdfa_lab.lab.evaluation import are_scores, described
+
+
+def look_ahead(rule: Rule, data: Data, batch_size: int, drop_last: bool, group: Group) -> bool:
+    """Return whether accuracy means something for this network and these labels.
+
+    The network runs on the smallest part of a batch that a rank of the group gets, which leaves nothing behind. Raises
+    ValueError if it takes the largest part and not that one, as BatchNorm does with one example, if the loss refuses a
+    label, or if what there is to test on is of another kind. What the network refuses of any size, the first step says.
+    """
+    n, kind = len(data.x_train), (data.x_train.dtype, data.x_train.shape[1:])
+    first = min(batch_size, n)
+    last = first if drop_last else (n % batch_size or first)
+    least, most = max(1, last // group.size), -(-first // group.size)
+    group.part(torch.arange(last))  # who is idle in it
+    output = _output(rule, data.x_train[:least])
+    if isinstance(output, Exception):
+        group.part(torch.arange(first))
+        if least < most and isinstance(_output(rule, data.x_train[:most]), Tensor):
+            raise ValueError(_too_short(n, first, last, group.size, output)) from output
+        return False
+    y, y_test = data.y_train, data.y_test
+    if are_scores(output, y):
+        if not are_scores(output, y_test):
+            labels = f"whole numbers (N,) from 0 to {output.shape[1] - 1}, as y_train is"
+            raise ValueError(f"y_test must be {labels}, got {described(y_test)}")
+        x = data.x_test
+        refused = _output(rule, x[:2]) if len(x) and (x.dtype, x.shape[1:]) != kind else None
+        if isinstance(refused, Exception):
+            given = f"{tuple(x.shape)} {x.dtype}, where x_train is (N, {', '.join(map(str, kind[1]))}) {kind[0]}"
+            raise ValueError(f"this network does not take x_test: it is {given}") from refused
+        return True
+    if are_scores(output, y[:0]):  # labels out of range: the loss may have a use for them
+        extremes = y[[int(y.argmin()), int(y.argmax())]].to(output.device)
+        scalar_loss(rule.loss_fn, output[[0, 0]].requires_grad_(), extremes)
+    return False
+
+
+def _output(rule: Rule, x: Tensor) -> Tensor | Exception:
+    """Return the network's output for x (n, ...), or what it raises."""
+    like = next(rule.blocks.parameters())
+    try:
+        return forward_without_trace(rule.chain, as_input(x.clone(), like))
+    except RankLost:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as problem:
+        return problem
+
+
+def _too_short(n: int, first: int, last: int, ranks: int, problem: Exception) -> str:
+    """Return what is wrong with a last batch, or a rank's part of one, and which batch size would do."""
+    least = max(1, last // ranks)
+    sizes = [k for k in range(2 * ranks, n + 1) if n % k == 0 or n % k // ranks > least]
+    hints = [f"batch_size {min(sizes, key=lambda k: abs(k - first))}"] if sizes else []
+    hints += ["drop_last=True"] if last < first and first // ranks > least else []
+    part = "the last batch of an epoch" if ranks == 1 else "a rank's part of the last batch of an epoch"
+    return (
+        f"{part} would have {least} of the {n} training examples, which this network does not train on "
+        f"({' '.join(str(problem).split())}): take {' or '.join(hints or ['more examples'])}"
+    )

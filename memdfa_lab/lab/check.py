@@ -1,0 +1,40 @@
+"""Whether MEM-DFA's second forward pass does what the first did, block by block."""
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from memdfa_lab.core.checks import check_batch, check_type
+from memdfa_lab.core.local import ByAutograd, block_gradient
+from memdfa_lab.core.recompute import (
+    forward_without_trace,
+    generators_restored,
+    other_generators_restored,
+    state_restored,
+)
+from memdfa_lab.core.rule import Rule
+
+
+def check(rule: Rule, x: Tensor, y: Tensor) -> pd.DataFrame:
+    """Run both passes on a batch, x (N, ...) and y, as MEM-DFA does, and return how far they differ after each block.
+
+    Columns: block (from 0 on), module, by ("hand" or "autograd"), difference (the largest, between the outputs of the
+    two passes). In the first row whose difference is not 0 stands the block that does not do the same twice: all later
+    ones differ because of it. The rule is left as it is. Raises TypeError if there is no rule, and what `rule.step`
+    raises before anything changes.
+    """
+    check_type("rule", rule, Rule, "a rule, such as ml.MemDFA(model, optimizer)")
+    check_batch(x)
+    rule.rehearse(x, y)
+    first: list[Tensor] = []
+    rows, h = [], x.detach()
+    with generators_restored(x.device), other_generators_restored(), state_restored(rule.blocks):
+        forward_without_trace(rule.chain, h, see=lambda way, out: first.append(out))
+        for i, (block, before) in enumerate(zip(rule.chain, first, strict=True)):
+            gradient = block_gradient(block, h)
+            by_autograd = isinstance(gradient, ByAutograd)
+            with torch.enable_grad():
+                h = gradient.forward() if by_autograd else gradient.output()
+            difference = (h.double() - before.double()).abs().max().item()
+            rows.append((i, type(block).__name__, "autograd" if by_autograd else "hand", difference))
+    return pd.DataFrame(rows, columns=["block", "module", "by", "difference"])
