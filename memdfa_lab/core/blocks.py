@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from memdfa_lab.core.compat import ANY_CONVOLUTION, autocast_is_on, has_hooks, version
-from memdfa_lab.core.watcher import address
+from memdfa_lab.core.watcher import has_data
 
 WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
@@ -125,6 +125,5 @@ def _refuse_sharing(blocks: nn.Sequential) -> None:
 
 def _identities(tensor: Tensor) -> Iterator[int]:
     yield id(tensor)
-    place = address(tensor) if tensor.numel() and type(tensor) in (Tensor, nn.Parameter) else None
-    if place is not None:
-        yield -place  # two parameters over one memory; negative, so that it is no id
+    if tensor.numel() and type(tensor) in (Tensor, nn.Parameter) and has_data(tensor):
+        yield -tensor.data_ptr()  # two parameters over one memory; negative, so that it is no id

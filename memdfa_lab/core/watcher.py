@@ -3,8 +3,9 @@
 Like core/compat.py it uses private names of torch, and tests/test_watcher.py says what is needed of each.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any, Self
 
@@ -87,7 +88,7 @@ _max_pool1d = torch.max_pool1d
 
 def _max_pooled(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Without a graph torch pools in no operation that can be seen: it takes memory, and reads the data."""
-    if address(input) is not None or not input.numel() or (input.requires_grad and torch.is_grad_enabled()):
+    if has_data(input) or not input.numel() or (input.requires_grad and torch.is_grad_enabled()):
         return _max_pool1d(input, *args, **kwargs)
     with unwatched():
         shape = _max_pool1d(torch.empty(input.shape, device="meta"), *args, **kwargs).shape
@@ -95,19 +96,25 @@ def _max_pooled(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _count(change: int) -> None:
-    """Note so many more watchers in force, in any thread, and replace two functions of torch while there is one."""
+    """Note so many more watchers in force, in any thread.
+
+    While there is one, two functions of torch are replaced, and what torch.compile made runs as it was written.
+    """
     global _in_force
     tensor: Any = Tensor
     with _LOCK:
         _in_force += change
-        if _in_force:
+        if not _in_force:
+            _REPLACED.close()
+        elif _in_force == change == 1:
             tensor._make_subclass, torch.max_pool1d = staticmethod(_made_unseen), _max_pooled
-        else:
-            del tensor._make_subclass
-            torch.max_pool1d = _max_pool1d
+            _REPLACED.callback(delattr, Tensor, "_make_subclass")
+            _REPLACED.callback(setattr, torch, "max_pool1d", _max_pool1d)
+            if "torch._dynamo" in sys.modules:  # to import it takes seconds
+                _REPLACED.enter_context(torch.compiler.set_stance("force_eager"))
 
 
-_LOCK, _in_force = Lock(), 0
+_LOCK, _REPLACED, _in_force = Lock(), ExitStack(), 0
 
 
 # Tensors that say that they are on the CPU, and have no data
@@ -148,6 +155,6 @@ def storages_replaceable(*storages: torch.UntypedStorage) -> Iterator[None]:
             _C._set_storage_data_ptr_access_error_msg(key, _NO_DATA)
 
 
-def address(tensor: Tensor) -> int | None:
-    """Return where the tensor's data are in memory; None if it has none."""
-    return None if tensor.is_meta or isinstance(tensor.untyped_storage(), _StorageWithoutData) else tensor.data_ptr()
+def has_data(tensor: Tensor) -> bool:
+    """Tell whether a tensor has data; one of a prediction, or on the meta device, has none."""
+    return not (tensor.is_meta or isinstance(tensor.untyped_storage(), _StorageWithoutData))
