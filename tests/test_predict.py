@@ -253,6 +253,12 @@ def test_a_loss_of_another_y_than_labels_wants_its_shape():
     assert predict("bp", tiny_net, (6, 4), loss_fn=F.binary_cross_entropy_with_logits, y_shape=(6, 5)).peak_bytes > 0
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_depends_on_a_value_is_refused_in_a_line(steps):
+    with refuses(ValueError, "depends on a value", "measure"):
+        predict("memdfa", tiny_net, (6, 4), torch.optim.NAdam, steps=steps)
+
+
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()

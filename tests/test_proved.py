@@ -202,7 +202,11 @@ def test_pooling_in_one_dimension_is_predicted_with_and_without_a_graph(rule):
 # Optimizers and losses whose operations no other test here meets
 ADAMS = [partial(torch.optim.Adam, foreach=True, amsgrad=True), partial(torch.optim.Adam, fused=True)]
 OTHERS = [partial(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True), partial(torch.optim.RMSprop, centered=True)]
-OTHERS += [torch.optim.Adagrad, torch.optim.Adamax, torch.optim.Adadelta, torch.optim.Rprop]
+KINDS = [
+    getattr(torch.optim, name)
+    for name in words("Adadelta Adafactor Adagrad Adam AdamW Adamax ASGD RAdam RMSprop Rprop")
+]
+OTHERS += [*KINDS, *[partial(kind, foreach=True) for kind in KINDS]]
 
 
 def proved(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, set[str]]]:
@@ -260,6 +264,7 @@ h.masked_fill(m,1.0) h[y,1:] torch.maximum(h,p) h.norm(3,dim=1) h.sgn() h*h F.sc
 )
 
 
+@pytest.mark.filterwarnings("ignore:Using torch.cross", "ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize(
     "expression", [pytest.param(e, marks=[pytest.mark.slow] * (e not in CONCERNED)) for e in EXPRESSIONS]
 )
@@ -268,4 +273,7 @@ def test_measured_is_never_above_the_allocator(expression):
     learner = make_rule("bp", problem)
     with threads(1):
         trace = allocator_trace(learner, problem.x, problem.y)
-    assert measure(learner, problem.x, problem.y).peak_bytes == trace.handed_on_bytes <= trace.peak_bytes
+    measured = measure(learner, problem.x, problem.y).peak_bytes
+    assert measured <= trace.peak_bytes
+    if "polar" not in expression:  # a conjugate is copied within the operation that reads it, by one that is watched
+        assert measured == trace.handed_on_bytes

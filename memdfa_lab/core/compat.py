@@ -1,6 +1,7 @@
 """torch's private names, each behind a name of ours.
 
-torch may change them in any release. Only core/watcher.py uses others, and tests/test_compat.py says what is needed of each.
+torch may change them in any release, so tests/test_compat.py says what is needed of each. Only core/watcher.py uses
+others.
 """
 
 import inspect

@@ -59,7 +59,7 @@ def predict(
     kind: Any = rules.find_rule(rule) if isinstance(rule, str) else rule
     shapes = ShapesAlone()
     feedback = copy.deepcopy(feedback)
-    with without_collection():
+    with without_collection(), _with_hints(y_shape is None):
         with shapes:
             model = _without_data(network)
             dtype = next(model.parameters()).dtype
@@ -69,12 +69,7 @@ def predict(
             learner = kind(model, optimizer=factory, loss_fn=loss_fn, feedback=feedback, **options)
             if steps == 0:
                 return measure(learner, x, y, steps=0, warm_up=1)
-        try:
-            trace = measure(learner, x, y, steps=steps, run=shapes.watch)
-        except ValueError as problem:
-            if y_shape is None and str(problem).startswith("the loss does not take"):
-                raise ValueError(f"{problem}; for a y that is no labels, say its y_shape, such as (N, C)") from problem
-            raise
+        trace = measure(learner, x, y, steps=steps, run=shapes.watch)
         return trace if trace.end_bytes == 0 else measure(learner, x, y, steps=steps, run=shapes.watch)
 
 
@@ -105,6 +100,21 @@ def without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _with_hints(y_is_labels: bool) -> Iterator[None]:
+    """Say what to do about errors within that come from what a prediction is."""
+    try:
+        yield
+    except ValueError as problem:
+        if y_is_labels and str(problem).startswith("the loss does not take"):
+            raise ValueError(f"{problem}; for a y that is no labels, say its y_shape, such as (N, C)") from problem
+        raise
+    except (ZeroDivisionError, NotImplementedError) as problem:
+        why = " ".join(str(problem).split())[:100]
+        hint = "use ml.memory.measure on a batch that fits"
+        raise ValueError(f"the step depends on a value, and a prediction has none ({why}): {hint}") from problem
 
 
 def _without_data(network: Network) -> nn.Module:
