@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pkgutil
 import warnings
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from memdfa_lab.core import compat
+from memdfa_lab.core.watcher import empty_of_shape
 
 # ----------------------------------------------------------------------------------------------- tensors and modules
 
@@ -236,33 +235,6 @@ def test_transforms_are_active_within_vmap_and_grad():
     assert seen == [False, True, True, False]
 
 
-# --------------------------------------------------------------------------------------- what sees torch's operations
-
-
-class Seen(compat.DispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_dispatch_mode_sees_each_operation_but_those_without_modes():
-    x = torch.ones(2)
-    with Seen() as seen:
-        assert list(compat.active_modes()) == [seen]
-        x + 1
-        with compat.without_modes():
-            assert list(compat.active_modes()) == []
-            x * 2
-        bool(x.sum() > 0)
-    assert list(compat.active_modes()) == []
-    aten = compat.aten
-    assert seen.operations == [aten.add.Tensor, aten.sum.default, aten.gt.Scalar, compat.TRUTH_VALUE]
-
-
 def test_the_profiler_marks_allocations_and_tells_their_size():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = torch.empty(1000, dtype=torch.uint8)
@@ -275,40 +247,34 @@ def test_the_profiler_marks_allocations_and_tells_their_size():
     assert len(kept) in sizes
 
 
-def test_schemas_and_whether_an_operation_is_written_as_several():
-    assert {"", "out"} <= {schema.overload_name for schema in compat.schemas_of("aten::mm")}
-    assert compat.schemas_of("aten::no_such_operation") == []
-    assert [compat.is_composite(f"aten::{name}") for name in ("cross_entropy_loss", "linear", "mm")] == [
-        True,
-        True,
-        False,
-    ]
+def test_the_profiler_tells_overloads_apart():
+    x = torch.ones(3)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=compat.OVERLOADS_TOO) as profiler:
+        torch.where(x > 0, x, 0.0)
+    events = profiler.profiler.kineto_results.events()
+    assert {"self", "ScalarOther"} <= {event.overload_name() for event in events if event.name() == "aten::where"}
+
+
+def test_whether_an_operation_is_several_others_on_the_cpu():
+    several = {"cross_entropy_loss": True, "linear": True, "mm": False, "where.self": False, "where.ScalarOther": True}
+    several["mish_backward"] = False  # elsewhere it is
+    assert {name: compat.is_composite(f"aten::{name}") for name in several} == several
     with pytest.raises(RuntimeError):
         compat.is_composite("aten::no_such_operation")
 
 
-# ----------------------------------------------------------------------------------------- what prediction leans on
+def test_whether_an_operation_is_told_a_device():
+    assert compat.takes_device(compat.aten.empty.memory_format)
+    assert not compat.takes_device(compat.aten.mm.default)
 
 
-def fused_step(parameter: nn.Parameter) -> None:
-    torch.optim.Adam([parameter], fused=True).step()
-
-
-def many_at_once(parameter: nn.Parameter) -> None:
-    nn.utils.clip_grad_norm_([parameter], 1.0, foreach=True)
-
-
-@pytest.mark.parametrize(("name", "use"), list(zip(compat.DEVICE_LISTS, [many_at_once, fused_step], strict=True)))
-def test_a_device_list_is_asked_at_each_use(name, use):
-    devices = pkgutil.resolve_name(name)()
-    assert "cuda" in devices
-    assert "meta" not in devices
-    parameter = nn.Parameter(torch.empty(3, device="meta"))
-    parameter.grad = torch.empty_like(parameter)
-    with pytest.raises(RuntimeError, match=r"devices|meta"):
-        use(parameter)
-    with mock.patch(name, return_value=[*devices, "meta"]):
-        use(parameter)
+def test_whether_onednn_runs_a_convolution_is_known_without_data():
+    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    for dtype, expected in ((torch.float32, True), (torch.float64, False)):
+        shapes = ((8, 3, 16, 16), (4, 3, 3, 3))
+        real = [torch.ones(shape, dtype=dtype) for shape in shapes]
+        alike = [empty_of_shape(t.shape, t.stride(), dtype, t.untyped_storage().nbytes()) for t in real]
+        assert compat.is_onednns(*real, [4], *settings) == compat.is_onednns(*alike, [4], *settings) == expected
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

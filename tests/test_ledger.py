@@ -16,7 +16,7 @@ from torch import Tensor
 
 import memdfa_lab as ml
 from memdfa_lab.core import phases
-from memdfa_lab.core.compat import active_modes
+from memdfa_lab.core.watcher import watchers
 from memdfa_lab.memory import Ledger, measure, predict, readable
 
 STEADY = {  # lr 0: very deep nets blow up at once, and how much a step needs does not depend on it
@@ -27,7 +27,7 @@ STEADY = {  # lr 0: very deep nets blow up at once, and how much a step needs do
 
 
 def assert_torch_is_clean() -> None:
-    assert len(active_modes()) == 0
+    assert watchers() == ()
     assert phases.listeners == []
 
 

@@ -23,12 +23,12 @@ from test_ledger import stepping_measured
 from test_memory import check_account, events
 from torch import Tensor, nn
 
-from memdfa_lab.core.compat import ANY_CONVOLUTION
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import losses
 from memdfa_lab.memory import measure, predict
 
-pytestmark = pytest.mark.slow
+# Each is held to the measurement here, also where it has an operation that tests/test_proved.py does not meet.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:no test has shown")]
 
 # ------------------------------------------------------------------------------------------------------- networks
 
@@ -94,8 +94,6 @@ def placed(template: str, h: Tensor, texts: list[str]) -> tuple[str, Tensor] | N
         with torch.device("meta"):
             out = evaluated(text)(h)
     except (AttributeError, AssertionError, IndexError, RuntimeError, ValueError):
-        return None
-    if h.dim() == out.dim() == 4 and h[0, 0].numel() == 1 < out[0, 0].numel():  # a known limit, below
         return None
     return (text, out) if out.dim() <= 4 and 0 < out[0].numel() <= 150 else None
 
@@ -203,19 +201,12 @@ def check_predicted(problem: Problem, rule: str, optimizer: Any = "sgd", storage
     check_account(measured)
 
 
-def only_bias_learns(net: nn.Module) -> bool:
-    """Tell whether a net has a convolution of which only the bias learns."""
-    layers = [part for part in net.modules() if isinstance(part, ANY_CONVOLUTION) and part.bias is not None]
-    return any(part.bias.requires_grad and not part.weight.requires_grad for part in layers)
-
-
 @given(problems(), st.sampled_from(list(EVERY_RULE)), OPTIMIZER, STORAGE, CLIP, KEEP)
 def test_predicted_equals_measured_and_the_categories_sum(problem, rule, optimizer, storage, clip, keep_bytes):
     options: dict[str, Any] = {} if "step_in_backward" in rule else {"clip_norm": clip}
     if rule == "memdfa":
         options["keep_bytes"] = keep_bytes
     net = problem.build()
-    assume(not only_bias_learns(net))  # a known limit, below
     if rule == "last_layer":  # it cannot train what is frozen
         assume(any(p.requires_grad for p in list(net.parameters())[-2:]))
     check_predicted(problem, rule, optimizer, storage, **options)
@@ -232,13 +223,13 @@ ENLARGED = f"nn.Sequential({LAYERS_OF_ENLARGED}).to(memory_format=torch.channels
     ("text", "shape"),
     [
         pytest.param(BIAS_ALONE, (2, 4), id="bias_alone"),  # oneDNN makes the frozen filter's gradient as well
-        pytest.param("nn.Sequential(nn.Linear(4, 5), nn.Mish())", (4,), id="mish"),  # many operations without data
+        pytest.param("nn.Sequential(nn.Linear(4, 5), nn.Mish())", (4,), id="mish"),  # many operations on other devices
         pytest.param(ENLARGED, (6, 2, 2), id="enlarged"),  # 1 x 1 images in channels last have two right strides
     ],
 )
-@pytest.mark.xfail(reason="torch does otherwise without data", strict=True)
-def test_known_limits_of_the_prediction(text, shape):
-    check_predicted(Problem(text, partial(evaluated, text), shape), "bp")
+@pytest.mark.parametrize("rule", ["bp", "memdfa"])
+def test_what_differs_on_other_devices_is_predicted(text, shape, rule):
+    check_predicted(Problem(text, partial(evaluated, text), shape), rule)
 
 
 @given(problems(), st.sampled_from(list(RULES)), OPTIMIZER, STORAGE)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from memdfa_lab.core.compat import ANY_CONVOLUTION, autocast_is_on, has_hooks, version
+from memdfa_lab.core.watcher import has_data
 
 WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
@@ -124,5 +125,5 @@ def _refuse_sharing(blocks: nn.Sequential) -> None:
 
 def _identities(tensor: Tensor) -> Iterator[int]:
     yield id(tensor)
-    if tensor.device.type != "meta" and tensor.numel() and type(tensor) in (Tensor, nn.Parameter):
+    if tensor.numel() and type(tensor) in (Tensor, nn.Parameter) and has_data(tensor):
         yield -tensor.data_ptr()  # two parameters over one memory; negative, so that it is no id

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from memdfa_lab.core.watcher import has_data
+
 T = TypeVar("T")
 
 
@@ -95,7 +97,7 @@ def _why_refused(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y:
         loss_fn(logits.clone(), y)  # which may be changed in place, as a leaf of a graph may not
         return "the loss changes the logits in place: write logits / 2, for example, in place of logits /= 2"
     given = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-    if isinstance(y, Tensor) and y.numel() and not (y.is_floating_point() or y.is_complex() or y.is_meta):
+    if isinstance(y, Tensor) and y.numel() and not (y.is_floating_point() or y.is_complex()) and has_data(y):
         given += f" from {y.min()} to {y.max()}"
     N, *more = logits.shape
     classes, *positions = more or [1]

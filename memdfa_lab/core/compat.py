@@ -1,6 +1,7 @@
 """torch's private names, each behind a name of ours.
 
-torch may change them in any release. They are used nowhere else, and tests/test_compat.py says what is needed of each.
+torch may change them in any release, so tests/test_compat.py says what is needed of each. Only core/watcher.py uses
+others.
 """
 
 import inspect
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _EventType
+from torch._C._profiler import _EventType, _ExperimentalConfig
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils import _python_dispatch, _pytree
+from torch.utils import _pytree
 
 aten = torch.ops.aten
 _C: Any = torch._C  # torch's stubs lack some of it
@@ -25,6 +26,7 @@ ANY_BATCH_NORM = _BatchNorm
 has_global_hooks = _has_any_global_hook  # whether torch calls hooks for every module
 copying_view = aten._unsafe_view  # a reshaped tensor that autograd takes for one of its own: in-place changes are safe
 TRUTH_VALUE = aten._local_scalar_dense.default  # the operation by which a tensor becomes a number, as in `if tensor:`
+SUM = aten.add.Tensor
 
 tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries, with what is of a type replaced
 
@@ -40,18 +42,10 @@ _run_engine: Callable[..., Any] = torch.autograd.graph._engine_run_backward
 
 transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active  # vmap, grad, ... of torch.func
 
-DispatchMode = _python_dispatch.TorchDispatchMode  # sees each operation that torch runs within it
-without_modes = _python_dispatch._disable_current_modes
-active_modes = _python_dispatch._get_current_dispatch_mode_stack  # in this thread
 
 # torch.profiler's account of the allocator
 ALLOCATION = _EventType.Allocation
-schemas_of: Callable[[str], list[Any]] = _C._jit_get_schemas_for_operator
-# The devices for which an optimizer may be fused, or take many tensors at once
-DEVICE_LISTS = (
-    "torch.utils._foreach_utils._get_foreach_kernels_supported_devices",
-    "torch.optim.optimizer._get_fused_kernels_supported_devices",
-)
+OVERLOADS_TOO = _ExperimentalConfig(capture_overload_names=True)  # of the operations
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -135,8 +129,16 @@ def convolution_layout(h: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 def is_composite(operation: str) -> bool:
-    """Tell whether an operation is written as several others. Raises RuntimeError if the dispatcher lacks it."""
-    return bool(_C._dispatch_has_kernel_for_dispatch_key(operation, "CompositeImplicitAutograd"))
+    """Tell whether an operation is several others on the CPU. Raises RuntimeError if the dispatcher lacks it."""
+    own, several = (
+        _C._dispatch_has_kernel_for_dispatch_key(operation, key) for key in ("CPU", "CompositeImplicitAutograd")
+    )
+    return bool(several and not own)
+
+
+def takes_device(operation: Any) -> bool:
+    """Tell whether an operation can be told on which device to put its output."""
+    return any(argument.name == "device" for argument in operation._schema.arguments)
 
 
 def cuda_history(run: Callable[[], object]) -> Any:
@@ -147,3 +149,9 @@ def cuda_history(run: Callable[[], object]) -> Any:
         return torch.cuda.memory._snapshot()
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def is_onednns(input: Tensor, weight: Tensor, bias_sizes: Any, *settings: Any) -> bool:
+    """Tell whether oneDNN runs this convolution on the CPU; the tensors may be without data."""
+    backend = _C._select_conv_backend(input, weight, None, *settings, bias_sizes)
+    return bool(backend == _C._ConvBackend.Mkldnn)

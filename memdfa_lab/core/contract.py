@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import parts_of as chained
 from memdfa_lab.core.blocks import run_block
-from memdfa_lab.core.compat import DispatchMode, parts_of, storage_id, without_modes
+from memdfa_lab.core.compat import parts_of, storage_id
 from memdfa_lab.core.local import ByAutograd, block_gradient
 from memdfa_lab.core.recompute import generators_restored, other_generators_restored, state_restored
+from memdfa_lab.core.watcher import Watcher, unwatched
 
 
 class Watched:
@@ -74,7 +75,7 @@ def rehearse(
     RuntimeError that names the block, what came in, and what is wrong.
     """
     made = _Made()
-    with without_modes(), made, ExitStack() as stack:
+    with unwatched(), made, ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
         stack.enter_context(other_generators_restored())
         h, lengths = x.detach().clone(), []
@@ -85,7 +86,7 @@ def rehearse(
             lengths.append(rows(h))
         if teaches_blocks:
             check_lengths(chain, lengths)
-        made.watch(h)
+        made.watch_reads(h)
         if isinstance(loss_fn, nn.Module):
             stack.enter_context(state_restored(loss_fn))
         try:
@@ -188,27 +189,26 @@ def warn_if_other(sums: tuple[float, float], logits: Tensor) -> bool:
     return other
 
 
-class _Made(DispatchMode):
-    """Note which tensors operations make; from `watch` on, which of these are read, other than the logits."""
+class _Made(Watcher):
+    """Note which tensors operations make; from `watch_reads` on, which of these are read, other than the logits."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.alive: dict[int, Any] = {}  # weak references to storages, by storage_id
         self.used: set[int] = set()  # what operations have been given, by storage_id
         self.read: list[tuple[int, ...]] = []  # shapes
         self.watching = False
 
-    def watch(self, logits: Tensor) -> None:
+    def watch_reads(self, logits: Tensor) -> None:
         self.alive = {key: made for key, made in self.alive.items() if made() is not None}
         self.alive.pop(storage_id(logits), None)
         self.watching = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = tensors_in((args, kwargs or {}))
+    def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        given = tensors_in((args, kwargs))
         self.used.update(map(storage_id, given))
         if self.watching:
             self.read += [tuple(tensor.shape) for tensor in given if storage_id(tensor) in self.alive]
-        out = func(*args, **(kwargs or {}))
+        out = operation(*args, **kwargs)
         if not self.watching:
             for tensor in tensors_in(out):
                 if storage_id(tensor) not in map(storage_id, given):

@@ -18,6 +18,7 @@ from memdfa_lab.core.group import Group
 from memdfa_lab.core.local import BlockGradient, block_gradient
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.signal import Signal
+from memdfa_lab.core.watcher import has_data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MOST_SHAPES = 8  # of batches that are tried before their first step; later ones are taken on trust
@@ -108,7 +109,8 @@ class Rule(ABC):
         """
         kind = (x.shape[1:], x.dtype, self.blocks.training, autocast_is_on(), id(self.loss_fn))
         shape = (kind, 0 if self.group.size > 1 else len(x))  # all ranks try at the same time
-        if x.is_meta or shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed):
+        tried = shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed)
+        if tried or not has_data(x):  # a prediction has no data to try
             return
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport() as transport:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memdfa_lab.core.compat import ANY_BATCH_NORM
+from memdfa_lab.core.watcher import has_data
 from memdfa_lab.lab.distributed import Group
 
 OF_ONE_PROCESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -51,7 +52,7 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         counts = 0.0 if self.group.idle else 1.0  # an idle rank's example has no part in the statistics
         values = h.double()
         N = 2.0  # without data it is not exchanged, and does not matter: bytes are counted
-        if not h.is_meta:
+        if has_data(h):
             N = self.group.total([counts * h.numel() / h.shape[1]], "BatchNorm's number of examples").item()
         if N < 2:
             raise ValueError(f"BatchNorm in training mode needs more than one value a channel, got {tuple(h.shape)}")
@@ -67,7 +68,7 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         return x if self.weight is None else torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
 
     def _sum(self, values: Tensor) -> Tensor:
-        summed: Tensor = values if values.is_meta else _Sum.apply(values, self.group)
+        summed: Tensor = _Sum.apply(values, self.group) if has_data(values) else values
         return summed
 
 

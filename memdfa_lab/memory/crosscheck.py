@@ -4,14 +4,13 @@ The ledger counts what operations hand to each other. The allocators also see wh
 themselves. `compare` puts the numbers side by side and explains the differences.
 """
 
-import contextlib
 import functools
 import gc
 import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from memdfa_lab.core.compat import ALLOCATION, cuda_history, is_composite, schemas_of
+from memdfa_lab.core.compat import ALLOCATION, OVERLOADS_TOO, cuda_history, is_composite
 from memdfa_lab.memory.files import write_whole
 from memdfa_lab.memory.ledger import as_function, measure
 
@@ -87,14 +86,14 @@ def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> AllocatorTra
     """
     run = as_function(step)
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=OVERLOADS_TOO) as profiler:
         for _ in range(warm_up):
             run(*batch)
         with record_function(REST):
             pass
         run(*batch)
     assert profiler.profiler is not None
-    return _read(profiler.profiler.kineto_results.experimental_event_tree())
+    return _read(profiler.profiler.kineto_results)
 
 
 def allocator_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
@@ -162,17 +161,18 @@ def _on_gpu(step: Any) -> Callable[..., Any]:
     return as_function(step)
 
 
-def _read(roots: Sequence[Any]) -> AllocatorTrace:
-    """Return the allocator's events in the profiler's tree of operations."""
+def _read(results: Any) -> AllocatorTrace:
+    """Return the allocator's events in the profiler's tree of operations, in which overloads have no names."""
+    overloads = {(event.name(), event.start_ns()): event.overload_name() for event in results.events()}
     entries: list[tuple[int, Any, str, int]] = []  # time in ns, what the allocator did, in which operation
-    at_rest, todo = 0, [(node, "", 0) for node in roots]
+    at_rest, todo = 0, [(node, "", 0) for node in results.experimental_event_tree()]
     while todo:
         node, name, number = todo.pop()
         if node.tag == ALLOCATION and node.extra_fields.device.type == "cpu":
             entries.append((node.start_time_ns, node.extra_fields, name, number))
         elif node.name == REST:
             at_rest = node.start_time_ns
-        elif not number and _is_dispatched(node.name):
+        elif not number and _is_dispatched(node.name, overloads.get((node.name, node.start_time_ns))):
             name, number = node.name, node.id
         todo += [(child, name, number) for child in node.children]
     alive: dict[int, Allocation] = {}
@@ -192,12 +192,9 @@ def _read(roots: Sequence[Any]) -> AllocatorTrace:
 
 
 @functools.cache
-def _is_dispatched(name: str) -> bool:
-    """Tell whether this is an operation as a dispatch mode sees it, and not one that is written as several others."""
-    schemas = schemas_of(name) if re.fullmatch(r"\w+::\w+", name) else []
-    for schema in schemas:
-        if not schema.overload_name.endswith("out"):  # of aten::empty this one alone is made of others
-            with contextlib.suppress(RuntimeError):  # some are TorchScript's own, and unknown to the dispatcher
-                if is_composite(name + "." * bool(schema.overload_name) + schema.overload_name):
-                    return False
-    return bool(schemas)
+def _is_dispatched(name: str, overload: str | None) -> bool:
+    """Tell whether this is an operation as the ledger sees it, and not one that is several others."""
+    try:
+        return re.fullmatch(r"\w+::\w+", name) is not None and not is_composite(f"{name}.{overload}".rstrip("."))
+    except RuntimeError:  # some are TorchScript's own, and unknown to the dispatcher
+        return False

@@ -1,8 +1,11 @@
 """A step's memory, counted: every storage that is born or freed in it, in order, to the byte.
 
-A TorchDispatchMode sees each operation that torch runs. A storage that comes out of one for the first time was born
-there; a weak reference tells when it is freed. Views and in-place operations use the storage of another tensor and
+A watcher (`core.compat`) sees each operation that torch runs. A storage that comes out of one for the first time was
+born there; a weak reference tells when it is freed. Views and in-place operations use the storage of another tensor and
 count nothing. What an operation allocates and frees inside itself is not seen (`memory.crosscheck` sees that too).
+
+Torch must take the operations that it takes when nobody watches. One is other: where gradients meet, autograd adds the
+second to the first in place, unless Python knows the storage of the first. Such a sum is counted as if in place.
 """
 
 import time
@@ -11,15 +14,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from threading import get_ident
-from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memdfa_lab.core import phases
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.compat import DispatchMode, active_modes, current_node, next_node_number, node_number, storage_id
+from memdfa_lab.core.compat import SUM, current_node, next_node_number, node_number, storage_id
 from memdfa_lab.core.contract import tensors_in
+from memdfa_lab.core.watcher import Watcher, watchers
 from memdfa_lab.memory.trace import Event, Storage, Trace
 
 Tensors = Callable[[], Mapping[str, Iterable[Tensor]]]  # tensors by category
@@ -33,6 +37,7 @@ BORN_IN = {
     "local gradient": "error",
 }
 SILENT = ("prim::", "profiler::")  # questions and markers, not operations
+WITHOUT_MEMORY = "aten::_efficientzerotensor"  # zeros that are nowhere
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
@@ -75,7 +80,7 @@ def as_function(step: Any) -> Callable[..., Any]:
     return take_step
 
 
-class Ledger(DispatchMode):
+class Ledger(Watcher):
     """Count all that is born and freed within it; `trace()` returns the account, also after an exception.
 
     `resting` returns the tensors that are in memory between steps, by category. It is called at the start, and at the
@@ -83,12 +88,13 @@ class Ledger(DispatchMode):
     """
 
     def __init__(self, resting: Tensors = dict, run: Run = call):
-        super().__init__()
         self.resting, self.run = resting, run
         self.events: list[Event] = []
         self.resting_bytes: dict[str, int] = {}
         self._storages: dict[int, Storage] = {}  # by storage_id, while they live
         self._alive: dict[int, Any] = {}  # weak references to them
+        self._nodes: dict[int, int | None] = {}  # which node of autograd's graph each was born in
+        self._sum: tuple[int, int, int] | None = None  # the storages of the first term and the sum, when it was made
         self._operations, self._name = 0, ""
         self._phases: list[tuple[str, int | None]] = [("", None)]
         # In the backward pass, a node's number tells which block's forward pass made it.
@@ -106,10 +112,8 @@ class Ledger(DispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, problem, traceback)
+    def __exit__(self, *problem: object) -> None:
+        super().__exit__(*problem)
         phases.listeners.remove(self)
         for category, tensors in self.resting().items():
             for tensor in tensors:
@@ -124,7 +128,7 @@ class Ledger(DispatchMode):
     # run this step's backward pass, have our mode.
 
     def _is_ours(self) -> bool:
-        return get_ident() == self._thread or self in active_modes()
+        return get_ident() == self._thread or self in watchers()
 
     def enter(self, name: str, block: int | None) -> None:
         if self._is_ours():
@@ -146,8 +150,7 @@ class Ledger(DispatchMode):
 
     # What torch does.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def watch(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.name().partition(".")[0]
         if name.startswith(SILENT):
             return func(*args, **kwargs)
@@ -161,14 +164,27 @@ class Ledger(DispatchMode):
             if seen is None:
                 given = name != "aten::lift_fresh" and key in map(storage_id, tensors_in((args, kwargs)))
                 category = BORN_IN.get(self._phases[-1][0], "workspace")
-                seen = self._watch(tensor, category, "outside" if given else "born")
+                seen = self._watch(tensor, category, "outside" if given or name == WITHOUT_MEMORY else "born")
+                self._nodes[key] = node and node_number(node)
                 self._note(seen.size_bytes, seen, node)
+                if func is SUM and node is not None and not torch.is_grad_enabled():
+                    self._note_sum(storage_id(args[0]), key, node)
             elif seen.size_bytes != size_bytes:  # resized
                 change, seen.size_bytes = size_bytes - seen.size_bytes, size_bytes
                 self._note(change, seen, node)
             if accumulates:
                 self._set_category("gradients", tensor)
         return out
+
+    def _note_sum(self, first: int, key: int, node: Any) -> None:
+        """Note a sum that may be of gradients that meet: the first is of another node, or of one that goes twice there.
+
+        If so, nobody else has the first, and it is freed at once.
+        """
+        storage, edges = self._storages.get(first), node.next_functions
+        may_meet = first in self._nodes and (self._nodes[first] != node_number(node) or len(set(edges)) < len(edges))
+        if may_meet and storage is not None and storage.size_bytes == self._storages[key].size_bytes > 0:
+            self._sum = first, key, len(self.events)
 
     def _set_category(self, category: str, tensor: Tensor) -> None:
         storage = self._storages.get(storage_id(tensor))
@@ -184,7 +200,12 @@ class Ledger(DispatchMode):
 
     def _freed(self, key: int, reference: Any) -> None:
         del self._alive[key]
-        storage = self._storages.pop(key)
+        storage, self._sum, made = self._storages.pop(key), None, self._sum
+        self._nodes.pop(key, None)
+        if made is not None and made[0] == key and made[2] == len(self.events):
+            self.events.pop()
+            self._storages[made[1]] = storage
+            return
         self._note(-storage.size_bytes, storage, current_node())
 
     def _note(self, change: int, storage: Storage, node: Any) -> None:

@@ -1,18 +1,15 @@
 """What a step would hold, without running it: the same step on tensors that have a shape and no data.
 
-On torch's meta device each operation runs for its shapes alone. The rule, the blocks and the optimizer are the real
-ones, under the same ledger as a real step, so prediction and measurement cannot drift apart. (torch's FakeTensorMode
-gives the same events and takes seven times as long.)
+The rule, the blocks and the optimizer are the real ones, under the same ledger as a real step, so prediction and
+measurement cannot drift apart. (torch's FakeTensorMode gives the same events and takes seven times as long.)
 """
 
 import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from threading import RLock
-from typing import Any, ClassVar
-from unittest import mock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +17,12 @@ from torch import Tensor, nn
 
 from memdfa_lab.core import rules
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.compat import (
-    DEVICE_LISTS,
-    TRUTH_VALUE,
-    DispatchMode,
-    aten,
-    convolution_layout,
-    storage_id,
-    without_modes,
-)
-from memdfa_lab.core.contract import tensors_in
 from memdfa_lab.core.local import block_gradient
+from memdfa_lab.core.watcher import unwatched
 from memdfa_lab.memory.ledger import Ledger, measure
+from memdfa_lab.memory.shapes import ShapesAlone
 from memdfa_lab.memory.trace import Trace
 
-META = torch.device("meta")
-ONE_AT_A_TIME = RLock()  # what is patched is shared by all threads
-MOST_SEEN = 2_000  # operations whose output is remembered
-REDUCED = (  # the CPU allocates the terms of these sums, and shrinks that memory to the scalar
-    aten.mse_loss.default,
-    aten.smooth_l1_loss.default,
-    aten.soft_margin_loss.default,
-    aten.binary_cross_entropy.default,
-)
-MakeAgain = Callable[[Any, Any], Any]  # makes an operation's output, from its args and kwargs
 Network = nn.Module | Callable[[], nn.Module]
 
 
@@ -72,45 +51,36 @@ def predict(
 
     Raises TypeError if the network is neither a model nor a function that makes one; ValueError for an unknown rule, a
     shape that is none, and what the rule raises.
-
-    Known limits: attention, Mish, convolutions of which only the bias learns, and Adam(foreach=True) run other
-    operations without data, and differ; so do layers that enlarge channels-last images of 1 x 1.
     """
     if not isinstance(x_shape, Sequence) or not x_shape:
         raise ValueError(f"x_shape must be the shape of a batch (N, ...), such as (128, 784), got {x_shape!r}")
     for size in x_shape:
         check_int("a size in x_shape", size)
     kind: Any = rules.find_rule(rule) if isinstance(rule, str) else rule
-    shapes = _ShapesAlone()
-    with ONE_AT_A_TIME, ExitStack() as stack:
-        for name in DEVICE_LISTS:
-            stack.enter_context(mock.patch(name, return_value=["cpu", "cuda", "meta"]))
-        stack.enter_context(without_collection())
+    shapes = ShapesAlone()
+    feedback = copy.deepcopy(feedback)
+    with without_collection(), _with_hints(y_shape is None):
         with shapes:
             model = _without_data(network)
             dtype = next(model.parameters()).dtype
             x = torch.empty(x_shape, dtype=x_dtype or dtype)
             y = torch.empty(x_shape[0], dtype=torch.long) if y_shape is None else torch.empty(y_shape, dtype=dtype)
             factory = optimizer or partial(torch.optim.SGD, lr=0.1)
-            learner = kind(model, optimizer=factory, loss_fn=loss_fn, feedback=copy.deepcopy(feedback), **options)
+            learner = kind(model, optimizer=factory, loss_fn=loss_fn, feedback=feedback, **options)
             if steps == 0:
                 return measure(learner, x, y, steps=0, warm_up=1)
-        try:
-            trace = measure(learner, x, y, steps=steps, run=shapes.run)
-        except ValueError as problem:
-            if y_shape is None and str(problem).startswith("the loss does not take"):
-                raise ValueError(f"{problem}; for a y that is no labels, say its y_shape, such as (N, C)") from problem
-            raise
-        return trace if trace.end_bytes == 0 else measure(learner, x, y, steps=steps, run=shapes.run)
+        trace = measure(learner, x, y, steps=steps, run=shapes.watch)
+        return trace if trace.end_bytes == 0 else measure(learner, x, y, steps=steps, run=shapes.watch)
 
 
 def kept_bytes(blocks: nn.Sequential, x: Tensor) -> list[int]:
     """Return, block by block, how many bytes a forward pass on x (N, ...) keeps for the gradients."""
-    sizes = []
-    with without_modes(), _ShapesAlone() as shapes:
-        h = torch.empty(x.shape, dtype=x.dtype)
-        for block in _without_data(blocks).children():
-            with Ledger(run=shapes.run) as ledger:
+    sizes, shapes = [], ShapesAlone()
+    with unwatched():
+        with shapes:
+            h, alike = torch.empty(x.shape, dtype=x.dtype), _without_data(blocks)
+        for block in alike.children():
+            with Ledger(run=shapes.watch) as ledger:
                 gradient = block_gradient(block, h)
                 h = gradient.forward()
                 sizes.append(ledger.trace().end_bytes)
@@ -132,83 +102,19 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _ShapesAlone(DispatchMode):
-    """Run operations for their shapes alone, on the meta device, and answer each question about a value with 1.
-
-    An operation's output follows from the shapes of its inputs, and blocks are often alike, as are predictions that
-    follow one another. So an output that has been worked out once is made again without the operation.
-    """
-
-    seen: ClassVar[dict[Any, MakeAgain]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.run(func, args, kwargs or {})
-
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the output of func(*args, **kwargs), without data."""
-        if func is TRUTH_VALUE:  # `if torch.isfinite(x):`, but there is no x
-            return 1
-        if func.is_view:
-            return _on_meta(func, args, kwargs)
-        key = (func, _shapes(args), _shapes(kwargs), torch.get_default_dtype())
-        make_again = self.seen.get(key)
-        if make_again is not None:
-            return make_again(args, kwargs)
-        out = _on_meta(func, args, kwargs)
-        make_again = None if torch.Tag.inplace_view in func.tags else _recipe(out, args, kwargs)
-        if make_again is not None and key[1:3] == (_shapes(args), _shapes(kwargs)):  # out=... may be resized
-            if len(self.seen) >= MOST_SEEN:
-                self.seen.clear()
-            self.seen[key] = make_again
-        return out
-
-
-def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on the meta device, and correct what comes out there in another way than on the CPU."""
-    if func is aten.lift_fresh.default:  # torch.tensor(1.0)
-        return torch.empty_like(args[0], device=META)
-    out = func(*args, **({**kwargs, "device": META} if "device" in kwargs else kwargs))
-    if func is aten.convolution.default:
-        both = [value.float() if value.dim() == 4 else value for value in args[:2]]  # images of any precision
-        return torch.empty_like(out, memory_format=convolution_layout(*both))
-    if func in REDUCED and not out.dim():
-        return torch.empty_like(args[0]).resize_(())
-    if func is aten.native_batch_norm.default:  # the precision of mean and deviation, which eval mode does not have
-        dtype = next(value.dtype for value in (args[1], args[3], args[0]) if value is not None)
-        return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
-    if func is aten.native_batch_norm_backward.default:  # gradients that were not asked for
-        return tuple(part if wanted else None for part, wanted in zip(out, args[-1], strict=True))
-    return out
-
-
-def _shapes(value: Any) -> Any:
-    """Return all that an operation without data can know of an argument."""
-    kind = type(value)
-    if issubclass(kind, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    if kind is tuple or kind is list:
-        return tuple([_shapes(item) for item in value])
-    if kind is dict:
-        return tuple([(name, _shapes(item)) for name, item in value.items()])
-    return None if kind is torch.Generator else (kind, value)  # the kind, since 1 == 1.0 == True
-
-
-def _recipe(out: Any, args: Any, kwargs: Any) -> MakeAgain | None:
-    """Return how to make the output for other arguments of these shapes; None if only the operation can."""
-    if out is None:
-        return lambda args, kwargs: None
-    if isinstance(out, (list, tuple)):
-        kind: Any = type(out)
-        parts: list[Any] = [_recipe(part, args, kwargs) for part in out]
-        return None if None in parts else lambda args, kwargs: kind([part(args, kwargs) for part in parts])
-    given = {**dict(enumerate(args)), **kwargs}
-    for place in [place for place, value in given.items() if value is out]:  # in place, or into out=...
-        return lambda args, kwargs: (args if isinstance(place, int) else kwargs)[place]
-    if not isinstance(out, Tensor) or storage_id(out) in map(storage_id, tensors_in(given)):
-        return None
-    anew = partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=out.device)
-    alike = anew().untyped_storage().nbytes() == out.untyped_storage().nbytes()
-    return (lambda args, kwargs: anew()) if alike else None
+@contextmanager
+def _with_hints(y_is_labels: bool) -> Iterator[None]:
+    """Say what to do about errors within that come from what a prediction is."""
+    try:
+        yield
+    except ValueError as problem:
+        if y_is_labels and str(problem).startswith("the loss does not take"):
+            raise ValueError(f"{problem}; for a y that is no labels, say its y_shape, such as (N, C)") from problem
+        raise
+    except (ZeroDivisionError, NotImplementedError) as problem:
+        why = " ".join(str(problem).split())[:100]
+        hint = "use ml.memory.measure on a batch that fits"
+        raise ValueError(f"the step depends on a value, and a prediction has none ({why}): {hint}") from problem
 
 
 def _without_data(network: Network) -> nn.Module:
