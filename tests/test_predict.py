@@ -276,6 +276,8 @@ def test_whole_numbers_are_predicted_as_measured(rule):
     assert events(predicted) == events(
         measure(EVERY_RULE[rule](net, OPTIMIZERS["sgd"]), words, torch.arange(6) % 5, warm_up=1)
     )
+    with refuses(ValueError, "does not take floats", "x_dtype=torch.long"):
+        predict(rule, net, (6, 7))
 
 
 # ----------------------------------------------------------------------------------------- large, many, side by side

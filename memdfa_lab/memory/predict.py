@@ -115,6 +115,11 @@ def _with_hints(y_is_labels: bool) -> Iterator[None]:
         why = " ".join(str(problem).split())[:100]
         hint = "use ml.memory.measure on a batch that fits"
         raise ValueError(f"the step depends on a value, and a prediction has none ({why}): {hint}") from problem
+    except RuntimeError as problem:
+        if "scalar types: Long, Int" not in str(problem):
+            raise
+        hint = "for inputs of whole numbers, such as words, say x_dtype=torch.long"
+        raise ValueError(f"the network does not take floats: {hint} ({problem})") from problem
 
 
 def _without_data(network: Network) -> nn.Module:
