@@ -73,7 +73,8 @@ def reproduce(
     records = state["notebooks"] | waiting if overwrite else waiting | state["notebooks"]
     state |= {"parameters": parameters, "versions": versions(), "notebooks": dict(sorted(records.items()))}
     with locked(out / STATE):
-        _Run(out, state, list(chosen), timeout_s).run_all(chosen, given, jobs)
+        # absolute, since papermill moves the working directory for a moment, and other threads write meanwhile
+        _Run(out.absolute(), state, list(chosen), timeout_s).run_all(chosen, given, jobs)
     failed = [f"{name}, {record['error']}" for name in chosen if "error" in (record := state["notebooks"][name])]
     if failed:
         raise NotebooksFailed(f"{len(failed)} of {len(chosen)} notebooks failed: {'; '.join(failed)}; see {out}")
