@@ -91,25 +91,36 @@ def check_data(who: str, data: Any) -> None:
     """
     if not hasattr(data, "x_train"):
         raise TypeError(f"{who} takes data as ml.datasets.load returns it, not a {type(data).__name__}")
-    for key in KEYS:
-        tensor = getattr(data, key)
-        check_type(key, tensor, Tensor, "a tensor (use torch.as_tensor)")
+    for part in ("train", "test"):
+        check_part(part, getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
+
+
+def check_part(part: str, x: Any, y: Any) -> None:
+    """Raise what `check_data` does for x and y of one part, train or test."""
+    named = {f"x_{part}": x, f"y_{part}": y}
+    for name, tensor in named.items():
+        check_type(name, tensor, Tensor, "a tensor (use torch.as_tensor)")
         if tensor.layout is not torch.strided or tensor.is_nested:
-            raise TypeError(f"{key} must be a dense tensor, got {tensor.layout}{' of nested ones' * tensor.is_nested}")
-    for x, y in (KEYS[:2], KEYS[2:]):
-        sizes = [len(tensor) if tensor.dim() else 0 for tensor in (getattr(data, x), getattr(data, y))]
-        if sizes[0] != sizes[1] or (x == "x_train" and not sizes[0]):
-            least = ", one or more" if x == "x_train" else ""
-            raise ValueError(f"{x} and {y} must be of as many examples{least}, got {sizes[0]} and {sizes[1]}")
-    for key in KEYS:
-        tensor = getattr(data, key)
+            raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}{' of nested ones' * tensor.is_nested}")
+    sizes = [len(tensor) if tensor.dim() else 0 for tensor in (x, y)]
+    if sizes[0] != sizes[1] or (part == "train" and not sizes[0]):
+        least = ", one or more" if part == "train" else ""
+        what = " and ".join(named)
+        raise ValueError(f"{what} must be of as many examples{least}, got {sizes[0]} and {sizes[1]}")
+    for name, tensor in named.items():
         if tensor.is_floating_point() and tensor.numel():
-            check_finite(f"{key} of the data holds NaN or inf", tensor)
+            check_finite(f"{name} of the data holds NaN or inf", tensor)
 
 
 def as_input(x: Tensor, like: Tensor) -> Tensor:
     """Return x on the device of `like`, a weight; in its dtype, too, unless x is of whole numbers or truth values."""
     return x.to(like) if x.is_floating_point() else x.to(like.device)
+
+
+def as_target(y: Tensor, like: Tensor) -> Tensor:
+    """Return y on the device of `like`, a weight; float64 as float32, unless the weight is float64 too."""
+    y = y.to(like.device)
+    return y.float() if y.dtype == torch.float64 != like.dtype else y
 
 
 def batches_in(n: int, batch_size: int, drop_last: bool) -> int:

@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,17 @@ from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import checkpoints
 from memdfa_lab.lab.ahead import look_ahead
 from memdfa_lab.lab.checkpoints import Scheduler
-from memdfa_lab.lab.datasets import Data, as_input, batches_in, check_data, order
+from memdfa_lab.lab.datasets import as_input, as_target
 from memdfa_lab.lab.distributed import Group, digest
-from memdfa_lab.lab.evaluation import accuracy
+from memdfa_lab.lab.evaluation import predict
+from memdfa_lab.lab.examples import Batches, Examples, Pair, examples_of
 from memdfa_lab.lab.files import locked, write_text
 
 TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the training accuracy
+OTHER_BATCHES = (
+    "the data give another batch than before the checkpoint was written, so that this run is not, bit for bit, one "
+    "that was not interrupted: see ml.fit for what a Dataset and a DataLoader may draw from"
+)
 
 
 @dataclass
@@ -53,12 +59,14 @@ class History:
 
 def fit(
     rule: Rule,
-    data: Data,
+    data: Any,
     epochs: int,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     *,
+    test: Any = None,
     seed: int = 0,
     drop_last: bool = False,
+    augment: Callable[[Tensor], Tensor] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     checkpoint: str | Path | None = None,
     overwrite: bool = False,
@@ -88,27 +96,30 @@ def fit(
     or inf. Later RankLost if another rank ends; KeyboardInterrupt on Ctrl-C, after the checkpoint; and whatever
     `rule.step` raises.
     """
-    epochs, batch_size = check_int("epochs", epochs), check_int("batch_size", batch_size)
+    epochs = check_int("epochs", epochs)
+    if batch_size is not None:
+        batch_size = check_int("batch_size", batch_size)
     seed = check_int("seed", seed, 0, LARGEST_SEED)
     check_type("rule", rule, Rule, "a rule, such as ml.MemDFA(model, optimizer)")
-    check_data("fit", data)
     check_type("drop_last", drop_last, bool, "True or False")
-    for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch)):
+    for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch), ("augment", augment)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
-    run = _Run(rule, data, batch_size, seed, drop_last)
+    train = examples_of(data, batch_size, seed, drop_last, augment)
+    held_out = data if test is None and hasattr(data, "x_test") else test
+    run = _Run(rule, train, None if held_out is None else examples_of(held_out, batch_size, part="test"))
     if scheduler is not None:
         run.schedulers = [scheduler(optimizer) for optimizer in rule.optimizers if optimizer is not None]
     for made in run.schedulers:
         check_type("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
-    settings = checkpoints.settings_of(rule, run.schedulers, data, batch_size, seed, drop_last)
+    settings = checkpoints.settings_of(rule, run.schedulers, train)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
     group = run.group
     group.agree(**settings, epochs=epochs)
     rule.blocks.train()
-    run.scored = look_ahead(rule, data, batch_size, drop_last, group)
+    run.scored = look_ahead(rule, train, run.test, group)
     if path is not None and path.exists() and not overwrite:
         run.load(path, settings, epochs)
     if group.size > 1:  # nothing is written before all have read
@@ -117,13 +128,13 @@ def fit(
 
     saved_at = time.monotonic()
     lock = nullcontext() if written is None else locked(written)
-    with lock, _ctrl_c_noted() as ctrl_c, _bar(epochs * run.batches, progress and group.rank == 0) as bar:
-        bar.update(run.epoch * run.batches + run.batch)
+    steps = None if run.batches is None else epochs * run.batches
+    with lock, _ctrl_c_noted() as ctrl_c, _bar(steps, progress and group.rank == 0) as bar, closing(run):
+        bar.update(run.epoch * (run.batches or 0) + run.batch)
         while run.epoch < epochs:
-            within_epoch = run.batch < run.batches
+            group.asked = bool(ctrl_c)
+            within_epoch = run.step()
             if within_epoch:
-                group.asked = bool(ctrl_c)
-                run.step()
                 bar.update()
             else:
                 run.finish_epoch(on_epoch)
@@ -143,35 +154,66 @@ def fit(
 class _Run:
     """A training run: where it is, its next step, and all that it takes to go on from there."""
 
-    PROGRESS = ("epoch", "batch", "loss_sum", "seconds", "rows")
+    PROGRESS = ("epoch", "batch", "examples", "loss_sum", "seconds", "rows", "last")
 
-    def __init__(self, rule: Rule, data: Data, batch_size: int, seed: int, drop_last: bool):
-        self.rule, self.data, self.batch_size, self.seed = rule, data, batch_size, seed
+    def __init__(self, rule: Rule, train: Examples, test: Examples | None):
+        self.rule, self.train, self.test = rule, train, test
         self.group = rule.group if isinstance(rule.group, Group) else Group()
-        self.batches = batches_in(len(data.x_train), batch_size, drop_last)  # in an epoch
+        self.batches = train.batches_in_epoch
+        self.coming: Batches | None = None  # the rest of this epoch's batches
         self.scored = False  # whether accuracy means something
         self.schedulers: list[Scheduler] = []
-        self.epoch = self.batch = 0
+        self.epoch = self.batch = self.examples = 0
+        self.last = ""  # tells the last batch from others
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
-    def step(self) -> None:
-        """Take the next batch of this epoch."""
+    def step(self) -> bool:
+        """Take the next batch of this epoch; return whether there was one."""
         started, group, like = time.perf_counter(), self.group, next(self.rule.blocks.parameters())
-        examples = order(len(self.data.x_train), self.seed, self.epoch)
-        chosen = examples[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
-        mine = group.part(chosen)
-        group.draw_apart(self.seed, self.epoch, self.batch)
-        loss = self.rule.step(as_input(self.data.x_train[mine], like), self.data.y_train[mine].to(like.device))
+        if self.coming is None:
+            self.coming = self._from_here()
+        try:
+            x, y = next(self.coming)
+        except StopIteration:
+            return False
+        n = len(x)
+        if self.train.draws:
+            self.last = digest(x[:1], y[:1])
+            if group.size > 1 and self.batch == 0:
+                group.agree(**{"the first batch": self.last})
+        group.draw_apart(self.train.seed, self.epoch, self.batch)
+        if group.size > 1:
+            mine = group.part(torch.arange(n))
+            x, y = x[mine], y[mine]
+        x, y = as_input(x, like), as_target(y, like)
+        loss = self.rule.step(x, y)
         group.idle = False
-        self.loss_sum += loss.item() * len(chosen)
+        self.loss_sum += loss.item() * n
+        self.examples += n
         self.seconds += time.perf_counter() - started
         self.batch += 1
+        return True
+
+    def _from_here(self) -> Batches:
+        """Return the batches of this epoch that are still to come."""
+        if not self.batch or not self.train.draws:
+            return self.train.batches(self.epoch, self.batch)
+        coming = self.train.batches(self.epoch, self.batch - 1)
+        again = next(coming, None)
+        if again is None or digest(again[0][:1], again[1][:1]) != self.last:
+            warnings.warn(OTHER_BATCHES, stacklevel=4)
+        return coming
+
+    def close(self) -> None:
+        """End the processes that load batches."""
+        if self.coming is not None:
+            self.coming.close()
+            self.coming = None
 
     def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None) -> None:
         """Step the schedulers and add a row to the history."""
-        data, seen = self.data, slice(TRAIN_ACCURACY_ON)
-        loss = self.loss_sum / min(len(data.x_train), self.batches * self.batch_size)
+        loss = self.loss_sum / self.examples
         for scheduler in self.schedulers:
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(loss)
@@ -181,27 +223,34 @@ class _Run:
         self.group.share_buffers(self.rule.blocks)
         row = {"epoch": self.epoch, "loss": loss}
         if self.scored:
-            row["train_accuracy"] = self._accuracy(data.x_train[seen], data.y_train[seen])
-            row["test_accuracy"] = self._accuracy(data.x_test, data.y_test)
+            row["train_accuracy"] = self._accuracy(self.train.first(TRAIN_ACCURACY_ON))
+            row["test_accuracy"] = self._accuracy(self.test.first() if self.test else ())
         row["seconds"] = self.seconds
         if on_epoch is not None:
             row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
         self.rows.append(row)
-        self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
+        self.batch, self.examples, self.loss_sum, self.seconds, self.coming = 0, 0, 0.0, 0.0, None
 
-    def _accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Return the accuracy on all examples, of which each rank evaluates a part; NaN if there is none."""
-        if not len(y):
-            return math.nan
-        x, y = (tensor.tensor_split(self.group.size)[self.group.rank] for tensor in (x, y))
-        return self.group.mean(accuracy(self.rule, x, y) if len(x) else 0.0, len(x))
+    def _accuracy(self, batches: Iterable[Pair]) -> float:
+        """Return the accuracy on these examples, of which each rank evaluates a part; NaN if there is none."""
+        group, right, n = self.group, [], 0
+        for x, y in batches:
+            n += len(x)
+            x, y = (tensor.tensor_split(group.size)[group.rank] for tensor in (x, y))
+            if len(x):
+                right.append(predict(self.rule, x).argmax(1).cpu() == y.cpu())
+        mine = torch.cat(right) if right else torch.empty(0)
+        return group.mean(mine.float().mean().item() if len(mine) else 0.0, len(mine)) if n else math.nan
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         progress = {name: getattr(self, name) for name in self.PROGRESS}
+        progress["order"] = self.train.states if self.batch else self.train.states_now()
         checkpoints.write(path, settings, self.rule, self.schedulers, progress)
 
     def load(self, path: Path, settings: dict[str, Any], epochs: int) -> None:
-        for name, value in checkpoints.restore(path, settings, self.rule, self.schedulers, epochs).items():
+        progress = checkpoints.restore(path, settings, self.rule, self.schedulers, epochs)
+        self.train.put_states(progress.pop("order"))
+        for name, value in progress.items():
             setattr(self, name, value)
 
 
@@ -225,7 +274,7 @@ def _ctrl_c_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _bar(total: int, wanted: bool) -> Any:
+def _bar(total: int | None, wanted: bool) -> Any:
     from tqdm.auto import tqdm
     from tqdm.notebook import tqdm_notebook
 
