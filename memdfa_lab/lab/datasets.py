@@ -92,22 +92,21 @@ def check_data(who: str, data: Any) -> None:
     if not hasattr(data, "x_train"):
         raise TypeError(f"{who} takes data as ml.datasets.load returns it, not a {type(data).__name__}")
     for part in ("train", "test"):
-        check_part(part, getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
+        check_pair(f"x_{part}", getattr(data, f"x_{part}"), f"y_{part}", getattr(data, f"y_{part}"))
 
 
-def check_part(part: str, x: Any, y: Any) -> None:
-    """Raise what `check_data` does for x and y of one part, train or test."""
-    named = {f"x_{part}": x, f"y_{part}": y}
-    for name, tensor in named.items():
+def check_pair(x_name: str, x: Any, y_name: str, y: Any) -> None:
+    """Raise what `check_data` does for one x and y; there may be no x_test."""
+    for name, tensor in ((x_name, x), (y_name, y)):
         check_type(name, tensor, Tensor, "a tensor (use torch.as_tensor)")
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}{' of nested ones' * tensor.is_nested}")
     sizes = [len(tensor) if tensor.dim() else 0 for tensor in (x, y)]
-    if sizes[0] != sizes[1] or (part == "train" and not sizes[0]):
-        least = ", one or more" if part == "train" else ""
-        what = " and ".join(named)
-        raise ValueError(f"{what} must be of as many examples{least}, got {sizes[0]} and {sizes[1]}")
-    for name, tensor in named.items():
+    may_be_empty = x_name == "x_test"
+    if sizes[0] != sizes[1] or not (sizes[0] or may_be_empty):
+        least = "" if may_be_empty else ", one or more"
+        raise ValueError(f"{x_name} and {y_name} must be of as many examples{least}, got {sizes[0]} and {sizes[1]}")
+    for name, tensor in ((x_name, x), (y_name, y)):
         if tensor.is_floating_point() and tensor.numel():
             check_finite(f"{name} of the data holds NaN or inf", tensor)
 

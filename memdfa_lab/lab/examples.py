@@ -1,82 +1,115 @@
-"""Where batches come from: tensors, arrays, a torch Dataset, a DataLoader or `Data`, all read in one way.
+"""Where batches come from: tensors, arrays, a torch Dataset, a DataLoader or `Data`, all read by a DataLoader.
 
-What is drawn at random for a batch, by a Dataset's items, a DataLoader or `augment`, depends on (seed, epoch, batch)
-alone: the global generators of torch, numpy and Python are seeded for it, and put back.
+What is drawn at random for a batch, by the items of a Dataset, by a DataLoader or by `augment`, depends on (seed,
+epoch, batch) alone: the generators are seeded for it, and put back.
 """
 
 import random
 import signal
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from memdfa_lab.core.checks import check_finite
 from memdfa_lab.core.compat import shut_down_workers
-from memdfa_lab.core.recompute import generators_restored, other_generators_restored
+from memdfa_lab.core.recompute import generator_restored, generators_restored, other_generators_restored
 from memdfa_lab.core.seeds import mix
-from memdfa_lab.lab.datasets import batches_in, check_data, check_part, order
+from memdfa_lab.lab.datasets import batches_in, check_data, check_pair, order
 from memdfa_lab.lab.distributed import digest
 
 Pair = tuple[Tensor, Tensor]
 Batches = Generator[Pair, None, None]
-AT_ONCE = 1000  # this many examples in memory are looked at together
-COLLATE = "let its items be pairs (x, y) of one shape, or give a DataLoader with a collate_fn that makes pairs"
+Augment = Callable[[Tensor], Tensor]
+AT_ONCE = 1000  # of examples in memory, this many are evaluated together
 SOURCES = "(x, y), a Dataset, a DataLoader, or data as ml.datasets.load returns it"
+OTHER_BATCH = (
+    "the data give another batch than before the checkpoint was written: this run is not, bit for bit, one that was "
+    "not interrupted (the reference of ml.fit says what a batch may depend on)"
+)
+
+
+class InMemory(Dataset[Any]):
+    """All of x (N, ...) and y (N, ...), of which a DataLoader takes a batch at once."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitems__(self, indices: Tensor) -> Pair:
+        return self.x[indices], self.y[indices]
 
 
 @dataclass
 class Examples:
-    """Examples (x, y) of a Dataset to train or to test on; their order in an epoch depends on (seed, epoch) alone.
+    """Examples (x, y) to train or to test on.
 
-    `len(examples)`: how many an epoch has.
+    `source`: a Dataset, whose order in an epoch is ours and depends on (seed, epoch), or a DataLoader, which has its
+    own. `total`: how many examples there are, None if only the end of an epoch tells. `len(examples)`: how many of them
+    an epoch has. `facts` tell them from others, `last` the last batch.
     """
 
     source: Any
+    total: int | None
     batch_size: int
     seed: int = 0
     drop_last: bool = False
-    augment: Callable[[Tensor], Tensor] | None = None
-    facts: str = ""  # what tells these examples from others
-
-    draws = True  # whether taking items may draw random numbers
-    states: tuple[Tensor, ...] = ()  # of a DataLoader's own generators, where the epoch began
+    augment: Augment | None = None
+    facts: str = ""
+    last: str = ""
 
     def __len__(self) -> int:
+        if self.total is None:
+            raise TypeError("this DataLoader does not tell how many examples an epoch has")
         return self.total - (self.total % self.batch_size if self.drop_last else 0)
 
     @property
-    def total(self) -> int:
-        return len(self.source)
+    def in_memory(self) -> bool:
+        return isinstance(self.source, InMemory)
 
     @property
     def batches_in_epoch(self) -> int | None:
-        """None where only the end of an epoch tells."""
-        return batches_in(self.total, self.batch_size, self.drop_last)
+        return None if self.total is None else batches_in(self.total, self.batch_size, self.drop_last)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Of the first and of the last batch of an epoch."""
-        n = self.total
+        n = self.total or self.batch_size
         first = min(self.batch_size, n)
         return first, first if self.drop_last else n % first or first
 
     def batches(self, epoch: int, first: int = 0) -> Batches:
-        """Yield the batches (x, y) of an epoch, counted from 0, from batch `first` on."""
-        chosen = order(self.total, self.seed, epoch).split(self.batch_size)[: self.batches_in_epoch]
-        for k in range(first, len(chosen)):
-            yield self._batch(chosen[k], self.augment, epoch, k)
+        """Yield the batches (x, y) of an epoch, counted from 0, from batch `first` on.
+
+        The one before is read again, unless all are in memory; a warning says so if it is not the one that it was.
+        """
+        n, again = self.total, first > 0 and not self.in_memory
+        chosen = () if n is None else order(n, self.seed, epoch).split(self.batch_size)[: self.batches_in_epoch]
+        for k, x, y in self._read(chosen, epoch, first - again, self.augment):
+            if not self.in_memory:
+                taken = digest(x[:1], y[:1])
+                if k < first and taken != self.last:
+                    warnings.warn(OTHER_BATCH, stacklevel=2)
+                self.last = taken
+            if k >= first:
+                yield x, y
 
     def first(self, n: int | None = None) -> Batches:
         """Yield the first n examples (None: all) in batches, not augmented, and disturb nothing."""
-        for k, indices in enumerate(torch.arange(self.total)[:n].split(self.batch_size)):
-            yield self._batch(indices, None, 0, k)
+        chosen = torch.arange(self.total or 0)[:n].split(AT_ONCE if self.in_memory else self.batch_size)
+        with closing(self._read(chosen, 0, 0, None)) as batches:
+            for _, x, y in batches:
+                yield x[:n], y[:n]
+                n = None if n is None else n - len(x)
+                if n is not None and n <= 0:
+                    return
 
     def sample(self, n: int) -> Pair:
         """Return the first n examples as one batch, not augmented, and disturb nothing."""
@@ -85,125 +118,56 @@ class Examples:
 
     def known(self) -> Pair:
         """Return what is cheap to look at: all that is in memory, or else the first batch."""
-        with closing(self.first(self.batch_size or None)) as batches:
+        if self.in_memory:
+            return self.source.x, self.source.y
+        with closing(self.first()) as batches:
             return next(batches, None) or (torch.empty(0), torch.empty(0))
 
-    def states_now(self) -> tuple[Tensor, ...]:
-        return ()
-
-    def put_states(self, states: tuple[Tensor, ...]) -> None:
-        """Begin the next epoch where a DataLoader's own generators had these states."""
-
-    def _take(self, indices: Tensor) -> Pair:
-        items = [self.source[i] for i in indices.tolist()]
+    def _read(
+        self, chosen: tuple[Tensor, ...], epoch: int, first: int, augment: Augment | None
+    ) -> Generator[tuple[int, Tensor, Tensor], None, None]:
+        """Yield (number, x, y) of each batch from `first` on; a Dataset's are the chosen ones."""
+        loader = self.source
+        if not isinstance(loader, DataLoader):
+            numbers: Any = chosen[first:] if self.in_memory else map(Tensor.tolist, chosen[first:])
+            collate: Any = tuple if self.in_memory else None
+            loader = DataLoader(loader, batch_sampler=numbers, collate_fn=collate, generator=torch.Generator())
+        k = 0 if loader is self.source else first
+        with self._drawn(epoch, k), ctrl_c_kept_from_children():
+            batches = iter(loader)
         try:
-            return pair_of(default_collate(items))
-        except (RuntimeError, TypeError) as problem:
-            why = " ".join(str(problem).split())
-            raise ValueError(f"these items of the Dataset make no batch of tensors ({why}): {COLLATE}") from problem
-
-    def _batch(self, indices: Tensor, augment: Callable[[Tensor], Tensor] | None, *numbers: int) -> Pair:
-        if not self.draws and augment is None:
-            return self._take(indices)
-        with drawn(self.seed, *numbers):
-            return augmented(augment, *self._take(indices))
-
-
-class InMemory(Examples):
-    """Examples of tensors x (N, ...) and y (N, ...)."""
-
-    draws = False
-
-    @property
-    def total(self) -> int:
-        return len(self.source[0])
-
-    def first(self, n: int | None = None) -> Batches:
-        yield from zip(*(tensor[:n].split(AT_ONCE) for tensor in self.source), strict=True)
-
-    def sample(self, n: int) -> Pair:
-        x, y = self.source
-        return x[:n], y[:n]
-
-    def known(self) -> Pair:
-        x, y = self.source
-        return x, y
-
-    def _take(self, indices: Tensor) -> Pair:
-        x, y = self.source
-        return x[indices], y[indices]
-
-
-class Loaded(Examples):
-    """Examples of a DataLoader, in the order that it gives."""
-
-    @property
-    def total(self) -> int:
-        """Raises TypeError if the DataLoader cannot tell."""
-        if self.source.batch_size is None or self.batches_in_epoch is None:
-            raise TypeError("this DataLoader does not tell how many examples an epoch has")
-        data: Any = self.source.dataset
-        return len(data if isinstance(self.source.dataset, IterableDataset) else self.source.sampler)
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        try:
-            return super().sizes
-        except TypeError:
-            return self.batch_size, self.batch_size
-
-    @property
-    def batches_in_epoch(self) -> int | None:
-        try:
-            return len(self.source)
-        except TypeError:
-            return None
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """The loader's own generators, which give the order of the epochs one after another."""
-        samplers = [self.source, self.source.sampler, getattr(self.source.batch_sampler, "sampler", None)]
-        return list(dict.fromkeys(g for g in (getattr(it, "generator", None) for it in samplers) if g is not None))
-
-    def states_now(self) -> tuple[Tensor, ...]:
-        return tuple(generator.get_state() for generator in self.generators)
-
-    def put_states(self, states: tuple[Tensor, ...]) -> None:
-        for generator, state in zip(self.generators, states, strict=False):
-            generator.set_state(state)
-
-    def batches(self, epoch: int, first: int = 0) -> Batches:
-        self.states = self.states_now()
-        yield from self._read(self.augment, epoch, first)
-
-    def first(self, n: int | None = None) -> Batches:
-        states = self.states_now()
-        try:
-            with closing(self._read(None, 0, 0)) as batches:
-                for x, y in batches:
-                    yield x[:n], y[:n]
-                    n = None if n is None else n - len(x)
-                    if n is not None and n <= 0:
-                        break
-        finally:
-            self.put_states(states)
-
-    def _read(self, augment: Callable[[Tensor], Tensor] | None, epoch: int, first: int) -> Batches:
-        with drawn(self.seed, epoch, 0), ctrl_c_kept_from_children():
-            batches = iter(self.source)
-        try:
-            for k in count():
-                with drawn(self.seed, epoch, k):
-                    taken: list[Any] = [next(batches, None)]
-                    if taken[0] is None:
+            while True:
+                with self._drawn(epoch, k):
+                    batch = next(batches, None)
+                    if batch is None:
                         return
                     if k >= first:
-                        taken = [augmented(augment, *pair_of(taken[0]))]
+                        batch = augmented(augment, *pair_of(batch))
                 if k >= first:
-                    yield taken.pop()  # nothing of it is held here while it is trained on
+                    yield k, *batch
+                k += 1
         finally:
-            if not self.source.persistent_workers:
-                shut_down_workers(batches)  # an error's traceback would keep them
+            if not loader.persistent_workers:
+                shut_down_workers(batches)  # the traceback of an error would keep them
+
+    @contextmanager
+    def _drawn(self, epoch: int, batch: int) -> Iterator[None]:
+        """Seed the generators from which a batch may be drawn, and put them back."""
+        if self.in_memory and self.augment is None:
+            yield
+            return
+        loader = self.source if isinstance(self.source, DataLoader) else None
+        samplers = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+        own = dict.fromkeys(sampler.generator for sampler in samplers if getattr(sampler, "generator", None) is not None)
+        with generators_restored(torch.device("cpu")), other_generators_restored(), ExitStack() as restored:
+            number = mix(mix(self.seed, epoch), batch, 1)
+            torch.default_generator.manual_seed(number)
+            np.random.seed(number)  # noqa: NPY002 (the one that items draw from)
+            random.seed(number)
+            for generator in own:  # of a DataLoader
+                restored.enter_context(generator_restored(generator))
+                generator.manual_seed(mix(number, generator.initial_seed()))
+            yield
 
 
 def examples_of(
@@ -211,7 +175,7 @@ def examples_of(
     batch_size: int | None = None,
     seed: int = 0,
     drop_last: bool = False,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: Augment | None = None,
     part: str = "train",
 ) -> Examples:
     """Return the examples of whatever `fit` takes; of `Data`, those of the part, train or test.
@@ -219,52 +183,46 @@ def examples_of(
     Raises TypeError for what is none of these, and what `fit` raises for data that cannot be right.
     """
     name = "data" if part == "train" else "test"
-    settings = (batch_size or 100, seed, drop_last, augment)
-    if isinstance(data, DataLoader):
-        if part == "train" and (batch_size is not None or drop_last):
-            raise ValueError("batch_size and drop_last are the DataLoader's own: set them there, and not here as well")
-        kind = f"{type(data).__name__} of {type(data.dataset).__name__}"
-        return _described(Loaded(data, data.batch_size or 0, seed, data.drop_last, augment), kind, name)
+    kind = type(data).__name__
     if isinstance(data, TensorDataset):
         data = data.tensors
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(it, Tensor | np.ndarray) for it in data):
-        data = tuple(torch.as_tensor(item) for item in data)
-        check_part(part, *data)
-        return _described(InMemory(data, *settings), "tensors", name)
     if hasattr(data, "x_train"):
         check_data("fit", data)
-        pair = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
-        return _described(InMemory(pair, *settings), data.name, name)
-    if isinstance(data, IterableDataset):
-        raise TypeError(f"{name} is an IterableDataset, which has no order of ours: put it into a DataLoader")
-    if isinstance(data, Iterator):
-        raise TypeError(f"{name} is a {type(data).__name__}, which can be read once, not in each epoch: give {SOURCES}")
-    plain = isinstance(data, tuple | list | str | Mapping | Tensor | np.ndarray)
-    if plain or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise TypeError(f"{name} must be {SOURCES}, not a {type(data).__name__}")
-    if not len(data):
-        raise ValueError(f"{name} has no example")
-    return _described(Examples(data, *settings), type(data).__name__, name)
-
-
-def _described(examples: Examples, kind: str, name: str) -> Examples:
-    """Look at the first examples, and return all with the facts that tell them from others."""
+        kind, data = data.name, InMemory(getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
+    elif isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(z, Tensor | np.ndarray) for z in data):
+        data = InMemory(*map(torch.as_tensor, data))
+        check_pair(f"x_{part}", data.x, f"y_{part}", data.y)
+    elif isinstance(data, DataLoader):
+        if part == "train" and (batch_size is not None or drop_last):
+            raise ValueError("batch_size and drop_last are the DataLoader's own: set them there, and not here as well")
+        kind, batch_size, drop_last = f"DataLoader of {type(data.dataset).__name__}", data.batch_size, data.drop_last
+    elif isinstance(data, Iterator):
+        raise TypeError(f"{name} is a {kind}, which can be read once, not in each epoch: give {SOURCES}")
+    elif isinstance(data, IterableDataset) or not isinstance(data, Dataset):
+        hint = ": put it into a DataLoader" if isinstance(data, IterableDataset) else ""
+        raise TypeError(f"{name} must be {SOURCES}, not a {kind}{hint}")
+    examples = Examples(data, _total(data), batch_size or 100, seed, drop_last, augment)
     x, y = examples.known()
-    if not isinstance(examples, InMemory):
-        sizes = [len(tensor) if tensor.dim() else 0 for tensor in (x, y)]
-        if sizes[0] != sizes[1] or not sizes[0]:
-            raise ValueError(
-                f"the first batch of {name} must have a y for each x, one or more, got {sizes[0]} and {sizes[1]}"
-            )
-        for tensor in (x, y):
-            if tensor.is_floating_point():
-                check_finite(f"the first batch of {name} holds NaN or inf", tensor)
-    examples.batch_size = examples.batch_size or len(x)
-    n = f"{examples.batches_in_epoch} batches" if isinstance(examples, Loaded) else f"{examples.total} examples"
-    examples.facts = f"{kind}, {n} of shape {tuple(x.shape[1:])}"
-    if not isinstance(examples, Loaded):  # whose first batch may be another each time
+    if not examples.in_memory:
+        check_pair(f"x in the first batch of {name}", x, f"y in the first batch of {name}", y)
+        examples.batch_size = batch_size or len(x)
+    examples.facts = (
+        f"{kind}, {'?' if examples.total is None else examples.total} examples of shape {tuple(x.shape[1:])}"
+    )
+    if not isinstance(data, DataLoader):  # whose first batch may be another each time
         examples.facts += f", digest {digest(x[:: max(1, len(x) // 100)], y)}"
     return examples
+
+
+def _total(data: Any) -> int | None:
+    if isinstance(data, DataLoader):
+        if data.batch_size is None:  # a batch_sampler, or a Dataset of batches
+            return None
+        data = data.dataset if isinstance(data.dataset, IterableDataset) else data.sampler
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def pair_of(batch: Any) -> Pair:
@@ -272,11 +230,14 @@ def pair_of(batch: Any) -> Pair:
     pair = tuple(batch) if isinstance(batch, tuple | list) else ()
     if len(pair) != 2 or not all(isinstance(item, Tensor | np.ndarray) for item in pair):
         parts = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(pair)}" * bool(pair)
-        raise TypeError(f"batches must be pairs (x, y) of tensors, got a {type(batch).__name__}{parts}: {COLLATE}")
+        raise TypeError(
+            f"batches must be pairs (x, y) of tensors, got a {type(batch).__name__}{parts}: let the items be pairs, or "
+            "give a DataLoader with a collate_fn that makes pairs"
+        )
     return torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
 
 
-def augmented(augment: Callable[[Tensor], Tensor] | None, x: Tensor, y: Tensor) -> Pair:
+def augmented(augment: Augment | None, x: Tensor, y: Tensor) -> Pair:
     """Return x augmented, and y. Raises TypeError if that is not a batch of as many examples."""
     if augment is None:
         return x, y
@@ -288,24 +249,12 @@ def augmented(augment: Callable[[Tensor], Tensor] | None, x: Tensor, y: Tensor) 
 
 
 @contextmanager
-def drawn(seed: int, epoch: int, batch: int) -> Iterator[None]:
-    """Draw from the global generators of torch, numpy and Python as (seed, epoch, batch) says, and put them back."""
-    number = mix(mix(seed, epoch), batch, 1)
-    with generators_restored(torch.device("cpu")), other_generators_restored():
-        torch.default_generator.manual_seed(number)
-        np.random.seed(number)  # noqa: NPY002 (what items draw from is the global one)
-        random.seed(number)
-        yield
-
-
-@contextmanager
 def ctrl_c_kept_from_children() -> Iterator[None]:
     """Let processes that start within not hear Ctrl-C: who started them ends them, once the running step is done."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+    before = mask and mask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask:
+            mask(signal.SIG_SETMASK, before)

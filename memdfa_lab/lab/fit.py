@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,10 +30,6 @@ from memdfa_lab.lab.examples import Batches, Examples, Pair, examples_of
 from memdfa_lab.lab.files import locked, write_text
 
 TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the training accuracy
-OTHER_BATCHES = (
-    "the data give another batch than before the checkpoint was written, so that this run is not, bit for bit, one "
-    "that was not interrupted: see ml.fit for what a Dataset and a DataLoader may draw from"
-)
 
 
 @dataclass
@@ -154,7 +149,7 @@ def fit(
 class _Run:
     """A training run: where it is, its next step, and all that it takes to go on from there."""
 
-    PROGRESS = ("epoch", "batch", "examples", "loss_sum", "seconds", "rows", "last")
+    PROGRESS = ("epoch", "batch", "examples", "loss_sum", "seconds", "rows")
 
     def __init__(self, rule: Rule, train: Examples, test: Examples | None):
         self.rule, self.train, self.test = rule, train, test
@@ -164,7 +159,6 @@ class _Run:
         self.scored = False  # whether accuracy means something
         self.schedulers: list[Scheduler] = []
         self.epoch = self.batch = self.examples = 0
-        self.last = ""  # tells the last batch from others
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
@@ -172,16 +166,14 @@ class _Run:
         """Take the next batch of this epoch; return whether there was one."""
         started, group, like = time.perf_counter(), self.group, next(self.rule.blocks.parameters())
         if self.coming is None:
-            self.coming = self._from_here()
+            self.coming = self.train.batches(self.epoch, self.batch)
         try:
             x, y = next(self.coming)
         except StopIteration:
             return False
         n = len(x)
-        if self.train.draws:
-            self.last = digest(x[:1], y[:1])
-            if group.size > 1 and self.batch == 0:
-                group.agree(**{"the first batch": self.last})
+        if group.size > 1 and self.batch == 0:
+            group.agree(**{"the first batch": self.train.last})
         group.draw_apart(self.train.seed, self.epoch, self.batch)
         if group.size > 1:
             mine = group.part(torch.arange(n))
@@ -194,16 +186,6 @@ class _Run:
         self.seconds += time.perf_counter() - started
         self.batch += 1
         return True
-
-    def _from_here(self) -> Batches:
-        """Return the batches of this epoch that are still to come."""
-        if not self.batch or not self.train.draws:
-            return self.train.batches(self.epoch, self.batch)
-        coming = self.train.batches(self.epoch, self.batch - 1)
-        again = next(coming, None)
-        if again is None or digest(again[0][:1], again[1][:1]) != self.last:
-            warnings.warn(OTHER_BATCHES, stacklevel=4)
-        return coming
 
     def close(self) -> None:
         """End the processes that load batches."""
@@ -244,12 +226,11 @@ class _Run:
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         progress = {name: getattr(self, name) for name in self.PROGRESS}
-        progress["order"] = self.train.states if self.batch else self.train.states_now()
-        checkpoints.write(path, settings, self.rule, self.schedulers, progress)
+        checkpoints.write(path, settings, self.rule, self.schedulers, progress | {"last": self.train.last})
 
     def load(self, path: Path, settings: dict[str, Any], epochs: int) -> None:
         progress = checkpoints.restore(path, settings, self.rule, self.schedulers, epochs)
-        self.train.put_states(progress.pop("order"))
+        self.train.last = progress.pop("last")
         for name, value in progress.items():
             setattr(self, name, value)
 
