@@ -5,7 +5,6 @@ epoch, batch) alone: the generators are seeded for it, and put back.
 """
 
 import random
-import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -133,7 +132,7 @@ class Examples:
             collate: Any = tuple if self.in_memory else None
             loader = DataLoader(loader, batch_sampler=numbers, collate_fn=collate, generator=torch.Generator())
         k = 0 if loader is self.source else first
-        with self._drawn(epoch, k), ctrl_c_kept_from_children():
+        with self._drawn(epoch, k):
             batches = iter(loader)
         try:
             while True:
@@ -156,15 +155,15 @@ class Examples:
         if self.in_memory and self.augment is None:
             yield
             return
-        loader = self.source if isinstance(self.source, DataLoader) else None
-        samplers = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-        own = dict.fromkeys(sampler.generator for sampler in samplers if getattr(sampler, "generator", None) is not None)
+        parts = [self.source, *(getattr(self.source, name, None) for name in ("sampler", "batch_sampler"))]
+        parts.append(getattr(parts[-1], "sampler", None))
+        own = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g is not None}
         with generators_restored(torch.device("cpu")), other_generators_restored(), ExitStack() as restored:
             number = mix(mix(self.seed, epoch), batch, 1)
             torch.default_generator.manual_seed(number)
             np.random.seed(number)  # noqa: NPY002 (the one that items draw from)
             random.seed(number)
-            for generator in own:  # of a DataLoader
+            for generator in own.values():  # of a DataLoader
                 restored.enter_context(generator_restored(generator))
                 generator.manual_seed(mix(number, generator.initial_seed()))
             yield
@@ -246,15 +245,3 @@ def augmented(augment: Augment | None, x: Tensor, y: Tensor) -> Pair:
         given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise TypeError(f"augment must take a batch x ({n}, ...) and return one of as many examples, got {given}")
     return x, y
-
-
-@contextmanager
-def ctrl_c_kept_from_children() -> Iterator[None]:
-    """Let processes that start within not hear Ctrl-C: who started them ends them, once the running step is done."""
-    mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
-    before = mask and mask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if mask:
-            mask(signal.SIG_SETMASK, before)

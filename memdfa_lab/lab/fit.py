@@ -1,13 +1,9 @@
 """Epochs over a data set: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
 import math
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from memdfa_lab.lab.distributed import Group, digest
 from memdfa_lab.lab.evaluation import predict
 from memdfa_lab.lab.examples import Batches, Examples, Pair, examples_of
 from memdfa_lab.lab.files import locked, write_text
+from memdfa_lab.lab.terminal import ctrl_c_noted, progress_bar
 
 TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the training accuracy
 
@@ -71,25 +68,37 @@ def fit(
 ) -> History:
     """Train for `epochs` epochs and return the history.
 
-    The network trains in training mode, on the device and in the dtype of its weights; inputs of whole numbers stay
-    what they are. The order of the examples depends on (seed, epoch) alone; dropout draws from torch's global
-    generator, so call `torch.manual_seed` before building the rule. The last batch of an epoch may be shorter;
-    `drop_last` leaves it out then. `scheduler` makes a learning-rate scheduler for an optimizer; it steps once an
-    epoch, ReduceLROnPlateau by the epoch's loss. `checkpoint`: a file that is written after each epoch, every
-    `save_every_s` seconds within one, and on Ctrl-C after the running step. If it exists, training goes on where it
-    stopped, with the result of an uninterrupted run; `overwrite=True` starts anew. `on_epoch(rule, epoch)` is called
-    after each epoch, from 1 on; the numbers that it returns by name, if any, become columns of the history.
+    `data`: (x, y), tensors or arrays; a torch Dataset with items (x, y); a DataLoader; or what `ml.datasets.load`
+    returns. `test`: likewise, by default the test part of data from `ml.datasets`. The network trains in training mode,
+    on the device and in the dtype of its weights; inputs of whole numbers stay what they are. Batches have `batch_size`
+    examples, 100 by default; the last one of an epoch may be shorter, `drop_last` leaves it out then. A DataLoader has
+    its own order and sizes. `augment`: a function of a batch x, such as `ml.datasets.flip_and_crop()`. `scheduler`
+    makes a learning-rate scheduler for an optimizer; it steps once an epoch, ReduceLROnPlateau by the epoch's loss.
 
-    If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments and takes its part of
-    every batch; `batch_size`, loss and accuracies are of the whole batch. The first rank writes the checkpoint and all
-    read it; a run may go on with another number of ranks. Dropout is then drawn from (seed, epoch, batch, rank), and
-    evaluation uses the first rank's BatchNorm statistics.
+    The order of the examples depends on (seed, epoch) alone. What the items of a Dataset, a DataLoader and `augment`
+    draw from the generators of torch, numpy and Python depends on (seed, epoch, batch); a DataLoader's own generator,
+    if it has one, is seeded from that and its initial seed. Dropout draws from torch's global generator, so call
+    `torch.manual_seed` before building the rule.
 
-    Raises, before the first step, TypeError for a rule, data or function that is none; ValueError for sizes below 1, x
-    and y of different lengths, a label that the loss does not take, a last batch that is too short for BatchNorm, a
-    checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError for data with NaN
-    or inf. Later RankLost if another rank ends; KeyboardInterrupt on Ctrl-C, after the checkpoint; and whatever
-    `rule.step` raises.
+    `checkpoint`: a file that is written after each epoch, every `save_every_s` seconds within one, and on Ctrl-C after
+    the running step. If it exists, training goes on where it stopped, with the result of an uninterrupted run, bit for
+    bit; `overwrite=True` starts anew. A DataLoader reads the epoch from its start again, up to where it stopped. The
+    result may be another if batches depend on anything else, such as the state of persistent workers, a sampler with
+    its own generator of numpy, or a stream: a warning says so if the last batch is not the one that it was.
+    `on_epoch(rule, epoch)` is called after each epoch, from 1 on; the numbers that it returns by name, if any, become
+    columns of the history.
+
+    If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments, reads the same
+    batches and takes its part of each; `batch_size`, loss and accuracies are of the whole batch. The first rank writes
+    the checkpoint and all read it; a run may go on with another number of ranks. Dropout is then drawn from (seed,
+    epoch, batch, rank), and evaluation uses the first rank's BatchNorm statistics.
+
+    Raises, before the first step, TypeError for a rule, data or function that is none, such as a generator, which can
+    be read once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of different lengths, a
+    label that the loss does not take, a last batch that is too short for BatchNorm, a checkpoint that is damaged or
+    belongs to another setting, or ranks that differ; FloatingPointError for NaN or inf in data in memory, or in the
+    first batch of others. Later RankLost if another rank ends; KeyboardInterrupt on Ctrl-C, after the checkpoint; and
+    whatever `rule.step` raises.
     """
     epochs = check_int("epochs", epochs)
     if batch_size is not None:
@@ -124,11 +133,11 @@ def fit(
     saved_at = time.monotonic()
     lock = nullcontext() if written is None else locked(written)
     steps = None if run.batches is None else epochs * run.batches
-    with lock, _ctrl_c_noted() as ctrl_c, _bar(steps, progress and group.rank == 0) as bar, closing(run):
+    with lock, ctrl_c_noted() as ctrl_c, progress_bar(steps, progress and group.rank == 0) as bar, closing(run):
         bar.update(run.epoch * (run.batches or 0) + run.batch)
         while run.epoch < epochs:
             group.asked = bool(ctrl_c)
-            within_epoch = run.step()
+            within_epoch = run.step(ctrl_c)
             if within_epoch:
                 bar.update()
             else:
@@ -162,8 +171,8 @@ class _Run:
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
-    def step(self) -> bool:
-        """Take the next batch of this epoch; return whether there was one."""
+    def step(self, ctrl_c: list[int]) -> bool:
+        """Take the next batch of this epoch; return False if there is none."""
         started, group, like = time.perf_counter(), self.group, next(self.rule.blocks.parameters())
         if self.coming is None:
             self.coming = self.train.batches(self.epoch, self.batch)
@@ -171,6 +180,10 @@ class _Run:
             x, y = next(self.coming)
         except StopIteration:
             return False
+        except Exception:  # the processes that load batches hear Ctrl-C, too, and end in several ways
+            if not ctrl_c or group.size > 1:
+                raise
+            return True
         n = len(x)
         if group.size > 1 and self.batch == 0:
             group.agree(**{"the first batch": self.train.last})
@@ -233,32 +246,3 @@ class _Run:
         self.train.last = progress.pop("last")
         for name, value in progress.items():
             setattr(self, name, value)
-
-
-@contextmanager
-def _ctrl_c_noted() -> Iterator[list[int]]:
-    """Note the first Ctrl-C in the list, so that the running step ends and is saved; a second one acts at once."""
-    asked: list[int] = []  # no threading.Event: its lock stops for ever if a second signal comes while it is set
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield asked
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _bar(total: int | None, wanted: bool) -> Any:
-    from tqdm.auto import tqdm
-    from tqdm.notebook import tqdm_notebook
-
-    seen = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)  # in a log file, a bar is noise
-    shown = wanted and seen and not os.environ.get("TQDM_DISABLE")  # tqdm.notebook ignores it
-    return tqdm(total=total, disable=not shown, unit="batch", leave=False)
