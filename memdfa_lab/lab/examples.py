@@ -103,7 +103,7 @@ class Examples:
     def first(self, n: int | None = None) -> Batches:
         """Yield the first n examples (None: all) in batches, not augmented, and disturb nothing."""
         chosen = torch.arange(self.total or 0)[:n].split(AT_ONCE if self.in_memory else self.batch_size)
-        with closing(self._read(chosen, 0, 0, None)) as batches:
+        with closing(self._read(chosen if self.total != 0 else (), 0, 0, None)) as batches:
             for _, x, y in batches:
                 yield x[:n], y[:n]
                 n = None if n is None else n - len(x)
@@ -203,7 +203,7 @@ def examples_of(
     examples = Examples(data, _total(data), batch_size or 100, seed, drop_last, augment)
     x, y = examples.known()
     if not examples.in_memory:
-        check_pair(f"x in the first batch of {name}", x, f"y in the first batch of {name}", y)
+        check_pair(f"x_{part}", x, f"y_{part}", y)
         examples.batch_size = batch_size or len(x)
     examples.facts = (
         f"{kind}, {'?' if examples.total is None else examples.total} examples of shape {tuple(x.shape[1:])}"
