@@ -115,7 +115,8 @@ def image_folder(folder: Path, shape: Sequence[int] | None, fraction: float, see
         sizes = {image.shape[:2] for image in pixels}
         one = f"{part} has images of {len(sizes)} sizes, such as {min(sizes)} and {max(sizes)}"
         require(len(sizes) == 1, f"{one}: say which they are to have, as in shape=(3, 64, 64)")
-        return _images(part, "the folder", np.stack(pixels)), np.array(found.targets), found.classes
+        x = np.stack(pixels)
+        return x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2), np.array(found.targets), found.classes
 
     train = folder / "train"
     x, y, classes = read(train if train.is_dir() else folder)
@@ -169,9 +170,10 @@ def read_npz(path: Path, signals: bool = False, first_label: int = 0) -> Arrays:
 def _images(path: Path, key: str, x: np.ndarray, signals: bool = False) -> np.ndarray:
     images = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1, 3 or 4"
     want = f"uint8, uint16 or float, {'(N, C, L)' if signals else f'(N, F), {images}'}, not empty"
-    first, last = (x.ndim == 4 and x.shape[axis] in (1, 3, 4) for axis in (1, -1))
+    one_or_three, four = ([a for a in (1, -1) if x.ndim == 4 and x.shape[a] in n] for n in ((1, 3), (4,)))
+    axes = one_or_three or four
     tokens = x.ndim == 2 and x.dtype.kind in "iu" and x.dtype.itemsize > 2
-    good = x.ndim == 3 if signals else x.ndim in (2, 3) or first != last
+    good = x.ndim == 3 if signals else x.ndim in (2, 3) or len(axes) == 1
     small = x.dtype.kind == "f" or (x.dtype.kind == "u" and x.dtype.itemsize < 3)
     good = good and x.size > 0 and (tokens or small)
     require(good, f"{path}: {key} is {x.dtype} {x.shape}, expected {want}")
@@ -179,7 +181,7 @@ def _images(path: Path, key: str, x: np.ndarray, signals: bool = False) -> np.nd
         return x.astype(np.int64)
     x = x if x.dtype == np.uint8 else x.astype(np.float32)
     require(x.dtype == np.uint8 or bool(np.isfinite(x).all()), f"{path}: {key} contains NaN or infinity")
-    x = x[:, None] if x.ndim == 3 and not signals else x.transpose(0, 3, 1, 2) if last else x
+    x = x[:, None] if x.ndim == 3 and not signals else x.transpose(0, 3, 1, 2) if axes == [-1] else x
     return x[:, :3] if x.ndim == 4 and x.shape[1] == 4 else x  # without alpha
 
 
