@@ -178,12 +178,6 @@ def load(
         signals = isinstance(shape, Sequence) and len(shape) == 2
         return _normalised(path.stem, read_npz(path, signals, check_int("first_label", first_label, 0)), shape)
     if text and text not in LOADERS and path.is_dir():
-        if shape is not None:
-            require(
-                isinstance(shape, Sequence) and len(shape) == 3 and shape[0] in (1, 3),
-                f"{path}: shape must be (C, H, W) with C = 1 or 3, got {shape!r}",
-            )
-            shape = [check_int("each size in shape", size) for size in shape]
         return _normalised(path.resolve().name, image_folder(path, shape, test_fraction, seed), None)
     lookup("data set", text or name, {**LOADERS, "the path of a folder of images or of an .npz": None})
     folder = Path(root or os.environ.get("MEMDFA_DATA") or _cache()).expanduser()

@@ -99,6 +99,10 @@ def image_folder(folder: Path, shape: Sequence[int] | None, fraction: float, see
     The images fill (H, W) of the shape, if there is one, and lose what stands out. Without a test folder, the training
     images are split, class by class.
     """
+    if shape is not None:
+        good = isinstance(shape, Sequence) and len(shape) == 3 and shape[0] in (1, 3)
+        require(good, f"{folder}: shape must be (C, H, W) with C = 1 or 3, got {shape!r}")
+        shape = [check_int("each size in shape", size) for size in shape]
     from PIL import ImageOps
     from torchvision.datasets import ImageFolder
 
