@@ -204,6 +204,7 @@ def test_test_data_may_be_of_any_kind(data):
     given = [None, (data.x_test, data.y_test.numpy()), TensorDataset(data.x_test, data.y_test), data]
     given += [Subset(TensorDataset(data.x_test, data.y_test), range(100))]
     given += [DataLoader(given[-1], 32, shuffle=True), DataLoader(given[-1], 32, num_workers=2)]
+    given.append(DataLoader(TensorDataset(data.x_test.view(5, 20, 1, 28, 28), data.y_test.view(5, 20)), None))
     rule = ml.MemDFA(ml.models.mlp(784, [8], 10), partial(torch.optim.SGD, lr=0.0))
     expected = ml.accuracy(rule, data.x_test, data.y_test)
     for test in given:
@@ -222,6 +223,11 @@ class Dicts(Items):
         return {"image": X[i], "label": Y[i]}
 
 
+class Unending(Dataset):
+    def __getitem__(self, i):
+        return X[0], Y[0]
+
+
 class Triples(Items):
     def __getitem__(self, i):
         return X[i], Y[i], i
@@ -238,9 +244,10 @@ WRONG = {  # data, the rest -> what is said
     "dicts of a loader": (DataLoader(Dicts(), 8), {}, "got a dict of image, label", "collate_fn that makes pairs"),
     "three": (DataLoader(Triples(), 8), {}, "got a list of 3"),
     "x alone": (DataLoader(X, 8), {}, "batches must be pairs (x, y) of tensors, got a Tensor"),
-    "a tensor": (X, {}, "data must be (x, y), a Dataset, a DataLoader", "not a Tensor"),
+    "a tensor": (X, {}, "data must be (x, y), a Dataset with a length, a DataLoader", "not a Tensor"),
     "a list of pairs": ([(X, Y), (X, Y)], {}, "data must be (x, y)", "not a list"),
     "a stream": (Stream(), {}, "not a Stream: put it into a DataLoader"),
+    "no length": (Unending(), {}, "a Dataset with a length", "not a Unending"),
     "empty": ((X[:0], Y[:0]), {}, "of as many examples, one or more, got 0 and 0"),
     "empty Dataset": (Subset(Items(), []), {}, "one or more, got 0 and 0"),
     "empty loader": (DataLoader(Items(), 91, drop_last=True), {}, "x_train and y_train", "got 0 and 0"),

@@ -19,31 +19,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from memdfa_lab.core.compat import shut_down_workers
 from memdfa_lab.core.recompute import generator_restored, generators_restored, other_generators_restored
 from memdfa_lab.core.seeds import mix
-from memdfa_lab.lab.datasets import batches_in, check_data, check_pair, order
+from memdfa_lab.lab.datasets import batches_in, check_pair, order
 from memdfa_lab.lab.distributed import digest
 
 Pair = tuple[Tensor, Tensor]
 Batches = Generator[Pair, None, None]
 Augment = Callable[[Tensor], Tensor]
 AT_ONCE = 1000  # of examples in memory, this many are evaluated together
-SOURCES = "(x, y), a Dataset, a DataLoader, or data as ml.datasets.load returns it"
+SOURCES = "(x, y), a Dataset with a length, a DataLoader, or data as ml.datasets.load returns it"
 OTHER_BATCH = (
     "the data give another batch than before the checkpoint was written: this run is not, bit for bit, one that was "
     "not interrupted (the reference of ml.fit says what a batch may depend on)"
 )
-
-
-class InMemory(Dataset[Any]):
-    """All of x (N, ...) and y (N, ...), of which a DataLoader takes a batch at once."""
-
-    def __init__(self, x: Tensor, y: Tensor):
-        self.x, self.y = x, y
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, indices: Tensor) -> Pair:
-        return self.x[indices], self.y[indices]
 
 
 @dataclass
@@ -71,7 +58,7 @@ class Examples:
 
     @property
     def in_memory(self) -> bool:
-        return isinstance(self.source, InMemory)
+        return type(self.source) is TensorDataset
 
     @property
     def batches_in_epoch(self) -> int | None:
@@ -90,7 +77,12 @@ class Examples:
         The one before is read again, unless all are in memory; a warning says so if it is not the one that it was.
         """
         n, again = self.total, first > 0 and not self.in_memory
-        chosen = () if n is None else order(n, self.seed, epoch).split(self.batch_size)[: self.batches_in_epoch]
+        ours = (
+            ()
+            if n is None or isinstance(self.source, DataLoader)
+            else order(n, self.seed, epoch).split(self.batch_size)
+        )
+        chosen = ours[: self.batches_in_epoch]
         for k, x, y in self._read(chosen, epoch, first - again, self.augment):
             if not self.in_memory:
                 taken = digest(x[:1], y[:1])
@@ -118,7 +110,8 @@ class Examples:
     def known(self) -> Pair:
         """Return what is cheap to look at: all that is in memory, or else the first batch."""
         if self.in_memory:
-            return self.source.x, self.source.y
+            x, y = self.source.tensors
+            return x, y
         with closing(self.first()) as batches:
             return next(batches, None) or (torch.empty(0), torch.empty(0))
 
@@ -128,9 +121,10 @@ class Examples:
         """Yield (number, x, y) of each batch from `first` on; a Dataset's are the chosen ones."""
         loader = self.source
         if not isinstance(loader, DataLoader):
-            numbers: Any = chosen[first:] if self.in_memory else map(Tensor.tolist, chosen[first:])
-            collate: Any = tuple if self.in_memory else None
-            loader = DataLoader(loader, batch_sampler=numbers, collate_fn=collate, generator=torch.Generator())
+            how: dict[str, Any] = {"batch_sampler": map(Tensor.tolist, chosen[first:])}
+            if self.in_memory:  # a batch is taken at once
+                how = {"sampler": chosen[first:], "batch_size": None}
+            loader = DataLoader(loader, generator=torch.Generator(), **how)
         k = 0 if loader is self.source else first
         with self._drawn(epoch, k):
             batches = iter(loader)
@@ -183,26 +177,29 @@ def examples_of(
     """
     name = "data" if part == "train" else "test"
     kind = type(data).__name__
-    if isinstance(data, TensorDataset):
-        data = data.tensors
+    pair: Any = None
     if hasattr(data, "x_train"):
-        check_data("fit", data)
-        kind, data = data.name, InMemory(getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
+        kind, pair = data.name, (getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
+    elif type(data) is TensorDataset and len(data.tensors) == 2:
+        kind, pair = "tensors", data.tensors
     elif isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(z, Tensor | np.ndarray) for z in data):
-        data = InMemory(*map(torch.as_tensor, data))
-        check_pair(f"x_{part}", data.x, f"y_{part}", data.y)
+        kind, pair = "tensors", map(torch.as_tensor, data)
     elif isinstance(data, DataLoader):
         if part == "train" and (batch_size is not None or drop_last):
             raise ValueError("batch_size and drop_last are the DataLoader's own: set them there, and not here as well")
         kind, batch_size, drop_last = f"DataLoader of {type(data.dataset).__name__}", data.batch_size, data.drop_last
     elif isinstance(data, Iterator):
         raise TypeError(f"{name} is a {kind}, which can be read once, not in each epoch: give {SOURCES}")
-    elif isinstance(data, IterableDataset) or not isinstance(data, Dataset):
+    elif isinstance(data, IterableDataset) or not isinstance(data, Dataset) or not hasattr(data, "__len__"):
         hint = ": put it into a DataLoader" if isinstance(data, IterableDataset) else ""
         raise TypeError(f"{name} must be {SOURCES}, not a {kind}{hint}")
+    if pair is not None:
+        x, y = pair
+        check_pair(f"x_{part}", x, f"y_{part}", y)
+        data = TensorDataset(x, y)
     examples = Examples(data, _total(data), batch_size or 100, seed, drop_last, augment)
     x, y = examples.known()
-    if not examples.in_memory:
+    if pair is None:
         check_pair(f"x_{part}", x, f"y_{part}", y)
         examples.batch_size = batch_size or len(x)
     examples.facts = (

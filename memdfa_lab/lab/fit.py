@@ -219,7 +219,7 @@ class _Run:
         row = {"epoch": self.epoch, "loss": loss}
         if self.scored:
             row["train_accuracy"] = self._accuracy(self.train.first(TRAIN_ACCURACY_ON))
-            row["test_accuracy"] = self._accuracy(self.test.first() if self.test else ())
+            row["test_accuracy"] = self._accuracy(() if self.test is None else self.test.first())
         row["seconds"] = self.seconds
         if on_epoch is not None:
             row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
