@@ -6,7 +6,7 @@ epoch, batch) alone: the generators are seeded for it, and put back.
 
 import random
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,10 @@ OTHER_BATCH = (
 )
 
 
+class LoadingInterrupted(KeyboardInterrupt):
+    """The processes that load batches have heard Ctrl-C, too, and have ended, before a batch was there."""
+
+
 @dataclass
 class Examples:
     """Examples (x, y) to train or to test on.
@@ -50,6 +54,7 @@ class Examples:
     augment: Augment | None = None
     facts: str = ""
     last: str = ""
+    ctrl_c: Sequence[int] = ()  # not empty once Ctrl-C was pressed
 
     def __len__(self) -> int:
         if self.total is None:
@@ -102,11 +107,6 @@ class Examples:
                 if n is not None and n <= 0:
                     return
 
-    def sample(self, n: int) -> Pair:
-        """Return the first n examples as one batch, not augmented, and disturb nothing."""
-        x, y = zip(*self.first(n), strict=True)
-        return torch.cat(x), torch.cat(y)
-
     def known(self) -> Pair:
         """Return what is cheap to look at: all that is in memory, or else the first batch."""
         if self.in_memory:
@@ -131,7 +131,12 @@ class Examples:
         try:
             while True:
                 with self._drawn(epoch, k):
-                    batch = next(batches, None)
+                    try:
+                        batch = next(batches, None)
+                    except Exception as problem:
+                        if self.ctrl_c:
+                            raise LoadingInterrupted from problem
+                        raise
                     if batch is None:
                         return
                     if k >= first:

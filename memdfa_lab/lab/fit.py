@@ -22,7 +22,7 @@ from memdfa_lab.lab.checkpoints import Scheduler
 from memdfa_lab.lab.datasets import as_input, as_target
 from memdfa_lab.lab.distributed import Group, digest
 from memdfa_lab.lab.evaluation import predict
-from memdfa_lab.lab.examples import Batches, Examples, Pair, examples_of
+from memdfa_lab.lab.examples import Batches, Examples, LoadingInterrupted, Pair, examples_of
 from memdfa_lab.lab.files import locked, write_text
 from memdfa_lab.lab.terminal import ctrl_c_noted, progress_bar
 
@@ -135,15 +135,21 @@ def fit(
     steps = None if run.batches is None else epochs * run.batches
     with lock, ctrl_c_noted() as ctrl_c, progress_bar(steps, progress and group.rank == 0) as bar, closing(run):
         bar.update(run.epoch * (run.batches or 0) + run.batch)
+        for examples in (train, train if run.test is None else run.test):
+            examples.ctrl_c = ctrl_c
         while run.epoch < epochs:
             group.asked = bool(ctrl_c)
-            within_epoch = run.step(ctrl_c)
-            if within_epoch:
-                bar.update()
-            else:
-                run.finish_epoch(on_epoch)
-                row = run.rows[-1]
-                bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
+            try:
+                within_epoch = run.step()
+                if within_epoch:
+                    bar.update()
+                else:
+                    run.finish_epoch(on_epoch)
+                    row = run.rows[-1]
+                    bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
+            except LoadingInterrupted:  # nothing has changed since the last step
+                if group.size > 1:
+                    raise
             # Ranks stop together: after a step, if one of them was asked to before it.
             stop = bool(ctrl_c) if group.size == 1 else within_epoch and group.stop
             save = stop or not within_epoch or time.monotonic() - saved_at > save_every_s
@@ -171,7 +177,7 @@ class _Run:
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
-    def step(self, ctrl_c: list[int]) -> bool:
+    def step(self) -> bool:
         """Take the next batch of this epoch; return False if there is none."""
         started, group, like = time.perf_counter(), self.group, next(self.rule.blocks.parameters())
         if self.coming is None:
@@ -180,10 +186,6 @@ class _Run:
             x, y = next(self.coming)
         except StopIteration:
             return False
-        except Exception:  # the processes that load batches hear Ctrl-C, too, and end in several ways
-            if not ctrl_c or group.size > 1:
-                raise
-            return True
         n = len(x)
         if group.size > 1 and self.batch == 0:
             group.agree(**{"the first batch": self.train.last})
@@ -207,19 +209,19 @@ class _Run:
             self.coming = None
 
     def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None) -> None:
-        """Step the schedulers and add a row to the history."""
+        """Evaluate, which may be interrupted; then step the schedulers and add a row to the history."""
         loss = self.loss_sum / self.examples
+        self.group.share_buffers(self.rule.blocks)
+        row = {"epoch": self.epoch + 1, "loss": loss}
+        if self.scored:
+            row["train_accuracy"] = self._accuracy(self.train.first(TRAIN_ACCURACY_ON))
+            row["test_accuracy"] = self._accuracy(() if self.test is None else self.test.first())
         for scheduler in self.schedulers:
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(loss)
             else:
                 scheduler.step()
         self.epoch += 1
-        self.group.share_buffers(self.rule.blocks)
-        row = {"epoch": self.epoch, "loss": loss}
-        if self.scored:
-            row["train_accuracy"] = self._accuracy(self.train.first(TRAIN_ACCURACY_ON))
-            row["test_accuracy"] = self._accuracy(() if self.test is None else self.test.first())
         row["seconds"] = self.seconds
         if on_epoch is not None:
             row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
