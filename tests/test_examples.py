@@ -58,6 +58,11 @@ def learner(rule="memdfa", dropout=0.2):
         return ml.RULES[rule](net, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
 def flipped(x):
     return x.flip(-1) if torch.rand(()) < 0.5 else x
 
@@ -71,7 +76,7 @@ def sampled(generator):
 OURS, NOISY = {"batch_size": SIZE}, Items(0.1)
 SOURCES = {  # how to make the data anew, and what else fit is given
     "tensors": (lambda: (X, Y), OURS),
-    "arrays": (lambda: [X.double().numpy(), Y.numpy()], OURS),
+    "arrays": (lambda: [read_only(X.double().numpy()), Y.numpy()], OURS),
     "TensorDataset": (lambda: TensorDataset(X, Y), OURS),
     "Dataset": (lambda: Items(), OURS),
     "Dataset, noise": (lambda: NOISY, OURS),

@@ -180,15 +180,14 @@ def examples_of(
 
     Raises TypeError for what is none of these, and what `fit` raises for data that cannot be right.
     """
-    name = "data" if part == "train" else "test"
-    kind = type(data).__name__
+    name, kind = "data" if part == "train" else "test", type(data).__name__
     pair: Any = None
     if hasattr(data, "x_train"):
         kind, pair = data.name, (getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
     elif type(data) is TensorDataset and len(data.tensors) == 2:
         kind, pair = "tensors", data.tensors
     elif isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(z, Tensor | np.ndarray) for z in data):
-        kind, pair = "tensors", map(torch.as_tensor, data)
+        kind, pair = "tensors", data
     elif isinstance(data, DataLoader):
         if part == "train" and (batch_size is not None or drop_last):
             raise ValueError("batch_size and drop_last are the DataLoader's own: set them there, and not here as well")
@@ -199,7 +198,9 @@ def examples_of(
         hint = ": put it into a DataLoader" if isinstance(data, IterableDataset) else ""
         raise TypeError(f"{name} must be {SOURCES}, not a {kind}{hint}")
     if pair is not None:
-        x, y = pair
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an array must not be written to
+            x, y = (torch.as_tensor(item) if isinstance(item, np.ndarray) else item for item in pair)
         check_pair(f"x_{part}", x, f"y_{part}", y)
         data = TensorDataset(x, y)
     examples = Examples(data, _total(data), batch_size or 100, seed, drop_last, augment)
@@ -207,9 +208,8 @@ def examples_of(
     if pair is None:
         check_pair(f"x_{part}", x, f"y_{part}", y)
         examples.batch_size = batch_size or len(x)
-    examples.facts = (
-        f"{kind}, {'?' if examples.total is None else examples.total} examples of shape {tuple(x.shape[1:])}"
-    )
+    n = "?" if examples.total is None else examples.total
+    examples.facts = f"{kind}, {n} examples of shape {tuple(x.shape[1:])}"
     if not isinstance(data, DataLoader):  # whose first batch may be another each time
         examples.facts += f", digest {digest(x[:: max(1, len(x) // 100)], y)}"
     return examples
