@@ -25,6 +25,7 @@ from memdfa_lab.lab import files
 from memdfa_lab.lab.ahead import look_ahead
 from memdfa_lab.lab.datasets import order
 from memdfa_lab.lab.distributed import Group
+from memdfa_lab.lab.examples import examples_of
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -594,9 +595,9 @@ def test_the_part_of_each_rank_is_looked_at_on_all_of_them(rank):
     for examples, batch_size in ((43, 10), (42, 10), (41, 10), (40, 3)):
         data = by_hand(X, Y, 48 - examples)
         with refuses(ValueError, "a rank's part of the last batch", f"1 of the {examples} training examples"):
-            look_ahead(made, data, batch_size, False, group)
-    assert look_ahead(made, by_hand(X, Y, 4), 10, False, group)
-    assert look_ahead(made, by_hand(X, Y, 5), 10, True, group)
+            look_ahead(made, examples_of(data, batch_size), examples_of(data, part="test"), group)
+    assert look_ahead(made, examples_of(by_hand(X, Y, 4), 10), None, group)
+    assert look_ahead(made, examples_of(by_hand(X, Y, 5), 10, drop_last=True), None, group)
 
 
 WEIGHTS = torch.ones(10), torch.ones(10) + 1e-6

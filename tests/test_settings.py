@@ -13,7 +13,8 @@ from memdfa_lab.lab.settings import RunSettings
 
 OTHERS = {
     "rule": "dfa", "network": "fc_sigmoid", "dataset": "own.npz", "root": "folder", "epochs": 2, "batch_size": 50,
-    "drop_last": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce", "feedback": "shared",
+    "drop_last": True, "augment": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce",
+    "feedback": "shared",
     "distribution": "normal", "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
 }  # fmt: skip
 

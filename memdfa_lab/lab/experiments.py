@@ -88,6 +88,7 @@ def train(
     how: dict[str, Any] = {
         "seed": seed,
         "drop_last": run.drop_last,
+        "augment": datasets.flip_and_crop() if run.augment else None,
         "checkpoint": checkpoint,
         "overwrite": overwrite,
         "progress": progress,

@@ -104,7 +104,9 @@ class RunSettings(Checked):
     network: Network = Field(
         "fc_relu", description=f"one of {', '.join(models.names())}, or a ReLU MLP such as 784-[800]x32-10"
     )
-    dataset: str = Field("mnist5k", description="mnist5k (needs no network), mnist, cifar10 or a path to an .npz")
+    dataset: str = Field(
+        "mnist5k", description="mnist5k (needs no network), mnist, cifar10, the path of an .npz or a folder"
+    )
     root: str | None = Field(None, description="where data sets are kept; default: $MEMDFA_DATA, else the user's cache")
     epochs: Count | None = Field(None, description=OWN)
     batch_size: Count | None = Field(None, description=OWN)
@@ -113,6 +115,7 @@ class RunSettings(Checked):
         description="leave out the last batch of an epoch if it is shorter than the others",
         exclude_if=operator.not_,  # runs without it keep the names that they had before there was such a setting
     )
+    augment: bool = Field(False, description="flip and crop training images at random", exclude_if=operator.not_)
     lr: NotNegative | None = Field(None, description=f"learning rate; {OWN}, which is for its own optimizer")
     optimizer: OptimizerName | None = Field(None, description=f"momentum is sgd with momentum 0.9; {OWN}")
     weight_decay: NotNegative | None = Field(None, description=OWN)
