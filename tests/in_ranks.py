@@ -205,6 +205,15 @@ def with_dropout():
     return nn.Sequential(nn.Flatten(), nn.Linear(72, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 5))
 
 
+def of_one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=60)
+
+
+# the mean of a loss over parts of different sizes, and when to stop by it
+STOPPED = {"epochs": 15, "metrics": {"mae": ml.losses.mse}, "monitor": "test_mae", "stop_after": 1, "tests": 15}
+STOPPED |= {"scheduler": of_one_cycle, "scheduler_each": "batch"}
+
+
 def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_seed=1, tests=20, source=data, **options):
     """Fit, and evaluate on `tests` images; `cut`: a step in which this rank is asked to stop, as by Ctrl-C."""
     trained = learner(group, rule, make, partial(torch.optim.SGD, lr=lr, momentum=0.9), seed=net_seed)
@@ -272,6 +281,7 @@ def all_cases(group, folder):
     found["not finite"] = not_finite(group)
     found["finds the download"] = downloads(group, folder)
     found["fit"] = fitted(group, folder / "fit.pt")
+    found["fit, stopped"] = fitted(group, **STOPPED)
     found["loader"] = fitted(group, **LOADED)
     found["fit, one's own statistics"] = fitted(group, make=conv_batchnorm)
     found["files"] = sorted(path.name for path in folder.glob("*.pt"))

@@ -16,6 +16,7 @@ from in_ranks import (
     LOADED,
     LOSS_RULES,
     LOSSES,
+    STOPPED,
     build,
     conv_batchnorm,
     examples,
@@ -168,6 +169,13 @@ def test_fit_on_two_ranks_gives_the_history_and_weights_of_one_process(both):
     assert both[0]["fit"]["steps"][:4] == [12, 12, 12, 1]
     assert both[1]["fit"]["steps"][:4] == [11, 11, 11, 1]  # the last has none, and takes part all the same
     assert both[0]["files"] == ["fit.pt", "one.pt"]
+
+
+def test_two_ranks_stop_at_the_same_epoch_by_the_same_metric(both):
+    expected = fitted(ALONE, **STOPPED)
+    assert len(expected["history"]) < 15
+    for rank in (0, 1):
+        assert_same(both[rank]["fit, stopped"], expected)
 
 
 def test_ranks_take_their_parts_of_a_loaders_batches(both):

@@ -260,7 +260,7 @@ WRONG = {  # data, the rest -> what is said
     "lengths to test": ((X, Y), {"test": (X.numpy(), Y[:9].numpy())}, "x_test and y_test", "got 90 and 9"),
     "NaN": (Subset(NAN, range(8)), {}, "x_train of the data holds NaN or inf"),
     "NaN in a loader": (DataLoader(NAN, 8), {}, "x_train of the data holds NaN or inf"),
-    "label": (DataLoader(TensorDataset(X, Y * 2), 90), {}, "the loss does not take", "from 0 to 18"),
+    "label": (DataLoader(TensorDataset(X, Y * 2), 90), {}, "whole numbers (N,) from 0 to 9", "from 0 to 18"),
     "objects": ((X.numpy().astype(object), Y), {}, "object_"),
     "augment": ((X, Y), {"augment": 3}, "augment must be a function, not a int"),
     "one left": (DataLoader(Items(), 89), {}, "1 of the 90 training examples", "batch_size 88 or drop_last=True"),

@@ -20,7 +20,8 @@ from memdfa_lab.lab.batchnorm import synchronise
 from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import Group
 from memdfa_lab.lab.example import example_step
-from memdfa_lab.lab.fit import History, fit
+from memdfa_lab.lab.fit import fit
+from memdfa_lab.lab.history import History
 from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS

@@ -1,52 +1,33 @@
 """Epochs over a data set: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from memdfa_lab.core.checks import check_int, check_type
+from memdfa_lab.core.checks import check_int, check_type, lookup
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import checkpoints
 from memdfa_lab.lab.ahead import look_ahead
+from memdfa_lab.lab.best import Best
 from memdfa_lab.lab.checkpoints import Scheduler
 from memdfa_lab.lab.datasets import as_input, as_target
 from memdfa_lab.lab.distributed import Group, digest
-from memdfa_lab.lab.evaluation import predict
-from memdfa_lab.lab.examples import Batches, Examples, LoadingInterrupted, Pair, examples_of
-from memdfa_lab.lab.files import locked, write_text
+from memdfa_lab.lab.evaluation import evaluate
+from memdfa_lab.lab.examples import Batches, Examples, LoadingInterrupted, examples_of
+from memdfa_lab.lab.files import locked
+from memdfa_lab.lab.history import History
+from memdfa_lab.lab.schedules import schedulers_of, step_all
+from memdfa_lab.lab.tasks import Task
 from memdfa_lab.lab.terminal import ctrl_c_noted, progress_bar
 
-TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the training accuracy
-
-
-@dataclass
-class History:
-    """The results of each epoch, a dict a row: epoch, loss (mean over the epoch), accuracies, seconds of training.
-
-    Accuracies are there if the network's outputs (N, C) are scores of two classes or more, of which each y is one.
-    """
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The rows as a pandas table."""
-        columns = dict.fromkeys(["epoch", "loss"]) | dict.fromkeys(name for row in self.rows for name in row)
-        return pd.DataFrame(self.rows, columns=list(columns)).astype({"epoch": int})
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table, whole or not at all."""
-        write_text(path, self.table.to_csv(index=False))
+TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the metrics of training
 
 
 def fit(
@@ -59,7 +40,12 @@ def fit(
     seed: int = 0,
     drop_last: bool = False,
     augment: Callable[[Tensor], Tensor] | None = None,
+    task: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    scheduler_each: str = "epoch",
+    stop_after: int | None = None,
+    monitor: str = "test_loss",
     checkpoint: str | Path | None = None,
     overwrite: bool = False,
     save_every_s: float = 60.0,
@@ -72,8 +58,19 @@ def fit(
     returns. `test`: likewise, by default the test part of data from `ml.datasets`. The network trains in training mode,
     on the device and in the dtype of its weights; inputs of whole numbers stay what they are. Batches have `batch_size`
     examples, 100 by default; the last one of an epoch may be shorter, `drop_last` leaves it out then. A DataLoader has
-    its own order and sizes. `augment`: a function of a batch x, such as `ml.datasets.flip_and_crop()`. `scheduler`
-    makes a learning-rate scheduler for an optimizer; it steps once an epoch, ReduceLROnPlateau by the epoch's loss.
+    its own order and sizes. `augment`: a function of a batch x, such as `ml.datasets.flip_and_crop()`.
+
+    `task`: one of `ml.tasks.TASKS`, taken from the loss if that is one of torch or `ml.losses`; with any other loss,
+    none is assumed. `metrics`: by name, objects with update(outputs, y), compute() and reset(), as torchmetrics has
+    them, which get the classes in dimension 1 and labels as whole numbers, or functions of outputs and y that return a
+    mean over the batch, such as {"loss": F.cross_entropy}. Each gives the history train_NAME and test_NAME.
+
+    `scheduler` makes a learning-rate scheduler for an optimizer. It steps after each epoch, ReduceLROnPlateau by the
+    epoch's loss, or with `scheduler_each="batch"` after each batch, as OneCycleLR and a warm-up do.
+
+    `stop_after`: this many epochs without a better `monitor`, a column of test data, end the training; for test_loss,
+    the loss becomes a metric. In the end the network gets the weights and buffers of its best epoch, of which a copy is
+    kept. What says when to stop is not a test any more: use a held-out part, such as `data.holdout()`.
 
     The order of the examples depends on (seed, epoch) alone. What the items of a Dataset, a DataLoader and `augment`
     draw from the generators of torch, numpy and Python depends on (seed, epoch, batch); a DataLoader's own generator,
@@ -89,16 +86,16 @@ def fit(
     columns of the history.
 
     If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments, reads the same
-    batches and takes its part of each; `batch_size`, loss and accuracies are of the whole batch. The first rank writes
+    batches and takes its part of each; `batch_size`, loss and metrics are of the whole batch. The first rank writes
     the checkpoint and all read it; a run may go on with another number of ranks. Dropout is then drawn from (seed,
     epoch, batch, rank), and evaluation uses the first rank's BatchNorm statistics.
 
-    Raises, before the first step, TypeError for a rule, data or function that is none, such as a generator, which can
-    be read once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of different lengths, a
-    label that the loss does not take, a last batch that is too short for BatchNorm, a checkpoint that is damaged or
-    belongs to another setting, or ranks that differ; FloatingPointError for NaN or inf in data in memory, or in the
-    first batch of others. Later RankLost if another rank ends; KeyboardInterrupt on Ctrl-C, after the checkpoint; and
-    whatever `rule.step` raises.
+    Raises, before the first step, TypeError for a rule, data, metric or function that is none, such as a generator,
+    which can be read once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of different
+    lengths, outputs or labels that are not the task's, a metric that does not take them, a last batch that is too short
+    for BatchNorm, a checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError
+    for NaN or inf in data in memory, or in the first batch of others. Later RankLost if another rank ends;
+    KeyboardInterrupt on Ctrl-C, after the checkpoint; and whatever `rule.step` raises.
     """
     epochs = check_int("epochs", epochs)
     if batch_size is not None:
@@ -109,21 +106,27 @@ def fit(
     for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch), ("augment", augment)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
+    lookup("scheduler_each", scheduler_each, dict.fromkeys(("epoch", "batch")))
+    if stop_after is not None:
+        check_int("stop_after", stop_after)
+    check_type("metrics", metrics or {}, Mapping, 'a dict such as {"name": metric}')
     train = examples_of(data, batch_size, seed, drop_last, augment)
     held_out = data if test is None and hasattr(data, "x_test") else test
     run = _Run(rule, train, None if held_out is None else examples_of(held_out, batch_size, part="test"))
-    if scheduler is not None:
-        run.schedulers = [scheduler(optimizer) for optimizer in rule.optimizers if optimizer is not None]
-    for made in run.schedulers:
-        check_type("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
+    run.each_batch, steps = scheduler_each == "batch", epochs * (run.batches or 0)
+    run.schedulers = schedulers_of(scheduler, rule, scheduler_each, steps if run.each_batch else epochs)
     settings = checkpoints.settings_of(rule, run.schedulers, train)
+    settings |= {"scheduler_each": scheduler_each, "stop_after": stop_after and f"{stop_after} by {monitor}"}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
     group = run.group
     group.agree(**settings, epochs=epochs)
     rule.blocks.train()
-    run.scored = look_ahead(rule, train, run.test, group)
+    by_loss = {"loss": rule.loss_fn} if stop_after is not None and monitor == "test_loss" else {}
+    run.task, run.metrics = look_ahead(rule, train, run.test, group, task, by_loss | dict(metrics or {}))
+    if stop_after is not None:
+        run.best = Best.of(monitor, run.metrics, stop_after, run.test)
     if path is not None and path.exists() and not overwrite:
         run.load(path, settings, epochs)
     if group.size > 1:  # nothing is written before all have read
@@ -132,12 +135,11 @@ def fit(
 
     saved_at = time.monotonic()
     lock = nullcontext() if written is None else locked(written)
-    steps = None if run.batches is None else epochs * run.batches
-    with lock, ctrl_c_noted() as ctrl_c, progress_bar(steps, progress and group.rank == 0) as bar, closing(run):
+    with lock, ctrl_c_noted() as ctrl_c, progress_bar(steps or None, progress and group.rank == 0) as bar, closing(run):
         bar.update(run.epoch * (run.batches or 0) + run.batch)
         for examples in (train, train if run.test is None else run.test):
             examples.ctrl_c = ctrl_c
-        while run.epoch < epochs:
+        while run.epoch < epochs and not (run.best is not None and run.best.is_over(run.epoch)):
             group.asked = bool(ctrl_c)
             try:
                 within_epoch = run.step()
@@ -158,6 +160,8 @@ def fit(
                 saved_at = time.monotonic()
             if stop:
                 raise KeyboardInterrupt
+    if run.best is not None and run.best.weights:
+        rule.blocks.load_state_dict(run.best.weights)
     return History(run.rows)
 
 
@@ -171,8 +175,11 @@ class _Run:
         self.group = rule.group if isinstance(rule.group, Group) else Group()
         self.batches = train.batches_in_epoch
         self.coming: Batches | None = None  # the rest of this epoch's batches
-        self.scored = False  # whether accuracy means something
+        self.task: Task | None = None
+        self.metrics: dict[str, Any] = {}
+        self.best: Best | None = None
         self.schedulers: list[Scheduler] = []
+        self.each_batch = False  # whether the schedulers step so
         self.epoch = self.batch = self.examples = 0
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
@@ -198,6 +205,8 @@ class _Run:
         group.idle = False
         self.loss_sum += loss.item() * n
         self.examples += n
+        if self.each_batch:
+            step_all(self.schedulers, loss.item())
         self.seconds += time.perf_counter() - started
         self.batch += 1
         return True
@@ -213,38 +222,31 @@ class _Run:
         loss = self.loss_sum / self.examples
         self.group.share_buffers(self.rule.blocks)
         row = {"epoch": self.epoch + 1, "loss": loss}
-        if self.scored:
-            row["train_accuracy"] = self._accuracy(self.train.first(TRAIN_ACCURACY_ON))
-            row["test_accuracy"] = self._accuracy(() if self.test is None else self.test.first())
-        for scheduler in self.schedulers:
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(loss)
-            else:
-                scheduler.step()
+        score = partial(evaluate, self.rule, self.metrics, self.task, self.group)
+        of_train = score(self.train.first(TRAIN_ACCURACY_ON))
+        of_test = score(() if self.test is None else self.test.first())
+        for name in self.metrics:
+            row |= {f"train_{name}": of_train[name], f"test_{name}": of_test[name]}
+        if not self.each_batch:
+            step_all(self.schedulers, loss)
         self.epoch += 1
         row["seconds"] = self.seconds
         if on_epoch is not None:
             row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
         self.rows.append(row)
+        if self.best is not None:
+            self.best.see(row, self.rule.blocks)
         self.batch, self.examples, self.loss_sum, self.seconds, self.coming = 0, 0, 0.0, 0.0, None
-
-    def _accuracy(self, batches: Iterable[Pair]) -> float:
-        """Return the accuracy on these examples, of which each rank evaluates a part; NaN if there is none."""
-        group, right, n = self.group, [], 0
-        for x, y in batches:
-            n += len(x)
-            x, y = (tensor.tensor_split(group.size)[group.rank] for tensor in (x, y))
-            if len(x):
-                right.append(predict(self.rule, x).argmax(1).cpu() == y.cpu())
-        mine = torch.cat(right) if right else torch.empty(0)
-        return group.mean(mine.float().mean().item() if len(mine) else 0.0, len(mine)) if n else math.nan
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         progress = {name: getattr(self, name) for name in self.PROGRESS}
-        checkpoints.write(path, settings, self.rule, self.schedulers, progress | {"last": self.train.last})
+        progress |= {"last": self.train.last, "best": vars(self.best) if self.best is not None else None}
+        checkpoints.write(path, settings, self.rule, self.schedulers, progress)
 
     def load(self, path: Path, settings: dict[str, Any], epochs: int) -> None:
         progress = checkpoints.restore(path, settings, self.rule, self.schedulers, epochs)
-        self.train.last = progress.pop("last")
+        self.train.last, best = progress.pop("last"), progress.pop("best")
+        if self.best is not None:
+            self.best = Best(**best)
         for name, value in progress.items():
             setattr(self, name, value)
