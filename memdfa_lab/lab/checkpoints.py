@@ -115,6 +115,8 @@ def settings_of(
         "optimizer": f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})",
         "scheduler": _described(schedulers[0]) if schedulers else None,
         "clip_norm": rule.clip_norm,
+        "clip_global_norm": rule.clip_global_norm,
+        "precision": rule.precision,
         "feedback": feedback,
         "batch_size": f"{batch_size}, drop_last" if drop_last else batch_size,
         "seed": seed,

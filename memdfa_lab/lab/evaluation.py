@@ -1,5 +1,7 @@
 """What a network puts out in evaluation mode, how often that is right, and whether that can be said."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
     blocks.eval()
     torch.clear_autocast_cache()  # inside torch.autocast, it would have casts of weights from before an update
     try:
-        with torch.no_grad():  # a copy of x, since the first module may work in place
+        precision = model.autocast() if isinstance(model, Rule) else nullcontext()
+        with torch.no_grad(), precision:  # a copy of x, since the first module may work in place
             return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.split(batch_size)])
     finally:
         for module, training in modes:
