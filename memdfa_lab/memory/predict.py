@@ -31,6 +31,7 @@ from memdfa_lab.core.compat import (
 )
 from memdfa_lab.core.contract import tensors_in
 from memdfa_lab.core.local import block_gradient
+from memdfa_lab.memory import autocast as autocast  # which puts itself into core
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.trace import Trace
 
