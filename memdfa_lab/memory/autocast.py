@@ -12,11 +12,12 @@ from memdfa_lab.core import precision
 from memdfa_lab.core.compat import run_backward, tree_map_only
 
 # What the CPU's autocast runs in the lower precision, and what in float32 (torch's docs, "CPU Ops that can autocast")
-LOWER = {"linear", "bilinear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum"}
+LOWER = {"linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "prelu"}
 LOWER |= {"scaled_dot_product_attention", *(f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3))}
 FLOAT32 = {"avg_pool3d", "adaptive_avg_pool3d", "binary_cross_entropy", "binary_cross_entropy_with_logits", "prod"}
 FLOAT32 |= {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "ctc_loss"}
 FLOAT32 |= {"soft_margin_loss", "multi_margin_loss", "poisson_nll_loss", "cosine_embedding_loss", "cdist", "trace"}
+FLOAT32 |= {"reflect", "replicate"}  # the ways to pad
 
 
 class Autocast(TorchFunctionMode):
@@ -32,6 +33,8 @@ class Autocast(TorchFunctionMode):
             with self:  # torch takes a mode off while it runs a function
                 return run_backward(args[0], kwargs["gradient"])
         name = str(getattr(func, "__name__", "")).strip("_")
+        if name == "pad":
+            name = str(kwargs.get("mode", args[2] if len(args) > 2 else "constant"))
         to = self.dtype if name in LOWER else torch.float32 if name in FLOAT32 else None
         if to is not None and "out" not in kwargs:
 

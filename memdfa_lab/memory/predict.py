@@ -177,6 +177,10 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     if func is aten.native_batch_norm.default:  # the precision of mean and deviation, which eval mode does not have
         dtype = next(value.dtype for value in (args[1], args[3], args[0]) if value is not None)
         return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
+    if func is aten.native_group_norm.default and args[1] is not None:
+        return out[0], *[value.to(args[1].dtype) for value in out[1:]]
+    if func is aten.native_group_norm_backward.default and out[0] is not None:
+        return out[0].to(args[1].dtype), *out[1:]
     if func is aten.native_batch_norm_backward.default:  # gradients that were not asked for
         return tuple(part if wanted else None for part, wanted in zip(out, args[-1], strict=True))
     return out
