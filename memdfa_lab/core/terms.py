@@ -88,12 +88,13 @@ class Terms:
         if weights:
             yield from zip(weights, torch.autograd.grad(self.loss, weights, retain_graph=True), strict=True)
 
-    def add(self, whose: int, share: float) -> None:
-        """Add these gradients, times `share`, to those that the weights hold; once."""
+    def add(self, whose: int, share: float, once: bool = True) -> None:
+        """Add these gradients, times `share`, to those that the weights hold; after that there are none, if `once`."""
         for weight, gradient in self.gradients(whose):
             gradient = label("gradients", gradient if share == 1 else gradient * share)
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        self.leaves.pop(whose, None)
+        if once:
+            self.leaves.pop(whose, None)
 
     def check(self) -> None:
         """Raise FloatingPointError if one of all these gradients is not finite."""

@@ -111,6 +111,8 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> 
         "optimizer": f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})",
         "scheduler": _described(schedulers[0]) if schedulers else None,
         "clip_norm": rule.clip_norm,
+        "clip_global_norm": rule.clip_global_norm,
+        "precision": rule.precision,
         "feedback": feedback,
         "batch_size": f"{examples.batch_size}, drop_last" if examples.drop_last else examples.batch_size,
         "augment": _without_addresses(examples.augment),

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,8 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
     blocks.eval()
     torch.clear_autocast_cache()  # inside torch.autocast, it would have casts of weights from before an update
     try:
-        with torch.no_grad():  # a copy of x, since the first module may work in place
+        precision = model.autocast() if isinstance(model, Rule) else nullcontext()
+        with torch.no_grad(), precision:  # a copy of x, since the first module may work in place
             return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.split(batch_size)])
     finally:
         for module, training in modes:

@@ -55,6 +55,8 @@ def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | No
         loss_fn=LOSSES[str(run.loss)],
         feedback=feedback.KINDS[run.feedback](run.seed, str(run.distribution), run.scale),
         clip_norm=run.clip_norm,
+        clip_global_norm=run.clip_global_norm,
+        precision=run.precision,
     )
 
 
