@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import warnings
+from multiprocessing import active_children
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from memdfa_lab.core import compat
 
@@ -273,6 +275,15 @@ def test_the_profiler_marks_allocations_and_tells_their_size():
         if node.tag == compat.ALLOCATION:
             sizes.append(node.extra_fields.alloc_size)
     assert len(kept) in sizes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shut_down_workers_ends_the_processes_of_a_loader_whose_iterator_is_held(workers):
+    batches = iter(DataLoader(torch.arange(100), 2, num_workers=workers))
+    next(batches)
+    assert len(active_children()) == workers
+    compat.shut_down_workers(batches)
+    assert not active_children()
 
 
 def test_schemas_and_whether_an_operation_is_written_as_several():

@@ -154,7 +154,7 @@ REFUSED = {
     # fit
     "fit a model": (lambda d: ml.fit(net(), d, 1), "rule must be a rule, such as ml.MemDFA(model, optimizer)"),
     "fit no data": (lambda d: ml.fit(rule(), None, 1), "not a NoneType"),
-    "fit a tensor": (lambda d: ml.fit(rule(), X, 1), "fit takes data as ml.datasets.load returns it"),
+    "fit a tensor": (lambda d: ml.fit(rule(), X, 1), "data must be (x, y), a Dataset with a length"),
     "fit seed": (lambda d: ml.fit(rule(), d, 1, seed=-1), "seed must be"),
     "fit scheduler": (lambda d: ml.fit(rule(), d, 1, scheduler=3), "scheduler must be a function"),
     "fit on_epoch": (lambda d: ml.fit(rule(), d, 1, on_epoch=3), "on_epoch must be a function"),

@@ -6,7 +6,7 @@ epoch, batch) alone: the generators are seeded for it, and put back.
 
 import random
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,10 @@ OTHER_BATCH = (
 )
 
 
+class LoadingInterrupted(KeyboardInterrupt):
+    """The processes that load batches have heard Ctrl-C, too, and have ended, before a batch was there."""
+
+
 @dataclass
 class Examples:
     """Examples (x, y) to train or to test on.
@@ -50,6 +54,7 @@ class Examples:
     augment: Augment | None = None
     facts: str = ""
     last: str = ""
+    ctrl_c: Sequence[int] = ()  # not empty once Ctrl-C was pressed
 
     def __len__(self) -> int:
         if self.total is None:
@@ -102,11 +107,6 @@ class Examples:
                 if n is not None and n <= 0:
                     return
 
-    def sample(self, n: int) -> Pair:
-        """Return the first n examples as one batch, not augmented, and disturb nothing."""
-        x, y = zip(*self.first(n), strict=True)
-        return torch.cat(x), torch.cat(y)
-
     def known(self) -> Pair:
         """Return what is cheap to look at: all that is in memory, or else the first batch."""
         if self.in_memory:
@@ -131,7 +131,12 @@ class Examples:
         try:
             while True:
                 with self._drawn(epoch, k):
-                    batch = next(batches, None)
+                    try:
+                        batch = next(batches, None)
+                    except Exception as problem:
+                        if self.ctrl_c:
+                            raise LoadingInterrupted from problem
+                        raise
                     if batch is None:
                         return
                     if k >= first:
@@ -175,15 +180,14 @@ def examples_of(
 
     Raises TypeError for what is none of these, and what `fit` raises for data that cannot be right.
     """
-    name = "data" if part == "train" else "test"
-    kind = type(data).__name__
+    name, kind = "data" if part == "train" else "test", type(data).__name__
     pair: Any = None
     if hasattr(data, "x_train"):
         kind, pair = data.name, (getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
     elif type(data) is TensorDataset and len(data.tensors) == 2:
         kind, pair = "tensors", data.tensors
     elif isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(z, Tensor | np.ndarray) for z in data):
-        kind, pair = "tensors", map(torch.as_tensor, data)
+        kind, pair = "tensors", data
     elif isinstance(data, DataLoader):
         if part == "train" and (batch_size is not None or drop_last):
             raise ValueError("batch_size and drop_last are the DataLoader's own: set them there, and not here as well")
@@ -194,7 +198,9 @@ def examples_of(
         hint = ": put it into a DataLoader" if isinstance(data, IterableDataset) else ""
         raise TypeError(f"{name} must be {SOURCES}, not a {kind}{hint}")
     if pair is not None:
-        x, y = pair
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an array must not be written to
+            x, y = (torch.as_tensor(item) if isinstance(item, np.ndarray) else item for item in pair)
         check_pair(f"x_{part}", x, f"y_{part}", y)
         data = TensorDataset(x, y)
     examples = Examples(data, _total(data), batch_size or 100, seed, drop_last, augment)
@@ -202,9 +208,8 @@ def examples_of(
     if pair is None:
         check_pair(f"x_{part}", x, f"y_{part}", y)
         examples.batch_size = batch_size or len(x)
-    examples.facts = (
-        f"{kind}, {'?' if examples.total is None else examples.total} examples of shape {tuple(x.shape[1:])}"
-    )
+    n = "?" if examples.total is None else examples.total
+    examples.facts = f"{kind}, {n} examples of shape {tuple(x.shape[1:])}"
     if not isinstance(data, DataLoader):  # whose first batch may be another each time
         examples.facts += f", digest {digest(x[:: max(1, len(x) // 100)], y)}"
     return examples

@@ -20,7 +20,7 @@ from memdfa_lab.lab.checkpoints import Scheduler
 from memdfa_lab.lab.datasets import as_input, as_target
 from memdfa_lab.lab.distributed import Group, digest
 from memdfa_lab.lab.evaluation import evaluate
-from memdfa_lab.lab.examples import Batches, Examples, examples_of
+from memdfa_lab.lab.examples import Batches, Examples, LoadingInterrupted, examples_of
 from memdfa_lab.lab.files import locked
 from memdfa_lab.lab.history import History
 from memdfa_lab.lab.schedules import schedulers_of, step_all
@@ -107,8 +107,7 @@ def fit(
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
     lookup("scheduler_each", scheduler_each, dict.fromkeys(("epoch", "batch")))
-    if stop_after is not None:
-        check_int("stop_after", stop_after)
+    check_int("stop_after", 1 if stop_after is None else stop_after)
     check_type("metrics", metrics or {}, Mapping, 'a dict such as {"name": metric}')
     train = examples_of(data, batch_size, seed, drop_last, augment)
     held_out = data if test is None and hasattr(data, "x_test") else test
@@ -137,15 +136,21 @@ def fit(
     lock = nullcontext() if written is None else locked(written)
     with lock, ctrl_c_noted() as ctrl_c, progress_bar(steps or None, progress and group.rank == 0) as bar, closing(run):
         bar.update(run.epoch * (run.batches or 0) + run.batch)
+        for examples in (train, train if run.test is None else run.test):
+            examples.ctrl_c = ctrl_c
         while run.epoch < epochs and not (run.best is not None and run.best.is_over(run.epoch)):
             group.asked = bool(ctrl_c)
-            within_epoch = run.step(ctrl_c)
-            if within_epoch:
-                bar.update()
-            else:
-                run.finish_epoch(on_epoch)
-                row = run.rows[-1]
-                bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
+            try:
+                within_epoch = run.step()
+                if within_epoch:
+                    bar.update()
+                else:
+                    run.finish_epoch(on_epoch)
+                    row = run.rows[-1]
+                    bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
+            except LoadingInterrupted:  # nothing has changed since the last step
+                if group.size > 1:
+                    raise
             # Ranks stop together: after a step, if one of them was asked to before it.
             stop = bool(ctrl_c) if group.size == 1 else within_epoch and group.stop
             save = stop or not within_epoch or time.monotonic() - saved_at > save_every_s
@@ -178,7 +183,7 @@ class _Run:
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
-    def step(self, ctrl_c: list[int]) -> bool:
+    def step(self) -> bool:
         """Take the next batch of this epoch; return False if there is none."""
         started, group, like = time.perf_counter(), self.group, next(self.rule.blocks.parameters())
         if self.coming is None:
@@ -187,10 +192,6 @@ class _Run:
             x, y = next(self.coming)
         except StopIteration:
             return False
-        except Exception:  # the processes that load batches hear Ctrl-C, too, and end in several ways
-            if not ctrl_c or group.size > 1:
-                raise
-            return True
         n = len(x)
         if group.size > 1 and self.batch == 0:
             group.agree(**{"the first batch": self.train.last})
@@ -216,18 +217,17 @@ class _Run:
             self.coming = None
 
     def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None) -> None:
-        """Step the schedulers and add a row to the history."""
+        """Evaluate, which may be interrupted; then step the schedulers and add a row to the history."""
         loss = self.loss_sum / self.examples
+        self.group.share_buffers(self.rule.blocks)
+        row = {"epoch": self.epoch + 1, "loss": loss}
+        batches = {"train": self.train.first(TRAIN_ACCURACY_ON), "test": () if self.test is None else self.test.first()}
+        score = partial(evaluate, self.rule, self.metrics, self.task, self.group)
+        scores = {part: score(of_part) for part, of_part in batches.items()}
+        row |= {f"{part}_{name}": scores[part][name] for name in self.metrics for part in scores}
         if not self.each_batch:
             step_all(self.schedulers, loss)
         self.epoch += 1
-        self.group.share_buffers(self.rule.blocks)
-        row = {"epoch": self.epoch, "loss": loss}
-        score = partial(evaluate, self.rule, self.metrics, self.task, self.group)
-        of_train = score(self.train.first(TRAIN_ACCURACY_ON))
-        of_test = score(() if self.test is None else self.test.first())
-        for name in self.metrics:
-            row |= {f"train_{name}": of_train[name], f"test_{name}": of_test[name]}
         row["seconds"] = self.seconds
         if on_epoch is not None:
             row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
