@@ -107,8 +107,7 @@ def fit(
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
     lookup("scheduler_each", scheduler_each, dict.fromkeys(("epoch", "batch")))
-    if stop_after is not None:
-        check_int("stop_after", stop_after)
+    check_int("stop_after", 1 if stop_after is None else stop_after)
     check_type("metrics", metrics or {}, Mapping, 'a dict such as {"name": metric}')
     train = examples_of(data, batch_size, seed, drop_last, augment)
     held_out = data if test is None and hasattr(data, "x_test") else test
@@ -222,11 +221,10 @@ class _Run:
         loss = self.loss_sum / self.examples
         self.group.share_buffers(self.rule.blocks)
         row = {"epoch": self.epoch + 1, "loss": loss}
+        batches = {"train": self.train.first(TRAIN_ACCURACY_ON), "test": () if self.test is None else self.test.first()}
         score = partial(evaluate, self.rule, self.metrics, self.task, self.group)
-        of_train = score(self.train.first(TRAIN_ACCURACY_ON))
-        of_test = score(() if self.test is None else self.test.first())
-        for name in self.metrics:
-            row |= {f"train_{name}": of_train[name], f"test_{name}": of_test[name]}
+        scores = {part: score(of_part) for part, of_part in batches.items()}
+        row |= {f"{part}_{name}": scores[part][name] for name in self.metrics for part in scores}
         if not self.each_batch:
             step_all(self.schedulers, loss)
         self.epoch += 1
