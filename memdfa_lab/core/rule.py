@@ -130,7 +130,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
-            contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport is None)
+            contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport and transport.check)
         self._terms = None
         self._rehearsed |= {kind, shape}
 
