@@ -132,7 +132,8 @@ class Rule(Updates, precisions.InPrecision, ABC):
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
-            outputs = contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport is None)
+            check_graph = transport and transport.check
+            outputs = contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, check_graph)
         if self.teaches_blocks:
             self.feedback.class_dim(outputs[-1], *outputs[:-1])  # that it is plain
         self._terms = None
