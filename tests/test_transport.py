@@ -405,8 +405,7 @@ def test_fa_refuses_a_weight_through_which_it_would_send_the_error_as_bp_does(na
 def test_fa_refuses_what_it_does_not_see_before_buffers_move(name):
     run, parts, hints = REFUSED[name]
     net = nn.Sequential(nn.Linear(7, 7), nn.BatchNorm1d(7), *between_linears(run, **parts).build())
-    problem = replace(between_linears(run, **parts), make=lambda: net)
-    rule = make_rule("fa", problem, storage="regenerated")
+    problem, rule = between_linears(run, **parts), FA(net, SGD)
     with refuses_and_keeps(rule, ValueError, hints[0], "no weight was changed"):
         rule.step(problem.x, problem.y)
 
