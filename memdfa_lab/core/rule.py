@@ -40,7 +40,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
 
     `precision`: "bfloat16" or, for DFA and MEM-DFA on a GPU, "float16" (not run on one yet). Each step then computes in
     an autocast of its own; weights, gradients and the optimizers' state stay as they are. A torch.autocast around the
-    step does the same.
+    step does the same. Blocks are then taught by autograd alone, so that MEM-DFA may hold more than in float32.
 
     Each step updates the weights: gradients of several batches are not summed, since all of them would have to be kept.
     Use a larger batch, which MEM-DFA's memory leaves room for.

@@ -113,7 +113,7 @@ class FeedbackTransport(TorchFunctionMode):
         made = list(_tensors([args[0] if kind == "setitem" else out]))
         if not made:
             return out
-        if torch.is_grad_enabled():
+        if any(tensor.requires_grad for tensor in made):
             self.seen.update(map(id, taken))
         if kind in LIKENING:
             others = [tensor for tensor in others if tensor is args[0]]
