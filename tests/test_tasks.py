@@ -220,7 +220,7 @@ BAD = {  # case -> changes to y, x, the rest, what is said
     "pixels": ("pixels", lambda y: y[:, :3], {}, "whole numbers (N, H, W) from 0 to 3", "y (40, 3, 6)"),
     "a word too many": ("words", lambda y: y + 1, {}, "'tokens'", "whole numbers (N, T) from 0 to 6", "from 1 to 7"),
     "another task": ("classes", lambda y: y, {"task": "regression"}, "'regression'", "real numbers of that shape"),
-    "no task": ("classes", lambda y: y, {"task": "clasification"}, "unknown task", "did you mean 'classification'?"),
+    "no task": ("classes", lambda y: y, {"task": "classify"}, "unknown task", "did you mean 'classification'?"),
     "one class": ("classes", lambda y: y, {"task": "binary"}, "'binary'", "(N, 1) or (N,)", "got outputs (8, 4)"),
 }
 
