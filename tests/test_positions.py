@@ -118,6 +118,15 @@ def test_predicted_is_measured(net, rule, storage):
     assert (predicted.peak_bytes, predicted.resting_bytes) == (measured.peak_bytes, measured.resting_bytes)
 
 
+@pytest.mark.parametrize("rule", ["bp", "dfa", "memdfa"])
+def test_whole_number_labels_of_words_are_predicted(rule):
+    net, loss = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, V)), ml.losses.token_cross_entropy
+    x, y = torch.randn(6, 4, 3), torch.arange(24).view(6, 4) % V
+    measured = measure(ml.RULES[rule](net, SGD, loss, STORAGES["stored"](3)), x, y, warm_up=1)
+    how = {"loss_fn": loss, "y_shape": (6, 4), "y_dtype": torch.long}
+    assert predict(rule, net, x.shape, SGD, STORAGES["stored"](3), **how).peak_bytes == measured.peak_bytes
+
+
 def test_where_a_block_has_other_positions_its_matrix_is_dense():
     pooled = nn.Sequential(
         nn.Conv1d(2, 6, 3, padding=1), nn.MaxPool1d(3), nn.ConvTranspose1d(6, 7, 3, 3), nn.Conv1d(7, V, 1)
