@@ -400,6 +400,15 @@ def test_evaluation_is_in_eval_mode_in_batches_and_puts_each_mode_back(data):
     assert ml.accuracy(rule, data.x_test, data.y_test) == pytest.approx(right / 100)
 
 
+def test_no_example_is_evaluated_alone():
+    """BatchNorm without running statistics takes no batch of one."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(1001, 4), torch.arange(1001) % 3
+    assert ml.predict(net, x).shape == (1001, 3)
+    rule = ml.MemDFA(net, partial(torch.optim.SGD, lr=0.1))
+    assert len(ml.fit(rule, (x, y), 1, 77, test=(x, y), progress=False).rows) == 1
+
+
 def test_training_in_float64_follows_the_weights_dtype(data):
     rule = ml.MemDFA(ml.models.mlp(784, [8], 10).double(), optimizer=SGD)
     ml.fit(rule, data, 1, 64)

@@ -148,7 +148,7 @@ class Feedback(ABC):
                 f"feedback=ml.feedback.{state['kind']}()"
             )
         self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
-        self.positions = state["positions"]
+        self.positions = state.get("positions", "dense")  # as all were before
         self.matrices = {key: B.clone() for key, B in state["matrices"].items()}
 
     def __repr__(self) -> str:

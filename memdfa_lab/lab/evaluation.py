@@ -28,13 +28,14 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
     check_int("batch_size", batch_size)
     blocks = model.blocks if isinstance(model, Rule) else model
     like = next(blocks.parameters(), x)
+    parts = -(-len(x) // batch_size) or 1  # of nearly the same length: BatchNorm may not take a single example
     modes = [(module, module.training) for module in blocks.modules()]
     blocks.eval()
     torch.clear_autocast_cache()  # inside torch.autocast, it would have casts of weights from before an update
     try:
         precision = model.autocast() if isinstance(model, Rule) else nullcontext()
         with torch.no_grad(), precision:  # a copy of x, since the first module may work in place
-            return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.split(batch_size)])
+            return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.tensor_split(parts)])
     finally:
         for module, training in modes:
             module.training = training

@@ -82,11 +82,9 @@ class Examples:
         The one before is read again, unless all are in memory; a warning says so if it is not the one that it was.
         """
         n, again = self.total, first > 0 and not self.in_memory
-        ours = (
-            ()
-            if n is None or isinstance(self.source, DataLoader)
-            else order(n, self.seed, epoch).split(self.batch_size)
-        )
+        ours: tuple[Tensor, ...] = ()
+        if n is not None and not isinstance(self.source, DataLoader):
+            ours = order(n, self.seed, epoch).split(self.batch_size)
         chosen = ours[: self.batches_in_epoch]
         for k, x, y in self._read(chosen, epoch, first - again, self.augment):
             if not self.in_memory:
@@ -99,8 +97,9 @@ class Examples:
 
     def first(self, n: int | None = None) -> Batches:
         """Yield the first n examples (None: all) in batches, not augmented, and disturb nothing."""
-        chosen = torch.arange(self.total or 0)[:n].split(AT_ONCE if self.in_memory else self.batch_size)
-        with closing(self._read(chosen if self.total != 0 else (), 0, 0, None)) as batches:
+        chosen = torch.arange(self.total or 0)[:n]
+        parts = -(-len(chosen) // (AT_ONCE if self.in_memory else self.batch_size)) or 1  # none much smaller
+        with closing(self._read(chosen.tensor_split(parts) if self.total != 0 else (), 0, 0, None)) as batches:
             for _, x, y in batches:
                 yield x[:n], y[:n]
                 n = None if n is None else n - len(x)
