@@ -300,6 +300,18 @@ def test_a_file_is_written_whole_or_not_at_all_and_is_as_readable_as_any_other(t
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
+def test_ctrl_c_stays_one_where_closing_the_file_fails_on_it(tmp_path):
+    def write(path):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 2944")
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(tmp_path / "file", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_runs_do_not_write_one_file(tmp_path):
     path = tmp_path / "new" / "run.pt"
     with files.locked(path), refuses(ValueError, f"another run is writing {path}"), files.locked(path):
