@@ -450,6 +450,7 @@ def test_training_stops_after_so_many_epochs_without_a_better_one_and_has_the_be
         ({"stop_after": 2, "monitor": "accuracy"}, "one of the columns test_accuracy"),
         ({"stop_after": 2, "monitor": "test_mine", "metrics": {"mine": Vector()}}, "returns one number"),
         ({"stop_after": 2, "monitor": "test_mean", "metrics": {"mean": torchmetrics.MeanMetric()}}, "mean"),
+        ({"stop_after": 2, "monitor": "test_mine", "metrics": {"mine": F.cross_entropy}}, "set its higher_is_better"),
     ],
 )
 def test_what_cannot_say_when_to_stop_is_refused(how, hint):

@@ -58,7 +58,7 @@ def accuracy(model: Rule | nn.Module, x: Tensor, y: Tensor, batch_size: int = 10
 class Average:
     """A metric that is a mean; `of` returns a value for each example or label, (M,), from outputs and y."""
 
-    def __init__(self, of: Callable[[Tensor, Tensor], Tensor], higher_is_better: bool):
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor], higher_is_better: bool | None):
         self.of, self.higher_is_better = of, higher_is_better
         self.reset()
 
@@ -95,7 +95,8 @@ def metrics_of(task: Task | None, given: Mapping[str, Any], size: int) -> dict[s
                 f"metrics[{name!r}] would see one rank's part of the data: give a function of outputs and y, whose "
                 "mean is over all ranks, or evaluate in on_epoch"
             )
-        found[name] = metric if hasattr(metric, "update") else Average(partial(_of_each, metric), False)
+        better = getattr(metric, "higher_is_better", False if name == "loss" else None)
+        found[name] = metric if hasattr(metric, "update") else Average(partial(_of_each, metric), better)
     return found
 
 

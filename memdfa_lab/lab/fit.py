@@ -68,9 +68,9 @@ def fit(
     `scheduler` makes a learning-rate scheduler for an optimizer. It steps after each epoch, ReduceLROnPlateau by the
     epoch's loss, or with `scheduler_each="batch"` after each batch, as OneCycleLR and a warm-up do.
 
-    `stop_after`: this many epochs without a better `monitor`, a column of test data, end the training; for test_loss,
-    the loss becomes a metric. In the end the network gets the weights and buffers of its best epoch, of which a copy is
-    kept. What says when to stop is not a test any more: use a held-out part, such as `data.holdout()`.
+    `stop_after`: end after so many epochs without a better `monitor`, a column of test data. For test_loss the loss
+    becomes a metric; another function needs an attribute `higher_is_better`. The weights and buffers of the best epoch,
+    of which a copy is kept, come back. Such data are no test any more: use a held-out part, as of `data.holdout()`.
 
     The order of the examples depends on (seed, epoch) alone. What the items of a Dataset, a DataLoader and `augment`
     draw from the generators of torch, numpy and Python depends on (seed, epoch, batch); a DataLoader's own generator,
