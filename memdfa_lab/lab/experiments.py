@@ -157,18 +157,21 @@ def profile(
     feedback_kind: str = "regenerated",
     measured: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> memory.Trace:
     """Return what a step in the steady state holds, from names; predicted, or `measured` on random data.
 
-    The loss is the network's own. Raises ValueError for unknown names and a batch size below 1.
+    The loss is the network's own; `options` go to the rule. Raises ValueError for unknown names and a batch size below
+    1.
     """
     check_int("the batch size", batch_size)
     if measured:
-        return memory.measure(*example_step(rule, network, batch_size, optimizer, feedback_kind, seed), warm_up=1)
+        step = example_step(rule, network, batch_size, optimizer, feedback_kind, seed, **options)
+        return memory.measure(*step, warm_up=1)
     setting, storage = models.get(network), lookup("feedback", feedback_kind, feedback.KINDS)(seed)
     factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
     shape, build = (batch_size, *setting.input_shape), partial(models.build, network)
-    return memory.predict(rule, build, shape, factory, storage, loss_fn=LOSSES[setting.loss])
+    return memory.predict(rule, build, shape, factory, storage, loss_fn=LOSSES[setting.loss], **options)
 
 
 def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
