@@ -27,8 +27,9 @@ from memdfa_lab.core.recompute import generators_restored, state_restored
 from memdfa_lab.core.watcher import has_data
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PASS1 = {"bfloat16": torch.bfloat16, "int8": torch.int8}  # or a BlockFloat
-INT8 = BlockFloat(8)
+# What pass 1 may run in, by name; any other BlockFloat, too
+PASS1: dict[str, torch.dtype | BlockFloat] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+PASS1 |= {f"{bits}bit": BlockFloat(bits) for bits in range(2, 9)}
 FAR = math.cos(math.radians(10))
 Step = Callable[[Any, Tensor, Any], Tensor]
 
@@ -45,21 +46,36 @@ def autocast(precision: str | None, device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, dtype, cache_enabled=False)
 
 
+def check(precision: str | None, device: str, teaches_blocks: bool) -> None:
+    """Raise ValueError for a precision that there is not, or not for such a rule or device."""
+    if precision is not None:
+        lookup("precision", precision, PRECISIONS)
+    if precision == "float16" and not teaches_blocks:
+        raise ValueError("float16 needs a signal a block, to scale it: take DFA or MEM-DFA, or precision='bfloat16'")
+    if precision == "float16" and device != "cuda":
+        raise ValueError(f"float16 is for a GPU, and the model is on the {device}: take precision='bfloat16'")
+
+
+def check_pass1(rule: Any, pass1: object) -> None:
+    """Raise ValueError if this class of rules has no first pass of its own."""
+    if pass1 is not None and not rule.teaches_blocks:
+        raise ValueError("pass1 is for DFA and MEM-DFA, which need no more of it than e: leave it out")
+
+
 def first_pass(pass1: Any, x: Tensor) -> Callable[[], AbstractContextManager[Any]] | None:
     """Return what makes the context in which each block of pass 1 on x (N, ...) runs; None if it is as pass 2.
 
-    "bfloat16" is torch's autocast. With "int8" linear layers multiply int8, and all else runs in bfloat16.
+    bfloat16 is torch's autocast. With int8 linear layers multiply int8, and all else runs in bfloat16.
     """
     if pass1 is None:
         return None
+    kind = PASS1[pass1] if isinstance(pass1, str) else pass1
+    if isinstance(kind, BlockFloat):
+        key = hash(x.sum().item()) if kind.rounding == "stochastic" else 0  # the same for DFA and MEM-DFA, and resumed
+        products = Products(kind, False, key)
+        return lambda: products
     cast = partial(torch.autocast, x.device.type, torch.bfloat16, cache_enabled=False)
-    if pass1 == "bfloat16":
-        return cast
-    if pass1 == "int8":
-        return partial(_both, cast, Products(INT8, True, 0))
-    key = hash(x.sum().item()) if pass1.rounding == "stochastic" else 0  # the same for DFA and MEM-DFA, and resumed
-    products = Products(pass1, False, key)
-    return lambda: products
+    return cast if kind is torch.bfloat16 else partial(_both, cast, Products(BlockFloat(8), True, 0))
 
 
 @contextmanager
@@ -95,29 +111,21 @@ class InPrecision:
 
     def check_precision(self, first: bool = False) -> None:
         """Raise ValueError for a precision that there is not, or not for this rule, network or device."""
-        precision, pass1 = self.precision, self.pass1
-        if precision is not None:
-            lookup("precision", precision, PRECISIONS)
-        if precision == "float16" and not self.teaches_blocks:
-            raise ValueError(
-                "float16 needs a signal a block, to scale it: take DFA or MEM-DFA, or precision='bfloat16'"
-            )
-        if precision == "float16" and self.device != "cuda":
-            raise ValueError(f"float16 is for a GPU, and the model is on the {self.device}: take precision='bfloat16'")
-        if pass1 is not None:
-            self._check_pass1(pass1, first)
-        if first and precision == "float16":
+        check(self.precision, self.device, self.teaches_blocks)
+        if self.pass1 is not None:
+            self._check_pass1(self.pass1, first)
+        if first and self.precision == "float16":
             self.scalers = [torch.amp.GradScaler(self.device) for _ in self.blocks]
 
     def _check_pass1(self, pass1: Any, first: bool) -> None:
-        if not self.teaches_blocks:
-            raise ValueError("pass1 is for DFA and MEM-DFA, which need no more of it than e: leave it out")
+        check_pass1(type(self), pass1)
         if not isinstance(pass1, BlockFloat):
             lookup("pass1", pass1, PASS1)
         dtypes = {parameter.dtype for parameter in self.blocks.parameters()} - {torch.float32}
         if dtypes:
             raise ValueError(f"pass1 narrows weights of float32, and the network has {dtypes.pop()}: leave it out")
-        if first and not isinstance(pass1, BlockFloat) and not has_fast_product(PASS1[pass1], self.device):
+        kind = PASS1.get(pass1)
+        if first and isinstance(kind, torch.dtype) and not has_fast_product(kind, self.device):
             warnings.warn(
                 f"this processor multiplies {pass1} no faster than float32: pass1={pass1!r} saves no time here",
                 stacklevel=4,

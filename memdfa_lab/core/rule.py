@@ -42,14 +42,11 @@ class Rule(Updates, precisions.InPrecision, ABC):
     an autocast of its own; weights, gradients and the optimizers' state stay as they are. A torch.autocast around the
     step does the same. Blocks are then taught by autograd alone, so that MEM-DFA may hold more than in float32.
 
-    `pass1`: for DFA and MEM-DFA, "bfloat16", "int8" or an `ml.precision.BlockFloat`. A first forward pass runs in it,
-    and gives the loss, and the e that all blocks are taught; updates stay in float32. A step warns if that e is more
-    than 10 degrees from an exact pass's.
+    `pass1`, for DFA and MEM-DFA: what a first forward pass runs in, for the loss and the e that all blocks are taught;
+    a name in `ml.precision.PASS1`, or a BlockFloat. A step warns where that e is far from an exact pass's.
 
     Each step updates the weights: gradients of several batches are not summed, since all of them would have to be kept.
-    Use a larger batch, which MEM-DFA's memory leaves room for.
-
-    Parameters may be frozen and unfrozen between steps.
+    Use a larger batch, which MEM-DFA's memory leaves room for. Parameters may be frozen and unfrozen between steps.
 
     Raises TypeError if the model cannot be cut into blocks or an argument is of another kind; ValueError for an
     optimizer that needs the whole network at once (LBFGS), and what `as_blocks` refuses.
