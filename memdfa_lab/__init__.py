@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from memdfa_lab import memory
-from memdfa_lab.core import feedback
+from memdfa_lab.core import feedback, precision
 from memdfa_lab.core.blocks import as_blocks
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA
@@ -37,6 +37,7 @@ __all__ = [
     "losses",
     "memory",
     "models",
+    "precision",
     "predict",
     "tasks",
 ]

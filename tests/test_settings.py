@@ -16,7 +16,7 @@ OTHERS = {
     "drop_last": True, "augment": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce",
     "feedback": "shared",
     "distribution": "normal", "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
-    "clip_global_norm": 2.0, "precision": "bfloat16",
+    "clip_global_norm": 2.0, "precision": "bfloat16", "pass1": "int8",
 }  # fmt: skip
 
 
@@ -28,7 +28,8 @@ WRONG = {
 MISSPELT = {
     "rule": ("memdf", "memdfa"), "network": ("fc_rely", "fc_relu"), "optimizer": ("adm", "adam"),
     "loss": ("mae", "mse"), "feedback": ("store", "stored"), "distribution": ("he_norml", "he_normal"),
-    "initialisation": ("zeros", "zero"), "precision": ("bfloat", "bfloat16"), "feedback_kind": ("share", "shared"),
+    "initialisation": ("zeros", "zero"),
+    "precision": ("bfloat", "bfloat16"), "pass1": ("int9", "int8"), "feedback_kind": ("share", "shared"),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab.settings import RunSettings, setting
 
+RULE_OPTIONS = ("precision", "pass1", "clip_global_norm")
 INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
@@ -49,12 +50,12 @@ def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
 
 def add_rule_options(command: Parser) -> None:
     """Add the options that `rule_options` reads."""
-    add_settings(command, "precision", "clip_global_norm")
+    add_settings(command, *RULE_OPTIONS)
 
 
 def rule_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return those of the options of `add_rule_options` that were given, as a rule takes them."""
-    given = {name: getattr(options, name) for name in ("precision", "clip_global_norm")}
+    given = {name: getattr(options, name) for name in RULE_OPTIONS}
     return {name: value for name, value in given.items() if value is not None}
 
 

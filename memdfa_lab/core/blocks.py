@@ -53,6 +53,11 @@ def parts_of(block: nn.Module) -> list[nn.Module]:
     return list(_chain(block)) if _is_chain(block) and not has_hooks(block) else [block]
 
 
+def describe(block: nn.Module) -> str:
+    """Return the kinds of modules that a block runs."""
+    return " + ".join(type(part).__name__ for part in parts_of(block))
+
+
 def run_block(block: nn.Module, h: Tensor) -> Tensor:
     """Return block(h). Raises TypeError if that is not a tensor, RuntimeError if the block changed h in place."""
     forget_casts()

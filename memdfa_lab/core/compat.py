@@ -42,6 +42,17 @@ _run_engine: Callable[..., Any] = torch.autograd.graph._engine_run_backward
 
 transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active  # vmap, grad, ... of torch.func
 
+int8_product: Callable[[Tensor, Tensor], Tensor] = torch._int_mm  # (N, K) and (K, M) int8 to (N, M) int32
+
+
+def has_fast_product(dtype: torch.dtype, device: str) -> bool:
+    """Tell whether products of bfloat16, or of int8, are faster here than those of float32; on a GPU they are."""
+    if device != "cpu":
+        return True
+    bfloat16: Any = torch.cpu._is_avx512_bf16_supported
+    int8: Any = torch.cpu._is_vnni_supported
+    return torch.cpu._is_amx_tile_supported() or bool((bfloat16 if dtype == torch.bfloat16 else int8)())
+
 
 # torch.profiler's account of the allocator
 ALLOCATION = _EventType.Allocation

@@ -5,19 +5,32 @@ than the updates. Weights, gradients and the optimizer's state stay in float32.
 
 In float16 small gradients vanish. So each block's signal is multiplied by a scale of its own, and its gradient divided
 by it. A block whose gradient overflows skips its update and halves its scale (torch.amp.GradScaler, one a block).
+
+Pass 1 of MEM-DFA carries e alone. It may run in fewer bits than pass 2, from which the updates come.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import Any
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.core.block_float import BlockFloat as BlockFloat
+from memdfa_lab.core.block_float import Products
 from memdfa_lab.core.checks import lookup
+from memdfa_lab.core.compat import has_fast_product
+from memdfa_lab.core.recompute import generators_restored, state_restored
+from memdfa_lab.core.watcher import has_data
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# What pass 1 may run in, by name; any other BlockFloat, too
+PASS1: dict[str, torch.dtype | BlockFloat] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+PASS1 |= {f"{bits}bit": BlockFloat(bits) for bits in range(2, 9)}
+FAR = math.cos(math.radians(10))
 Step = Callable[[Any, Tensor, Any], Tensor]
 
 
@@ -43,11 +56,44 @@ def check(precision: str | None, device: str, teaches_blocks: bool) -> None:
         raise ValueError(f"float16 is for a GPU, and the model is on the {device}: take precision='bfloat16'")
 
 
+def check_pass1(rule: Any, pass1: object) -> None:
+    """Raise ValueError if this class of rules has no first pass of its own."""
+    if pass1 is not None and not rule.teaches_blocks:
+        raise ValueError("pass1 is for DFA and MEM-DFA, which need no more of it than e: leave it out")
+
+
+def first_pass(pass1: Any, x: Tensor) -> Callable[[], AbstractContextManager[Any]] | None:
+    """Return what makes the context in which each block of pass 1 on x (N, ...) runs; None if it is as pass 2.
+
+    bfloat16 is torch's autocast. With int8 linear layers multiply int8, and all else runs in bfloat16.
+    """
+    if pass1 is None:
+        return None
+    kind = PASS1[pass1] if isinstance(pass1, str) else pass1
+    if isinstance(kind, BlockFloat):
+        key = hash(x.sum().item()) if kind.rounding == "stochastic" else 0  # the same for DFA and MEM-DFA, and resumed
+        products = Products(kind, False, key)
+        return lambda: products
+    cast = partial(torch.autocast, x.device.type, torch.bfloat16, cache_enabled=False)
+    return cast if kind is torch.bfloat16 else partial(_both, cast, Products(BlockFloat(8), True, 0))
+
+
+@contextmanager
+def _both(cast: Callable[[], AbstractContextManager[Any]], products: Products) -> Iterator[None]:
+    with cast(), products:
+        yield
+
+
 class InPrecision:
     """What computes in a precision of its own: each step of a subclass enters `autocast`."""
 
     blocks: nn.Sequential
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    teaches_blocks: ClassVar[bool]
     precision: str | None
+    pass1: str | BlockFloat | None
+    scalers: list[torch.amp.GradScaler]
+    _has_warned: bool = False  # that a first pass is too far from the second
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -62,6 +108,52 @@ class InPrecision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the rule computes."""
         return autocast(self.precision, self.device)
+
+    def check_precision(self, first: bool = False) -> None:
+        """Raise ValueError for a precision that there is not, or not for this rule, network or device."""
+        check(self.precision, self.device, self.teaches_blocks)
+        if self.pass1 is not None:
+            self._check_pass1(self.pass1, first)
+        if first and self.precision == "float16":
+            self.scalers = [torch.amp.GradScaler(self.device) for _ in self.blocks]
+
+    def _check_pass1(self, pass1: Any, first: bool) -> None:
+        check_pass1(type(self), pass1)
+        if not isinstance(pass1, BlockFloat):
+            lookup("pass1", pass1, PASS1)
+        dtypes = {parameter.dtype for parameter in self.blocks.parameters()} - {torch.float32}
+        if dtypes:
+            raise ValueError(f"pass1 narrows weights of float32, and the network has {dtypes.pop()}: leave it out")
+        kind = PASS1.get(pass1)
+        if first and isinstance(kind, torch.dtype) and not has_fast_product(kind, self.device):
+            warnings.warn(
+                f"this processor multiplies {pass1} no faster than float32: pass1={pass1!r} saves no time here",
+                stacklevel=4,
+            )
+
+    def error_of(self, logits: Tensor, y: Any) -> Tensor:
+        """Return e = dloss/dlogits, of the logits' shape (N, C), and leave the loss and its generators as they were."""
+        with ExitStack() as stack, torch.enable_grad():
+            stack.enter_context(generators_restored(logits.device))
+            if isinstance(self.loss_fn, nn.Module):
+                stack.enter_context(state_restored(self.loss_fn))
+            logits = logits.detach().requires_grad_()
+            (e,) = torch.autograd.grad(self.loss_fn(logits, y), logits)
+            return e
+
+    def warn_if_turned(self, e: Tensor, logits: Tensor, y: Any) -> None:
+        """Warn, once, if e is more than 10 degrees from that of an exact pass with these logits."""
+        exact = self.error_of(logits.float(), y)
+        lengths = torch.linalg.vector_norm(e) * torch.linalg.vector_norm(exact)
+        cosine = torch.dot(e.flatten(), exact.flatten()) / lengths
+        if has_data(e) and cosine < FAR:
+            self._has_warned = True
+            degrees = torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).item()
+            warnings.warn(
+                f"with pass1={self.pass1!r} the error e is {degrees:.0f} degrees from that of an exact pass: take more "
+                "bits, or leave pass1 out (ml.alignment.error_angle gives the angle)",
+                stacklevel=4,
+            )
 
 
 def _within(step: Step) -> Step:

@@ -8,6 +8,7 @@ same dropout masks, and BatchNorm's statistics are updated once.
 import copy
 import random
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.core.blocks import describe
 from memdfa_lab.core.compat import buffers_of, version
 from memdfa_lab.core.local import BlockGradient, ByAutograd, block_gradient
 from memdfa_lab.core.phases import label, phase
@@ -30,11 +32,13 @@ def forward_without_trace(
     first: int = 0,
     see: Callable[[type, Tensor], object] = lambda way, h: None,
     learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
+    narrow: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Tensor:
     """Return the output of `blocks` for x (N, ...), without a graph; what they change besides is restored.
 
     `first` is the number of the first of these blocks in the network, for the profilers. `see` is given the class
-    of `BlockGradient` by which each block ran, and its output. `learn` may form the gradient of a block before.
+    of `BlockGradient` by which each block ran, and its output. `learn` may form the gradient of a block before. Each
+    block runs within narrow(), if given; one that cannot runs without, and a warning names it.
     """
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
@@ -48,11 +52,25 @@ def forward_without_trace(
                 # By block: copies of all buffers would grow with depth.
                 with state_restored(block) if isinstance(gradient, ByAutograd) else buffers_restored(block):
                     learn(i, gradient)
-                    h = gradient.output()
+                    h = gradient.output() if narrow is None else _narrow_output(block, gradient, h, narrow)
                 way = type(gradient)
                 del gradient  # and its input
             see(way, h)
     return h
+
+
+def _narrow_output(
+    block: nn.Module, gradient: BlockGradient, h: Tensor, narrow: Callable[[], AbstractContextManager[Any]]
+) -> Tensor:
+    try:
+        with narrow():
+            return gradient.output()
+    except RuntimeError as problem:
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise
+        why = " ".join(str(problem).split())
+        warnings.warn(f"{describe(block)} runs in float32 in pass 1: {why}", stacklevel=4)
+    return block_gradient(block, h.float() if h.is_floating_point() else h).output()
 
 
 def generators_restored(device: torch.device) -> AbstractContextManager[None]:

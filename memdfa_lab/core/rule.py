@@ -42,10 +42,11 @@ class Rule(Updates, precisions.InPrecision, ABC):
     an autocast of its own; weights, gradients and the optimizers' state stay as they are. A torch.autocast around the
     step does the same. Blocks are then taught by autograd alone, so that MEM-DFA may hold more than in float32.
 
-    Each step updates the weights: gradients of several batches are not summed, since all of them would have to be kept.
-    Use a larger batch, which MEM-DFA's memory leaves room for.
+    `pass1`, for DFA and MEM-DFA: what a first forward pass runs in, for the loss and the e that all blocks are taught;
+    a name in `ml.precision.PASS1`, or a BlockFloat. A step warns where that e is far from an exact pass's.
 
-    Parameters may be frozen and unfrozen between steps.
+    Each step updates the weights: gradients of several batches are not summed, since all of them would have to be kept.
+    Use a larger batch, which MEM-DFA's memory leaves room for. Parameters may be frozen and unfrozen between steps.
 
     Raises TypeError if the model cannot be cut into blocks or an argument is of another kind; ValueError for an
     optimizer that needs the whole network at once (LBFGS), and what `as_blocks` refuses.
@@ -64,6 +65,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         *,
         clip_global_norm: float | None = None,
         precision: str | None = None,
+        pass1: str | precisions.BlockFloat | None = None,
     ):
         super().__init__(clip_norm, clip_global_norm)
         feedback = Stored() if feedback is None else feedback
@@ -74,7 +76,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         self.chain = list(self.blocks)  # nn.Sequential counts up to its i-th module each time
         self.loss_fn = loss_fn
         self.feedback = feedback
-        self.precision = precision
+        self.precision, self.pass1 = precision, pass1
         self._watched = contract.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
         self._rehearsed: set[Any] = set()
         self._make_optimizer = partial(state.make_optimizer, optimizer)
@@ -83,9 +85,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         self.loss_optimizer: torch.optim.Optimizer | None = None
         self._loss_taken_over: Loss | None = None
         self.follow_model()
-        precisions.check(precision, self.device, self.teaches_blocks)
-        if precision == "float16":
-            self.scalers = [torch.amp.GradScaler(self.device) for _ in self.chain]
+        self.check_precision(first=True)
         self.check()
 
     def check(self) -> None:
@@ -111,7 +111,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
                 where = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
                 raise RuntimeError(f"a step forms gradients, and {where} is on: call step outside of it")
         self.follow_model()
-        precisions.check(self.precision, self.device, self.teaches_blocks)
+        self.check_precision()
         self.begin_updates()
         self.rehearse(x, y)
         for block in self.parameters:
@@ -177,7 +177,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         Parameters of the loss learn at once. The gradients of penalties on weights are formed in `update`.
         """
         with phase("error"):
-            logits = logits.float() if self.scalers else logits  # e is scaled before it is cast
+            logits = logits.float() if self.scalers or self.pass1 else logits  # e is scaled before it is cast
             loss, e = self._checked_error(partial(self.group.error, self.loss_fn, self._loss_and_error), logits, y)
             if self._terms is not None and self.loss_optimizer is not None:
                 self._terms.add(terms.OWN, self.group.share)

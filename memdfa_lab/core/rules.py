@@ -26,6 +26,7 @@ from memdfa_lab.core.checks import check_number, lookup
 from memdfa_lab.core.contract import check_lengths, rows, two_sums, warn_if_other
 from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.core.local import BlockGradient, ByAutograd
+from memdfa_lab.core.precision import BlockFloat, first_pass
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.state import OptimizerFactory
@@ -72,11 +73,16 @@ class DFA(Rule):
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x, y)
         kept: deque[BlockGradient] = deque()
+        narrow = first_pass(self.pass1, h)
+        first = None if narrow is None else self.error(forward_without_trace(self.chain, h, narrow=narrow), y)
         for i in range(len(self.blocks)):
             kept.append(self.keep(i, h))
             h = kept[-1].output()
         check_lengths(self.chain, [rows(block.output()) for block in kept])
-        loss, e = self.error(h, y)
+        loss, e = first or self.error(h, y)
+        if first and not self._has_warned:
+            self.warn_if_turned(e, h, y)
+        del h, first
         for i in range(len(self.blocks)):
             self.teach(i, kept.popleft(), e)
         if self.clip_global_norm is not None:
@@ -108,9 +114,10 @@ class MemDFA(Rule):
         *,
         clip_global_norm: float | None = None,
         precision: str | None = None,
+        pass1: str | BlockFloat | None = None,
         keep_bytes: float = 0,
     ):
-        both: Any = {"clip_global_norm": clip_global_norm, "precision": precision}
+        both: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1}
         super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **both)
         if keep_bytes and clip_global_norm is not None:
             raise ValueError("clip_global_norm runs each block once more: leave keep_bytes out, or take DFA")
@@ -119,7 +126,6 @@ class MemDFA(Rule):
         if keep_bytes and kept_bytes is None:
             raise ValueError("keep_bytes needs the counter of memdfa_lab.memory: import that first")
         self.keep_bytes = keep_bytes
-        self._has_warned = False  # that the second pass differs from the first
         self._fitting: dict[tuple[torch.Size, torch.dtype], int] = {}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -135,10 +141,13 @@ class MemDFA(Rule):
             run_twice.append(way)
             lengths.append(rows(h))
 
-        logits = forward_without_trace(self.chain[len(kept) :], h, len(kept), see)
+        narrow = first_pass(self.pass1, x)
+        logits = forward_without_trace(self.chain[len(kept) :], h, len(kept), see, narrow=narrow)
         check_lengths(self.chain, lengths)
-        sums = two_sums(logits) if ByAutograd in run_twice else None  # by hand, the second pass cannot differ
+        by_autograd = ByAutograd in run_twice and narrow is None  # by hand, the second pass cannot differ
+        sums = two_sums(logits) if by_autograd else None
         loss, e = self.error(logits, y)
+        first_e = None if narrow is None or self._has_warned else e.clone()  # the last block may change e
         del logits
         if self.clip_global_norm is not None:
             self.find_norm(h, e)
@@ -146,6 +155,8 @@ class MemDFA(Rule):
             h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
         if sums is not None and not self._has_warned:
             self._has_warned = warn_if_other(sums, h)
+        if first_e is not None:
+            self.warn_if_turned(first_e, h, y)
         return loss
 
     def _how_many_fit(self, x: Tensor) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.checks import check_batch, check_int, check_type, lookup
+from memdfa_lab.core.precision import first_pass
 from memdfa_lab.core.recompute import buffers_restored, forward_without_trace, generators_restored
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP
@@ -50,6 +51,20 @@ def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float
     directions = lookup("angle of", of, {"gradient": _gradients, "signal": _signals})
     ours, exact = (directions(step, rule, x, y) for step in (type(rule).step, BP.step))
     return [_angle(one, other) for one, other in zip(ours, exact, strict=True)]
+
+
+def error_angle(rule: Rule, x: Tensor, y: Tensor) -> float:
+    """Return the angle between the e of a rule's `pass1` and that of an exact pass, in degrees (0 to 180).
+
+    The batch is x (N, ...) and y. All examples count together, and the network is used in the mode that it is in; the
+    rule is left as it is. Without `pass1` the angle is 0. Raises TypeError if there is no rule, and what `rule.step`
+    raises for a batch.
+    """
+    check_type("rule", rule, Rule, RULE)
+    check_batch(x)
+    with rule.autocast():
+        passes = [forward_without_trace(rule.chain, x, narrow=narrow) for narrow in (first_pass(rule.pass1, x), None)]
+    return _angle(*([rule.error_of(logits.float(), y)] for logits in passes))
 
 
 def follow(

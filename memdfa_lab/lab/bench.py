@@ -47,7 +47,7 @@ class Contender:
 def contenders(rules: Sequence[str], kinds: Sequence[str], options: Mapping[str, Any] | None = None) -> list[Contender]:
     """Return BP and the rules, those that use feedback once with each kind; each again with `options`, if given.
 
-    Raises ValueError for unknown names.
+    `pass1` goes to DFA and MEM-DFA; BP with it is BP without. Raises ValueError for unknown names.
     """
     found = [Contender("bp")]
     for kind in kinds:
@@ -58,8 +58,10 @@ def contenders(rules: Sequence[str], kinds: Sequence[str], options: Mapping[str,
         found += [Contender(rule, kind) for kind in (kinds if uses_feedback else ["none"])]
     found = list(dict.fromkeys(found))
     if options:
-        setting = ", ".join(f"{name}={value}" for name, value in options.items())
-        found += [Contender(one.rule, one.feedback, setting, dict(options)) for one in found]
+        for one in list(found):
+            given = {k: v for k, v in options.items() if k != "pass1" or find_rule(one.rule).teaches_blocks}
+            setting = ", ".join(f"{name}={value}" for name, value in given.items())
+            found += [Contender(one.rule, one.feedback, setting, given)] if given else []
     return found
 
 

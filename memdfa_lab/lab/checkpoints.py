@@ -113,6 +113,7 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> 
         "clip_norm": rule.clip_norm,
         "clip_global_norm": rule.clip_global_norm,
         "precision": rule.precision,
+        "pass1": str(rule.pass1),
         "feedback": feedback,
         "batch_size": f"{examples.batch_size}, drop_last" if examples.drop_last else examples.batch_size,
         "augment": _without_addresses(examples.augment),

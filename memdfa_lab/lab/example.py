@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.precision import check_pass1
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import models
@@ -33,6 +34,7 @@ def example_step(
     filters lie in memory; `options` go to the rule. Raises ValueError for unknown names and numbers below 1.
     """
     check_int("the batch size", batch_size)
+    check_pass1(find_rule(rule), options.get("pass1"))
     shape: Sequence[int]
     if isinstance(network, str):
         setting = models.get(network)

@@ -13,6 +13,7 @@ from torch import Tensor
 from memdfa_lab import memory
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.precision import check_pass1
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import datasets, models
@@ -45,6 +46,7 @@ def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | No
     run = RunSettings(rule=rule, network=network, **settings).completed()
     if run.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {run.device!r} is not there: use cpu, or install a torch that finds your GPU")
+    check_pass1(find_rule(rule), run.pass1)
     decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
     model = models.build(network, data.input_shape, data.classes, run.seed, run.initialisation).to(run.device)
     if sync_batchnorm is not None:
@@ -57,6 +59,7 @@ def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | No
         clip_norm=run.clip_norm,
         clip_global_norm=run.clip_global_norm,
         precision=run.precision,
+        **({"pass1": run.pass1} if run.pass1 else {}),
     )
 
 

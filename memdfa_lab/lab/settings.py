@@ -12,7 +12,7 @@ from pydantic_core import core_schema
 
 from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
-from memdfa_lab.core.precision import PRECISIONS
+from memdfa_lab.core.precision import PASS1, PRECISIONS
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import models
@@ -93,6 +93,7 @@ FeedbackName = Annotated[str, NameOf("feedback", KINDS)]
 LossName = Annotated[str, NameOf("loss", LOSSES)]
 OptimizerName = Annotated[str, NameOf("optimizer", OPTIMIZERS)]
 PrecisionName = Annotated[str, NameOf("precision", PRECISIONS)]
+Pass1Name = Annotated[str, NameOf("pass1", PASS1)]
 RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
 
 
@@ -136,6 +137,11 @@ class RunSettings(Checked):
     )
     precision: PrecisionName | None = Field(
         None, description="bfloat16, or on a GPU float16; default: the weights'", exclude_if=operator.not_
+    )
+    pass1: Pass1Name | None = Field(
+        None,
+        description="what DFA's and MEM-DFA's first pass runs in: bfloat16, int8, 2bit to 8bit; default: as the second",
+        exclude_if=operator.not_,
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, feedback and the order of the data")
     device: str = Field("cpu", description="cpu or cuda")

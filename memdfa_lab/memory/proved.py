@@ -3,39 +3,39 @@
 NAMES = """
 _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _cdist_backward _cdist_forward _fft_c2c _fft_r2c _foreach_abs
 _foreach_add.List _foreach_add.Scalar _foreach_mul.List _foreach_mul.ScalarList _foreach_norm.Scalar _foreach_sqrt
-_foreach_sub.List _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd _log_softmax
+_foreach_sub.List _int_mm _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd _log_softmax
 _log_softmax_backward_data _pdist_backward _pdist_forward _prelu_kernel _prelu_kernel_backward _safe_softmax
 _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward _softmax
-_softmax_backward_data _to_copy _trilinear abs adaptive_max_pool2d adaptive_max_pool2d_backward add.Scalar
-add.Tensor addcdiv addcmul addmm addmv affine_grid_generator amax amin aminmax angle arange arange.start
-arange.start_step asinh atan atan2 avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward baddbmm bernoulli
-binary_cross_entropy binary_cross_entropy_backward binary_cross_entropy_with_logits bitwise_and.Tensor block_diag
-bmm cat ceil celu clamp clamp.Tensor clamp_min clone col2im complex constant_pad_nd convolution convolution_backward
-copysign.Tensor cos cosh cummax cummin cumsum diag_embed diagonal_backward diagonal_copy digamma dist div.Scalar
-div.Tensor dot elu elu_backward embedding embedding_dense_backward empty.memory_format empty_like empty_strided
-eq.Scalar eq.Tensor erf erfc erfinv exp exp2 expm1 eye flip floor fmin fmod.Scalar frac fractional_max_pool2d
-fractional_max_pool2d_backward full full_like gather ge.Scalar gelu gelu_backward glu glu_backward grid_sampler_2d
-grid_sampler_2d_backward gt.Scalar gt.Tensor hardshrink hardshrink_backward hardsigmoid hardsigmoid_backward
-hardswish hardswish_backward hardtanh hardtanh_backward huber_loss huber_loss_backward hypot i0 im2col index.Tensor
-index_add index_copy index_fill.int_Scalar index_put index_select kthvalue le.Scalar leaky_relu leaky_relu_backward
+_softmax_backward_data _to_copy _trilinear abs adaptive_max_pool2d adaptive_max_pool2d_backward add.Scalar add.Tensor
+addcdiv addcmul addmm addmv affine_grid_generator amax amin aminmax angle arange arange.start arange.start_step asinh
+atan atan2 avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward baddbmm bernoulli binary_cross_entropy
+binary_cross_entropy_backward binary_cross_entropy_with_logits bitwise_and.Tensor block_diag bmm cat ceil celu clamp
+clamp.Tensor clamp_min clone col2im complex constant_pad_nd convolution convolution_backward copysign.Tensor cos cosh
+cummax cummin cumsum diag_embed diagonal_backward diagonal_copy digamma dist div.Scalar div.Tensor dot elu
+elu_backward embedding embedding_dense_backward empty.memory_format empty_like empty_strided eq.Scalar eq.Tensor erf
+erfc erfinv exp exp2 expm1 eye flip floor fmin fmod.Scalar frac fractional_max_pool2d fractional_max_pool2d_backward
+frexp.Tensor full full_like gather ge.Scalar gelu gelu_backward glu glu_backward grid_sampler_2d
+grid_sampler_2d_backward gt.Scalar gt.Tensor hardshrink hardshrink_backward hardsigmoid hardsigmoid_backward hardswish
+hardswish_backward hardtanh hardtanh_backward huber_loss huber_loss_backward hypot i0 im2col index.Tensor index_add
+index_copy index_fill.int_Scalar index_put index_select kthvalue ldexp.Tensor le.Scalar leaky_relu leaky_relu_backward
 lerp.Scalar lgamma linalg_cholesky_ex linalg_cross linalg_inv_ex linalg_lu_solve linalg_matrix_exp linalg_qr
 linalg_solve_triangular linalg_vector_norm linspace log log10 log1p log2 log_sigmoid_backward log_sigmoid_forward
 logaddexp logcumsumexp logical_and logit logit_backward logsumexp lt.Scalar lt.Tensor masked_fill.Scalar max.dim
 max_pool2d_with_indices max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward
-max_unpool2d maximum mean mean.dim median.dim min.dim mish mish_backward mkldnn_rnn_layer mkldnn_rnn_layer_backward
-mm mode mse_loss mse_loss_backward mul.Scalar mul.Tensor mv nan_to_num native_batch_norm native_batch_norm_backward
+max_unpool2d maximum mean mean.dim median.dim min.dim mish mish_backward mkldnn_rnn_layer mkldnn_rnn_layer_backward mm
+mode mse_loss mse_loss_backward mul.Scalar mul.Tensor mv nan_to_num native_batch_norm native_batch_norm_backward
 native_group_norm native_group_norm_backward native_layer_norm native_layer_norm_backward ne.Scalar neg new_empty
 new_empty_strided new_zeros nll_loss2d_backward nll_loss2d_forward nll_loss_backward nll_loss_forward nonzero_static
 norm.ScalarOpt_dim ones ones_like pixel_shuffle pixel_unshuffle poisson polar polygamma pow.Scalar pow.Tensor_Scalar
-pow.Tensor_Tensor put rand rand_like randn_like reciprocal reflection_pad1d reflection_pad1d_backward
-reflection_pad2d reflection_pad2d_backward relu remainder.Scalar renorm repeat replication_pad1d
-replication_pad1d_backward replication_pad2d replication_pad2d_backward roll rot90 round rrelu_with_noise
-rrelu_with_noise_backward rsqrt rsub.Scalar scalar_tensor scatter.src scatter.value scatter_add scatter_reduce.two
-select_backward sgn sigmoid sigmoid_backward sign silu silu_backward sin sinc sinh slice_backward smooth_l1_loss
-smooth_l1_loss_backward soft_margin_loss soft_margin_loss_backward softplus softplus_backward softshrink
-softshrink_backward sort special_entr special_i1 special_xlog1py sqrt stack std.correction sub.Scalar sub.Tensor sum
-sum.dim_IntList take tan tanh tanh_backward threshold threshold_backward topk trace tril triu trunc unfold_backward
-upsample_bicubic2d upsample_bicubic2d_backward upsample_bilinear2d upsample_bilinear2d_backward upsample_linear1d
+pow.Tensor_Tensor put rand rand_like randn_like reciprocal reflection_pad1d reflection_pad1d_backward reflection_pad2d
+reflection_pad2d_backward relu remainder.Scalar renorm repeat replication_pad1d replication_pad1d_backward
+replication_pad2d replication_pad2d_backward roll rot90 round rrelu_with_noise rrelu_with_noise_backward rsqrt
+rsub.Scalar scalar_tensor scatter.src scatter.value scatter_add scatter_reduce.two select_backward sgn sigmoid
+sigmoid_backward sign silu silu_backward sin sinc sinh slice_backward smooth_l1_loss smooth_l1_loss_backward
+soft_margin_loss soft_margin_loss_backward softplus softplus_backward softshrink softshrink_backward sort special_entr
+special_i1 special_xlog1py sqrt stack std.correction sub.Scalar sub.Tensor sum sum.dim_IntList take tan tanh
+tanh_backward threshold threshold_backward topk trace tril triu trunc unfold_backward upsample_bicubic2d
+upsample_bicubic2d_backward upsample_bilinear2d upsample_bilinear2d_backward upsample_linear1d
 upsample_linear1d_backward upsample_nearest1d upsample_nearest1d_backward upsample_nearest2d
 upsample_nearest2d_backward var.correction var_mean.correction where.self xlogy.Tensor zeros zeros_like
 """
