@@ -19,13 +19,13 @@ from memdfa_lab.core.rules import ALL_RULES
 
 REPORTS = Path(__file__).resolve().parent
 RUNS, TABLES = REPORTS / "runs" / "transformers", REPORTS / "paper"
-LENGTH, LRS, SEARCH_EPOCHS = 64, (3e-4, 1e-3, 3e-3), 2
-EPOCHS, BATCH = {"gpt": 6, "vit": 4}, {"gpt": 32, "vit": 64}
+LENGTH, LRS, SEARCH_EPOCHS = 64, (3e-4, 1e-3, 3e-3, 1e-2), 2
+EPOCHS, BATCH = {"gpt": 6, "vit": 3}, {"gpt": 32, "vit": 64}
 LOSS = {"gpt": ml.losses.token_cross_entropy, "vit": F.cross_entropy}
 NETWORK = {"gpt": partial(ml.models.gpt, 128, LENGTH), "vit": partial(ml.models.vit, (3, 32, 32), 10)}
 # in order of value: network, rule, seed
-PLAN = [(network, rule, 0) for rule in ("bp", "memdfa") for network in ("gpt", "vit")]
-PLAN += [(network, rule, 0) for rule in ("last_layer", "fa", "dfa") for network in ("gpt", "vit")]
+PLAN = [(network, rule, 0) for network in ("vit", "gpt") for rule in ("bp", "memdfa")]
+PLAN += [(network, rule, 0) for rule in ("dfa", "last_layer", "fa") for network in ("gpt", "vit")]
 PLAN += [("gpt", rule, seed) for seed in (1, 2) for rule in ("bp", "memdfa", "fa", "last_layer")]
 
 
@@ -39,7 +39,7 @@ def data(network, searching):
         end = n * 9 // 10  # the last tenth is the test
         start, end = (end * 9 // 10, end) if searching else (end, n)
         return (x[:start], y[:start]), (x[start:end], y[start:end])
-    images = ml.datasets.load("cifar10").subset(train=5_000 if searching else 20_000)
+    images = ml.datasets.load("cifar10").subset(train=5_000 if searching else 10_000, test=2_000)
     images = images.holdout(0.2) if searching else images
     return (images.x_train, images.y_train), (images.x_test, images.y_test)
 
