@@ -75,7 +75,19 @@ def train(network, rule, seed, lr, epochs, searching):
     return pd.read_csv(folder / "history.csv")
 
 
+def of_counts(before):
+    """Return the test loss of a table of counts: how often a letter follows the one or two (`before`) before it."""
+    (x, y), (x_test, y_test) = data("gpt", False)
+    row, row_test = x, x_test
+    if before == 2:
+        row, row_test = (z + 128 * F.pad(z, (1, 0))[:, :-1] for z in (x, x_test))
+    counts = torch.full((128**before, 128), 0.01)  # no letter is impossible
+    counts.view(-1).index_add_(0, (128 * row + y).flatten(), torch.ones(y.numel()))
+    return F.cross_entropy(counts[row_test.flatten()].log(), y_test.flatten()).item()
+
+
 def main():
+    print("loss of tables of counts:", of_counts(1), of_counts(2))
     histories, choices = [], []
     for network, rule, seed in PLAN:
         tried = "dfa" if rule == "memdfa" else rule  # their updates are the same
