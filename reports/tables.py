@@ -5,9 +5,11 @@ Each function prints a Markdown table. cog puts it in place: `python -m cogapp -
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import memdfa_lab as ml
 from memdfa_lab.core.rules import ALL_RULES
@@ -132,3 +134,25 @@ def superseded() -> None:
 def histories() -> pd.DataFrame:
     table: pd.DataFrame = paper.load(REPORTS / "paper")["histories"]
     return table
+
+
+def transformers() -> None:
+    """The two transformers after their last epoch: learning rate, loss and error on what is held out, predicted peak."""
+    table = pd.read_csv(REPORTS / "paper" / "transformers.csv")
+    words = {"x_dtype": torch.long, "y_shape": (32, 64), "y_dtype": torch.long, "loss_fn": ml.losses.token_cross_entropy}
+    steps = {
+        "gpt": ("GPT, letters", ml.models.gpt, (32, 64), words),
+        "vit": ("ViT, CIFAR-10", partial(ml.models.vit, (3, 32, 32), 10), (64, 3, 32, 32), {}),
+    }
+    rows = []
+    for (network, rule), runs in table.groupby(["network", "rule"], sort=False):
+        label, make, shape, how = steps[network]
+        last = runs[runs["epoch"] == runs["epoch"].max()]
+        peak = ml.memory.predict(rule, make, shape, torch.optim.Adam, ml.feedback.Regenerated(0), **how).peak_bytes
+        error = 100 * (1 - last["test_accuracy"])
+        spread = f" ± {error.std():.1f}" if len(last) > 1 else ""
+        loss, lr = last["test_loss"].mean(), f"{last['lr'].iloc[0]:g}"
+        rows.append([label, LABELS[rule], lr, f"{loss:.2f}", f"{error.mean():.1f}{spread} ({len(last)})", f"{peak / 2**20:.1f}"])
+    order = {label: i for i, label in enumerate(LABELS.values())}
+    rows.sort(key=lambda row: (row[0], order[row[1]]))
+    show(["network", "rule", "learning rate", "test loss", "test error, %", "peak, MiB"], rows)

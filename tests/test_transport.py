@@ -23,6 +23,7 @@ from memdfa_lab import memory
 from memdfa_lab.core.rules import FA
 from memdfa_lab.core.through_b import SETTINGS
 from memdfa_lab.core.transport import FeedbackTransport
+from memdfa_lab.lab import transformers
 
 SGD = OPTIMIZERS["sgd"]
 saved = partial(checkpoint, use_reentrant=False)
@@ -169,6 +170,7 @@ PASSES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], dict[s
         (3, 4),
         {"qkv": lambda: nn.Linear(4, 12), "out": lambda: nn.Linear(4, 4), "table": (5,), "temperature": ()},
     ),
+    "unit of a transformer": (lambda u, h: u.unit(h), (3, 4), {"unit": lambda: transformers.Unit(4, 2, True)}),
     "recurrence of linears": (recurrent, (3, 4), {"a": lambda: nn.Linear(4, 5), "b": lambda: nn.Linear(5, 5)}),
     "one layer twice": (lambda u, h: u.a(torch.tanh(u.a(h))), (2, 4), {"a": lambda: nn.Linear(4, 4)}),
     "linear example by example": (lambda u, h: torch.stack([*map(u.a, h)]), (8,), {"a": lambda: nn.Linear(8, 3)}),

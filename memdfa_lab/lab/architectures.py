@@ -16,10 +16,12 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+
+from memdfa_lab.core.checks import check_int
 
 Shape = tuple[int, int, int]  # (C, H, W) of one image
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -73,6 +75,14 @@ def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
             if min(size) < 1:
                 raise ValueError(f"images of shape {shape} are too small for {part!r}")
     return modules
+
+
+def check_shape(given: object) -> Shape:
+    """Return the shape (C, H, W) of images. Raises ValueError if it is none."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
+        raise ValueError(f"the input shape must be (C, H, W), such as (1, 28, 28), got {given!r}")
+    channels, height, width = (check_int("a size in the input shape", size) for size in given)
+    return channels, height, width
 
 
 def _on_images(part: str, channels: int, height: int, width: int) -> Iterator[tuple[nn.Module, tuple[int, ...]]]:

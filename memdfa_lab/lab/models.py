@@ -20,7 +20,9 @@ from memdfa_lab.core.blocks import as_blocks, parts_of
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
-from memdfa_lab.lab.architectures import ACTIVATIONS, Shape, layers
+from memdfa_lab.lab.architectures import ACTIVATIONS, Shape, check_shape, layers
+from memdfa_lab.lab.transformers import gpt as gpt
+from memdfa_lab.lab.transformers import vit as vit
 
 TABLE = Path(__file__).with_name("networks.csv")
 
@@ -105,7 +107,7 @@ def build(
     1.
     """
     network = get(name)
-    shape = network.input_shape if input_shape is None else _shape(input_shape)
+    shape = network.input_shape if input_shape is None else check_shape(input_shape)
     return from_layers(network.layers, shape, classes, seed, initialisation or network.initialisation["bp"])
 
 
@@ -164,7 +166,7 @@ def convnet(
     unknown activation, an input shape that is not (C, H, W), and numbers below 1.
     """
     parts = [f"conv3x3({count}) {_behind(activation, batch_norm)}" for count in _sizes("filters", filters)]
-    return from_layers(" ".join([*parts, "classes"]), _shape(input_shape), classes, seed)
+    return from_layers(" ".join([*parts, "classes"]), check_shape(input_shape), classes, seed)
 
 
 def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> pd.DataFrame:
@@ -200,13 +202,6 @@ def _sizes(name: str, given: object) -> list[int]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"{name} must be a list of sizes, such as [800, 800], got {given!r}")
     return [check_int(f"each size in {name}", size) for size in given]
-
-
-def _shape(given: object) -> Shape:
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
-        raise ValueError(f"the input shape must be (C, H, W), such as (1, 28, 28), got {given!r}")
-    channels, height, width = (check_int("a size in the input shape", size) for size in given)
-    return channels, height, width
 
 
 def _uniform(layer: nn.Linear | nn.Conv2d) -> None:

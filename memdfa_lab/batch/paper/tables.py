@@ -12,19 +12,27 @@ from memdfa_lab.core.rules import RULES
 
 
 def load(folder: str | Path = "reports/paper") -> dict[str, pd.DataFrame]:
-    """Return the tables in a folder by name, those that are not there without rows; `bench` is from its neighbour.
+    """Return the tables in a folder, as `find` finds it, by name, those that are not there without rows.
 
-    The folder is looked for from where one is, beside the notebooks and above them: theirs are found from anywhere.
+    `bench` is from its neighbour.
+    """
+    place = find(folder)
+    tables = {name: plan.current(runs.read(place, name)) for name in runs.TABLES}
+    tables |= {name: pd.read_csv(place / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
+    tables["profiles"] = tables["profiles"].fillna({"phase": ""})  # between two phases
+    bench = place.parent / "bench" / "bench.csv"
+    return tables | {"bench": pd.read_csv(bench) if bench.exists() else pd.DataFrame()}
+
+
+def find(folder: str | Path = "reports/paper") -> Path:
+    """Look for a folder of tables from where one is, beside the notebooks and above them: theirs are always found.
+
     Raises ValueError if no such folder has tables.
     """
     beside = notebooks_folder()
     for place in (Path(folder), beside / folder, beside.parent / folder):
         if (place / "depth.csv").exists():
-            tables = {name: plan.current(runs.read(place, name)) for name in runs.TABLES}
-            tables |= {name: pd.read_csv(place / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
-            tables["profiles"] = tables["profiles"].fillna({"phase": ""})  # between two phases
-            bench = place.parent / "bench" / "bench.csv"
-            return tables | {"bench": pd.read_csv(bench) if bench.exists() else pd.DataFrame()}
+            return place
     raise ValueError(
         f"no tables of the comparison in {str(folder)!r}: make them with `memdfa reproduce --paper --out FOLDER`, "
         "and give that folder as `runs`"
