@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from memdfa_lab.core.compat import buffers_of, version
 from memdfa_lab.core.local import BlockGradient, ByAutograd, block_gradient
 from memdfa_lab.core.phases import label, phase
+from memdfa_lab.core.store import FORWARD, IN_MEMORY, Store
 
 CONTAINERS = (list, dict, set, deque, bytearray)
 OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # the attributes that every module has
@@ -30,17 +31,20 @@ def forward_without_trace(
     first: int = 0,
     see: Callable[[type, Tensor], object] = lambda way, h: None,
     learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
+    store: Store = IN_MEMORY,
+    use: str = FORWARD,
 ) -> Tensor:
     """Return the output of `blocks` for x (N, ...), without a graph; what they change besides is restored.
 
     `first` is the number of the first of these blocks in the network, for the profilers. `see` is given the class
-    of `BlockGradient` by which each block ran, and its output. `learn` may form the gradient of a block before.
+    of `BlockGradient` by which each block ran, and its output. `learn` may form the gradient of a block before. `store`
+    has the blocks, and brings them in for `use`.
     """
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
         h, known = x, True
         for i, block in enumerate(blocks, first):
-            with phase("forward", i):
+            with phase("forward", i), store.block(i, use):
                 gradient = block_gradient(block, h)
                 if known and isinstance(gradient, ByAutograd):  # by hand, nothing draws from other libraries
                     known = False
@@ -111,7 +115,14 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def state_restored(module: nn.Module) -> Iterator[None]:
-    """Restore the module's buffers, and the attributes of its parts: what they are, and what they hold.
+    """Restore the module's buffers, and the attributes of its parts, as `attributes_restored` does."""
+    with buffers_restored(module), attributes_restored(module):
+        yield
+
+
+@contextmanager
+def attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Restore the attributes of the module's parts: what they are, and what they hold.
 
     What they hold is restored in tensors, generators, and lists, dictionaries and sets, but not in what lies in these.
     """
@@ -119,7 +130,7 @@ def state_restored(module: nn.Module) -> Iterator[None]:
     values = [value for _, before in attributes for value in before.values()]
     contents = [(value, copy.copy(value)) for value in values if isinstance(value, CONTAINERS)]
     tensors = [(value, version(value), value.detach().clone()) for value in values if isinstance(value, Tensor)]
-    with buffers_restored(module), ExitStack() as stack:
+    with ExitStack() as stack:
         for value in values:
             if not isinstance(value, (Tensor, *CONTAINERS)):
                 stack.enter_context(generator_restored(value))

@@ -29,6 +29,7 @@ from memdfa_lab.core.local import BlockGradient, ByAutograd
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.state import OptimizerFactory
+from memdfa_lab.core.store import TEACH, Store
 from memdfa_lab.core.transport import FeedbackTransport
 
 
@@ -96,7 +97,7 @@ class MemDFA(Rule):
     run again. 0 is the paper's MEM-DFA; with infinity no block is run twice. Raises ValueError for less than 0.
     """
 
-    teaches_blocks = True
+    teaches_blocks = leaves_blocks = True
 
     def __init__(
         self,
@@ -108,10 +109,13 @@ class MemDFA(Rule):
         *,
         clip_global_norm: float | None = None,
         precision: str | None = None,
+        offload: Store | None = None,
         keep_bytes: float = 0,
     ):
-        both: Any = {"clip_global_norm": clip_global_norm, "precision": precision}
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **both)
+        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "offload": offload}
+        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **options)
+        if keep_bytes and offload is not None:
+            raise ValueError("keep_bytes keeps blocks in memory, and offload takes them out: give one of them")
         if keep_bytes and clip_global_norm is not None:
             raise ValueError("clip_global_norm runs each block once more: leave keep_bytes out, or take DFA")
         if keep_bytes != math.inf:
@@ -121,6 +125,7 @@ class MemDFA(Rule):
         self.keep_bytes = keep_bytes
         self._has_warned = False  # that the second pass differs from the first
         self._fitting: dict[tuple[torch.Size, torch.dtype], int] = {}
+        self.store.take(self)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x, y)
@@ -135,7 +140,7 @@ class MemDFA(Rule):
             run_twice.append(way)
             lengths.append(rows(h))
 
-        logits = forward_without_trace(self.chain[len(kept) :], h, len(kept), see)
+        logits = forward_without_trace(self.chain[len(kept) :], h, len(kept), see, store=self.store)
         check_lengths(self.chain, lengths)
         sums = two_sums(logits) if ByAutograd in run_twice else None  # by hand, the second pass cannot differ
         loss, e = self.error(logits, y)
@@ -143,7 +148,9 @@ class MemDFA(Rule):
         if self.clip_global_norm is not None:
             self.find_norm(h, e)
         for i in range(len(self.blocks)):  # h_i comes from the old W_i, which is not needed again
-            h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
+            with self.store.block(i, TEACH):
+                h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
+        self.store.end_step()
         if sums is not None and not self._has_warned:
             self._has_warned = warn_if_other(sums, h)
         return loss

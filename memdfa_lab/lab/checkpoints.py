@@ -105,7 +105,7 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> 
     tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in rule.blocks.state_dict(keep_vars=True).items()]
     return {
         "rule": type(rule).__name__,
-        "network": "\n".join([_without_addresses(rule.blocks), *tensors]),
+        "network": "\n".join([without_addresses(rule.blocks), *tensors]),
         "data": examples.facts,
         "loss": _described(rule.loss_fn),
         "optimizer": f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})",
@@ -115,12 +115,12 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> 
         "precision": rule.precision,
         "feedback": feedback,
         "batch_size": f"{examples.batch_size}, drop_last" if examples.drop_last else examples.batch_size,
-        "augment": _without_addresses(examples.augment),
+        "augment": without_addresses(examples.augment),
         "seed": examples.seed,
     }
 
 
-def _without_addresses(thing: object) -> str:
+def without_addresses(thing: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
