@@ -48,6 +48,7 @@ class BlockFiles:
         self.folder, self.twice, self.sync = folder, twice, sync
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: name a folder for the network's weights")
+        self._thread = ThreadPoolExecutor(1) if thread else None
         self._lock = ExitStack()
         self._lock.enter_context(locked(folder / MANIFEST))
         try:
@@ -57,7 +58,6 @@ class BlockFiles:
             raise
         self.names: list[str] = list(self.committed["blocks"]) if self.committed else []  # of the newest files
         self._to_sync: set[str] = set()
-        self._thread = ThreadPoolExecutor(1) if thread else None
         self._writing: deque[Future[Any]] = deque()
 
     def close(self) -> None:

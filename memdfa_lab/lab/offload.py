@@ -114,7 +114,7 @@ class Disk(Store):
         resting = self._network()
         if resting.rule is not None:
             raise ValueError(f"{self.folder} has the network of a rule already: give each rule a store of its own")
-        if rule.chain != resting.chain:
+        if not resting.has(rule.chain):
             raise ValueError("these are not the blocks that the store has: give MemDFA what build returned, as it is")
         before = self._files.committed or {}
         for name, value in _facts(rule).items():
@@ -198,7 +198,7 @@ class Disk(Store):
         if self._files.committed is None:
             self.commit()
         for i in range(len(blocks)):
-            resting.take_out(i)
+            resting.take_out(i, all_of_it=True)
         return blocks
 
     def _check_space(self, resting: Resting) -> None:

@@ -45,6 +45,13 @@ class Resting:
             lines += [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in weights(i, block).items()]
         self.network = "\n".join(lines)
 
+    def has(self, chain: Sequence[nn.Module]) -> bool:
+        """Tell whether these blocks are of the same tensors, which may be of other modules around them."""
+        ours, theirs = (
+            [list(map(id, weights(0, block).values())) for block in blocks] for blocks in (self.chain, chain)
+        )
+        return ours == theirs
+
     def tensors(self, i: int) -> dict[str, Tensor]:
         """Return what block i's file has: weights and buffers, and then what its optimizer keeps."""
         found = weights(i, self.chain[i])
@@ -102,11 +109,11 @@ class Resting:
             self._stored[i] = B
         self.take_out(i)
 
-    def take_out(self, i: int) -> None:
-        """Take block i's data out of memory."""
+    def take_out(self, i: int, all_of_it: bool = False) -> None:
+        """Take block i's data out of memory; with `all_of_it` also what has none says from now on where it rests."""
         stored = [self._stored[i]] if i in self._stored else []
         for tensor in [*self.tensors(i).values(), *stored]:
-            if has_data(tensor):
+            if all_of_it or has_data(tensor):
                 tensor.data = self._absent(tensor.shape, tensor.stride(), tensor.dtype)
 
     def _states(self, i: int) -> dict[int, dict[str, Any]]:
