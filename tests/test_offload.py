@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -17,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -24,7 +27,7 @@ from problems import BY_NAME, OPTIMIZERS, STORAGES, Problem, Record, make_rule, 
 from reference import assert_identical, assert_same_training, refuses
 from torch import Tensor, nn
 
-from memdfa_lab.core.feedback import Stored
+from memdfa_lab.core.feedback import Regenerated, Stored
 from memdfa_lab.core.rules import MemDFA
 from memdfa_lab.core.seeds import mix
 from memdfa_lab.core.store import TEACH
@@ -32,6 +35,7 @@ from memdfa_lab.core.watcher import has_data
 from memdfa_lab.lab import models, tensor_files
 from memdfa_lab.lab.check import check
 from memdfa_lab.lab.evaluation import predict
+from memdfa_lab.lab.fit import fit
 from memdfa_lab.lab.offload import Disk
 
 MLP, ADAMW = BY_NAME["mlp_relu"], OPTIMIZERS["adamw"]
@@ -490,3 +494,56 @@ def test_other_tools_open_the_files_and_each_dtype_and_layout_comes_back(tmp_pat
             )
     safetensors.save_file({"x": torch.ones(3)}, tmp_path / "theirs")
     assert torch.equal(tensor_files.read(tmp_path / "theirs")["x"], torch.ones(3))
+
+
+@pytest.mark.parametrize("commit_every", [1, 2, None])
+def test_fit_goes_on_from_the_folder_as_if_it_had_never_stopped(commit_every, tmp_path):
+    problem, settings = BY_NAME["dropout"], {"epochs": 3, "batch_size": 4, "progress": False}
+    settings |= {"scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5), "test": None}
+    data = problem.x.repeat(3, 1, 1, 1), problem.y.repeat(3)
+
+    def fitted(store: Disk | None, stop_after_step: float = math.inf, **more: Any) -> tuple[Any, Any]:
+        options = {"offload": store} if store is not None else {}
+        net = store.build(problem.make) if store is not None else problem.make()
+        rule = MemDFA(net, ADAMW, feedback=Regenerated(seed=3), **options)
+        if store is None:  # it begins where the other one does
+            with Disk(tmp_path / "again") as begun:
+                begun.build(problem.make)
+                rule.blocks.load_state_dict(begun.state_dict())
+        steps, step = itertools.count(1), rule.step
+
+        def cut(x: Tensor, y: Tensor) -> Tensor:
+            if next(steps) > stop_after_step:
+                raise ZeroDivisionError("cut")
+            return step(x, y)
+
+        rule.step = cut
+        torch.manual_seed(9)
+        return rule, fit(rule, data, **settings, **more)
+
+    with torch.random.fork_rng(devices=[]):
+        plain, wanted = fitted(None)
+        for stop in (1, 4):
+            with Disk(tmp_path / "w", commit_every=commit_every) as store, refuses(ZeroDivisionError):
+                fitted(store, stop, checkpoint=tmp_path / "w")
+            if commit_every is None:
+                shutil.rmtree(tmp_path / "w")
+        with Disk(tmp_path / "w", commit_every=commit_every) as store:
+            assert store.steps == {1: 5, 2: 4, None: 0}[commit_every]
+            rule, history = fitted(store, checkpoint=tmp_path / "w")
+            same = fit(rule, data, **settings, checkpoint=tmp_path / "w")
+            assert_same_training(recorded([], rule), recorded([], plain))
+    for found in (history, same):
+        pd.testing.assert_frame_equal(*(one.table.drop(columns="seconds") for one in (found, wanted)), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "hints"),
+    [
+        ({"checkpoint": "elsewhere.pt"}, ("rests in", "checkpoint=")),
+        ({"stop_after": 1}, ("stop_after", "offload")),
+    ],
+)
+def test_fit_says_what_goes_without_offload_alone(more, hints, tmp_path):
+    with opened(tmp_path / "w")[0] as store, refuses(ValueError, *hints):
+        fit(store._network().rule, (torch.ones(6, 8), torch.arange(6) % 5), 1, 3, **more)

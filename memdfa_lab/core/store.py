@@ -16,6 +16,9 @@ class Store:
     """Memory, where blocks are at hand at any time and nothing is to be done."""
 
     offloads = False  # whether a block's tensors have data within `block` alone
+    due = False  # whether the steps so far are to be committed now
+    commits_by_itself = True  # else whoever runs the steps calls `commit`, as `fit` does
+    progress: Any = None  # what was committed last beside the network
 
     def take(self, rule: Any) -> None:
         """Take over the blocks of a rule with all that belongs to them."""
@@ -29,6 +32,9 @@ class Store:
 
     def end_step(self) -> None:
         """Note that every block has been taught."""
+
+    def commit(self, progress: object = None) -> None:
+        """Keep the network as it is now, and `progress`, what else a run needs to go on, whatever happens later."""
 
 
 IN_MEMORY = Store()

@@ -56,7 +56,7 @@ class Disk(Store):
         self.folder = Path(folder)
         self._files = BlockFiles(self.folder, commit_every is not None, bool(ahead), commit_every == 1)
         self.steps: int = self._files.committed["steps"] if self._files.committed else 0
-        self.commits_by_itself = True  # else whoever runs the steps calls `commit`, as `fit` does
+        self.progress = self._files.rest()["progress"] if self._files.committed else None
         self._resting: Resting | None = None
         self._broken = ""  # why the store can no longer be used
 
@@ -103,6 +103,11 @@ class Disk(Store):
         """Return the network's weights and buffers by name; each is read from the folder when it is asked for."""
         return Saved(self._network())
 
+    @property
+    def free_bytes(self) -> int:
+        """How much the folder's disk can still hold."""
+        return shutil.disk_usage(self.folder).free
+
     def take(self, rule: Any) -> None:
         if self._resting is None:
             if self._files.committed is not None:
@@ -143,8 +148,12 @@ class Disk(Store):
 
     def end_step(self) -> None:
         self.steps += 1
-        if self.commits_by_itself and self.commit_every is not None and self.steps % self.commit_every == 0:
+        if self.commits_by_itself and self.due:
             self.commit()
+
+    @property
+    def due(self) -> bool:  # type: ignore[override]
+        return self.commit_every is not None and self.steps % self.commit_every == 0
 
     def commit(self, progress: object = None) -> None:
         """Let the folder take over the network as it is now, and `progress`, what else a run needs to go on."""
@@ -157,6 +166,7 @@ class Disk(Store):
                 loss = {"module": resting.rule.loss_fn.state_dict(), "optimizer": own}
         with self._disk_errors():
             self._files.commit(facts, {"loss": loss, "progress": progress})
+        self.progress = progress
 
     def close(self) -> None:
         """Commit the steps since the last commit, unless one was cut short, and let others have the folder."""
@@ -205,7 +215,7 @@ class Disk(Store):
         """Raise ValueError if the disk has no room for the weights."""
         tensors = [tensor for i in range(len(resting.chain)) for tensor in resting.tensors(i).values()]
         needed = sum(tensor.numel() * tensor.itemsize for tensor in tensors) * (2 if self._files.twice else 1)
-        free = shutil.disk_usage(self.folder).free
+        free = self.free_bytes
         if needed > free:
             twice = ", twice (with commit_every=None once)" if self._files.twice else ""
             raise ValueError(
