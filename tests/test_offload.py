@@ -27,6 +27,7 @@ from problems import BY_NAME, OPTIMIZERS, STORAGES, Problem, Record, make_rule, 
 from reference import assert_identical, assert_same_training, refuses
 from torch import Tensor, nn
 
+from memdfa_lab import cli
 from memdfa_lab.core.feedback import Regenerated, Stored
 from memdfa_lab.core.rules import MemDFA
 from memdfa_lab.core.seeds import mix
@@ -37,6 +38,7 @@ from memdfa_lab.lab.check import check
 from memdfa_lab.lab.evaluation import predict
 from memdfa_lab.lab.fit import fit
 from memdfa_lab.lab.offload import Disk
+from memdfa_lab.memory.ledger import measure
 
 MLP, ADAMW = BY_NAME["mlp_relu"], OPTIMIZERS["adamw"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -547,3 +549,32 @@ def test_fit_goes_on_from_the_folder_as_if_it_had_never_stopped(commit_every, tm
 def test_fit_says_what_goes_without_offload_alone(more, hints, tmp_path):
     with opened(tmp_path / "w")[0] as store, refuses(ValueError, *hints):
         fit(store._network().rule, (torch.ones(6, 8), torch.arange(6) % 5), 1, 3, **more)
+
+
+def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_path, capsys):
+    def run(*more: str) -> str:
+        common = [
+            "--network",
+            "784-[8]x2-10",
+            "--dataset",
+            "mnist5k",
+            "--batch-size",
+            "1000",
+            "--out",
+            tmp_path / "out",
+        ]
+        status = cli.main(["train", *map(str, common), "--offload", str(tmp_path / "w"), *more])
+        text = capsys.readouterr()
+        return text.err if status else text.out
+
+    assert "and begins" in run("--epochs", "1")
+    assert "goes on from step 4;" in run("--epochs", "2", "--commit-every", "1")
+    for more in (["--rule", "all"], ["--overwrite"]):
+        assert "--offload is for --rule memdfa in one process" in run("--epochs", "2", *more)
+    with Disk(tmp_path / "w") as store:
+        assert store.steps == 8
+
+
+def test_the_counter_refuses_a_rule_whose_blocks_it_would_not_see_come_in(tmp_path):
+    with opened(tmp_path)[0] as store, refuses(ValueError, "without offload"):
+        measure(store._network().rule, torch.ones(3, 8), torch.arange(3))
