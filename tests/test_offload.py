@@ -578,3 +578,82 @@ def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_
 def test_the_counter_refuses_a_rule_whose_blocks_it_would_not_see_come_in(tmp_path):
     with opened(tmp_path)[0] as store, refuses(ValueError, "without offload"):
         measure(store._network().rule, torch.ones(3, 8), torch.arange(3))
+
+
+# ------------------------------------------------------------------------------------------------- one sweep a step
+
+
+@rotated("problem optimizer ahead", params(), OPTIMIZERS, (None, 0, 1, 2))
+def test_a_sweep_has_the_numbers_of_steps_bit_for_bit(problem, optimizer, ahead, tmp_path):
+    options = {} if ahead is None else {"offload": Disk(tmp_path, ahead=ahead, commit_every=2)}
+    rule, twin = (make_rule("memdfa", problem, optimizer, **given) for given in (options, {}))
+    wanted = train(twin, problem, 5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        assert_same_training(recorded(list(rule.sweep(problem.batches(5))), rule), wanted)
+
+
+def test_batches_are_drawn_in_a_sweep_as_between_steps_and_the_losses_learn_in_turn(tmp_path):
+    problem = BY_NAME["dropout"]
+
+    def drawn() -> Any:
+        for _ in range(4):
+            yield torch.randn(6, *problem.shape) + random.random(), problem.y
+
+    found = []
+    for sweeps in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            random.seed(4)
+            rule = MemDFA(problem.build(), ADAMW, OwnLoss(), Stored(seed=3))
+            losses = list(rule.sweep(drawn()) if sweeps else (rule.step(x, y) for x, y in drawn()))
+            found.append(record(losses, nn.ModuleList([rule.blocks, rule.loss_fn]), [*rule.optimizers]))
+    assert_same_training(*found)
+
+
+def test_what_a_batch_is_refused_for_comes_after_the_batch_before_has_been_learned(tmp_path):
+    good = MLP.x, MLP.y
+    for bad in ((MLP.x * torch.nan, MLP.y), (MLP.x[:, :3], MLP.y)):
+        rule, twin = make_rule("memdfa", MLP), make_rule("memdfa", MLP)
+        losses = rule.sweep([good, bad])
+        assert torch.equal(next(losses), twin.step(*good))
+        with refuses((FloatingPointError, RuntimeError), "no weight was changed"):
+            next(losses)
+        assert_identical(dict(rule.blocks.state_dict()), dict(twin.blocks.state_dict()))
+    assert list(make_rule("memdfa", MLP).sweep([])) == []
+    for options in ({"clip_global_norm": 1.0}, {"keep_bytes": math.inf}):
+        with refuses(ValueError, "visits each block once"):
+            next(make_rule("memdfa", MLP, **options).sweep([good]))
+    noisy = make_rule("memdfa", MLP)
+    noisy.loss_fn = lambda logits, y: nn.functional.cross_entropy(logits + torch.randn(()), y)
+    with refuses(RuntimeError, "draws random numbers"):
+        next(noisy.sweep([good]))
+
+
+def test_a_sweep_reads_and_writes_each_weight_once_a_step(tmp_path, monkeypatch):
+    moved, write_at, read_at = [0, 0], tensor_files._write_at, tensor_files._read_at
+
+    def count(which: int, move: Callable[..., Any], data: int) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            moved[which] += len(args[data])
+            return move(*args)
+
+        return counted
+
+    monkeypatch.setattr(tensor_files, "_read_at", count(0, read_at, 2))
+    monkeypatch.setattr(tensor_files, "_write_at", count(1, write_at, 2))
+    with Disk(tmp_path, ahead=0, commit_every=None) as store:
+        net = store.build(partial(models.mlp, 200, [200] * 7, 5))
+        rule = MemDFA(net, OPTIMIZERS["sgd"], offload=store, feedback=Regenerated())
+        weights = sum(4 * p.numel() for p in net.parameters())
+        batch = torch.randn(6, 200), torch.arange(6) % 5
+        losses, found = rule.sweep(itertools.repeat(batch)), []
+        for _ in range(3):
+            moved[:] = 0, 0
+            next(losses)
+            found.append([number / weights for number in moved])
+        losses.close()
+        assert found[-1] == pytest.approx([1, 1], abs=0.05)
+        moved[:] = 0, 0
+        rule.step(*batch)
+        assert moved[0] / weights == pytest.approx(2, abs=0.05)

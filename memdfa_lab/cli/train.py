@@ -63,7 +63,8 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
     rows = []
     for run in runs:
         with nullcontext() if options.offload is None else _store(options) as store:
-            _, history = experiments.train(data=data, folder=out / run.rule, offload=store, **dict(run), **how)
+            more = how if store is None else how | {"offload": store}
+            _, history = experiments.train(data=data, folder=out / run.rule, **dict(run), **more)
         rows.append({"rule": run.rule, **history.table.iloc[-1], "seconds": history.table["seconds"].sum()})
     if group.rank == 0:
         print(pd.DataFrame(rows).astype({"epoch": int}).to_string(index=False, float_format="{:.4f}".format))

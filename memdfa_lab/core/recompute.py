@@ -42,21 +42,35 @@ def forward_without_trace(
     """
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
-        h, known = x, True
+        h, others = x, [other_generators_restored()]
         for i, block in enumerate(blocks, first):
-            with phase("forward", i), store.block(i, use):
-                gradient = block_gradient(block, h)
-                if known and isinstance(gradient, ByAutograd):  # by hand, nothing draws from other libraries
-                    known = False
-                    stack.enter_context(other_generators_restored())
-                # By block: copies of all buffers would grow with depth.
-                with state_restored(block) if isinstance(gradient, ByAutograd) else buffers_restored(block):
-                    learn(i, gradient)
-                    h = gradient.output()
-                way = type(gradient)
-                del gradient  # and its input
+            way, h = without_trace(i, block, h, store, use, learn, lambda: others and stack.enter_context(others.pop()))
             see(way, h)
     return h
+
+
+def without_trace(
+    i: int,
+    block: nn.Module,
+    h: Tensor,
+    store: Store,
+    use: str = FORWARD,
+    learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
+    draws: Callable[[], object] = lambda: None,
+) -> tuple[type, Tensor]:
+    """Run one block, and return the class of `BlockGradient` by which it ran, and its output.
+
+    `draws` is called before it may draw from generators of other libraries, whose state is not restored here.
+    """
+    with phase("forward", i), store.block(i, use):
+        gradient = block_gradient(block, h)
+        by_autograd = isinstance(gradient, ByAutograd)
+        if by_autograd:  # by hand, nothing draws from other libraries
+            draws()
+        # By block: copies of all buffers would grow with depth.
+        with state_restored(block) if by_autograd else buffers_restored(block):
+            learn(i, gradient)
+            return type(gradient), gradient.output()
 
 
 def generators_restored(device: torch.device) -> AbstractContextManager[None]:
@@ -76,7 +90,7 @@ def other_generators_restored() -> Iterator[None]:
 @contextmanager
 def generator_restored(generator: Any) -> Iterator[None]:
     """Restore a generator of torch, numpy or Python on leaving."""
-    get, put = _state_of(generator)
+    get, put = state_of(generator)
     before = get()
     try:
         yield
@@ -84,7 +98,7 @@ def generator_restored(generator: Any) -> Iterator[None]:
         put(before)
 
 
-def _state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+def state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """Return how to take and to set the state of a generator; of anything else there is none."""
     for get, put in (("get_state", "set_state"), ("getstate", "setstate")):  # of torch and numpy, of Python
         if hasattr(generator, get) and hasattr(generator, put):

@@ -15,7 +15,7 @@ Sources: FA, Lillicrap et al. 2016; DFA, Nøkland 2016; MEM-DFA, Chu et al. 2020
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +30,7 @@ from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.state import OptimizerFactory
 from memdfa_lab.core.store import TEACH, Store
+from memdfa_lab.core.sweep import sweep
 from memdfa_lab.core.transport import FeedbackTransport
 
 
@@ -123,6 +124,7 @@ class MemDFA(Rule):
         if keep_bytes and kept_bytes is None:
             raise ValueError("keep_bytes needs the counter of memdfa_lab.memory: import that first")
         self.keep_bytes = keep_bytes
+        self.sweeps = False  # whether the next step's pass 1 is beside this one's pass 2
         self._has_warned = False  # that the second pass differs from the first
         self._fitting: dict[tuple[torch.Size, torch.dtype], int] = {}
         self.store.take(self)
@@ -154,6 +156,22 @@ class MemDFA(Rule):
         if sums is not None and not self._has_warned:
             self._has_warned = warn_if_other(sums, h)
         return loss
+
+    def sweep(self, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
+        """Learn from each batch (x, y), and yield its loss: the numbers of `step` on each, bit for bit.
+
+        Pass 2 of a batch and pass 1 of the next go through the blocks side by side, so that what rests in a store is
+        read and written once a step. The next batch is taken before a loss is yielded: between losses weights must not
+        change, and no random numbers be drawn. Raises what `step` raises, when the batch before has been learned from;
+        ValueError with keep_bytes, clip_global_norm or several ranks; RuntimeError if the loss draws random numbers.
+        """
+        if self.keep_bytes or self.clip_global_norm is not None or self.group.size > 1:
+            raise ValueError("a sweep visits each block once: take step with keep_bytes, clip_global_norm, more ranks")
+        self.sweeps = True
+        try:
+            yield from sweep(self, batches)
+        finally:
+            self.sweeps = False
 
     def _how_many_fit(self, x: Tensor) -> int:
         """Return how many of the first blocks fit into `keep_bytes`; counted once for each shape of x."""

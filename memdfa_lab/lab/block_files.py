@@ -28,6 +28,7 @@ from memdfa_lab.lab.files import locked, write_text, write_whole
 
 MANIFEST, FORMAT = "network.json", 1
 FEEDBACK = "feedback"
+MOST_WAITING = 2  # to be written: they are in memory
 T = TypeVar("T")
 Wanted = Callable[[str], bool]
 
@@ -101,7 +102,7 @@ class BlockFiles:
 
     def _write(self, job: Callable[[], object]) -> None:
         self._writing.append(self._start(job))
-        while self._writing and self._writing[0].done():
+        while self._writing and (self._writing[0].done() or len(self._writing) > MOST_WAITING):
             self._writing.popleft().result()
 
     def _start(self, job: Callable[[], T]) -> Future[T]:

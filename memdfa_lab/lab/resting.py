@@ -124,8 +124,10 @@ class Resting:
 
     def _after(self, use: str) -> str:
         """Return for what blocks are used once all have been used for `use`."""
+        if use == TEACH and not self.rule.sweeps:
+            return FORWARD
         norm = self.rule is not None and self.rule.clip_global_norm is not None
-        return FORWARD if use == TEACH else NORM if norm and use == FORWARD else TEACH
+        return NORM if norm and use == FORWARD else TEACH
 
     def _read(self, i: int, use: str) -> Future[dict[str, Tensor]]:
         def wanted(name: str) -> bool:
