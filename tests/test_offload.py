@@ -425,6 +425,8 @@ def test_what_is_in_use_or_cannot_be_offloaded_is_refused_in_a_line(tmp_path):
         for touch in (rule.blocks, lambda x: rule.state_dict()["blocks"]["0.1.weight"].sum()):
             with refuses(RuntimeError, "rests in", "offload=store"):
                 touch(torch.ones(2, 8))
+        with refuses(ValueError, "store.load"):
+            rule.load_state_dict(rule.state_dict())
         rule.loss_fn = lambda logits, y: nn.functional.cross_entropy(logits, y) + rule.blocks[0][1].weight.sum()
         with refuses(ValueError, "rests in"):
             rule.step(torch.ones(3, 8), torch.arange(3))
