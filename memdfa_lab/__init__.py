@@ -47,6 +47,7 @@ LATER = {
     "figures": "memdfa_lab.figures",
     "paper": "memdfa_lab.batch.paper",
     "machines": "memdfa_lab.lab.machines",
+    "offload": "memdfa_lab.lab.offload",
     "report": "memdfa_lab.batch.report",
     "sweep": "memdfa_lab.batch.sweep",
     "widgets": "memdfa_lab.widgets",

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from memdfa_lab.cli.command import INTERRUPTED, add_command, add_rules, add_settings, chosen_rules
 from memdfa_lab.lab import distributed, experiments
+from memdfa_lab.lab.offload import Disk
 from memdfa_lab.lab.settings import RunSettings
 
 NAMES = [name for name in RunSettings.model_fields if name != "rule"]
@@ -29,6 +31,10 @@ def add_to(commands: Any) -> None:
     add = command.add_argument
     add("--out", type=Path, help="run folder; default: reports/runs/NETWORK-DATASET-seedSEED")
     add("--overwrite", action="store_true", help="start anew instead of going on with the run in the folder")
+    rests = "weights and the optimizer's state rest in this folder, block by block; the run goes on from it"
+    add("--offload", type=Path, metavar="FOLDER", help=f"memdfa alone: {rests}")
+    every = "steps from one commit of that folder to the next, from which a run goes on; 0: at the end of epochs"
+    add("--commit-every", type=int, default=100, metavar="STEPS", help=f"{every}; default: 100")
     add("--sync-batchnorm", action="store_true", help="under torchrun: BatchNorm's statistics over all ranks")
     seconds = "under torchrun: seconds that a rank waits for another before it gives up; default: 60"
     add("--dist-timeout", type=float, default=distributed.TIMEOUT_S, metavar="S", help=seconds)
@@ -47,14 +53,26 @@ def _train(options: argparse.Namespace) -> None:
 def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in NAMES} | {"device": group.device}
     runs = [RunSettings(rule=rule, **settings) for rule in chosen_rules(options.rule)]  # refused here, before any work
+    alone = [run.rule for run in runs] == ["memdfa"] and group.size == 1 and group.device == "cpu"
+    if options.offload is not None and (not alone or options.overwrite):
+        raise ValueError("--offload is for --rule memdfa in one process on the CPU; to begin anew, delete the folder")
     with group.first_rank_first():  # one rank downloads, the others find the files
         data = experiments.load_for(options.network, options.dataset, options.root)
     out = options.out or Path("reports/runs") / f"{options.network}-{data.name}-seed{options.seed}"
     how = {"overwrite": options.overwrite, "group": group, "sync_batchnorm": options.sync_batchnorm}
     rows = []
     for run in runs:
-        _, history = experiments.train(data=data, folder=out / run.rule, **dict(run), **how)
+        with nullcontext() if options.offload is None else _store(options) as store:
+            more = how if store is None else how | {"offload": store}
+            _, history = experiments.train(data=data, folder=out / run.rule, **dict(run), **more)
         rows.append({"rule": run.rule, **history.table.iloc[-1], "seconds": history.table["seconds"].sum()})
     if group.rank == 0:
         print(pd.DataFrame(rows).astype({"epoch": int}).to_string(index=False, float_format="{:.4f}".format))
         print(f"histories and checkpoints are in {out}/")
+
+
+def _store(options: argparse.Namespace) -> Disk:
+    store = Disk(options.offload, commit_every=options.commit_every or None)
+    where = f"goes on from step {store.steps}" if store.steps else "begins"
+    print(f"{options.network} rests in {options.offload}/, and {where}; free there: {store.free_bytes / 2**30:.1f} GiB")
+    return store

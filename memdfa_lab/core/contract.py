@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from memdfa_lab.core.blocks import describe, run_block
 from memdfa_lab.core.compat import parts_of, storage_id
 from memdfa_lab.core.local import ByAutograd, block_gradient
-from memdfa_lab.core.recompute import generators_restored, other_generators_restored, state_restored
+from memdfa_lab.core.recompute import (
+    attributes_restored,
+    buffers_restored,
+    generators_restored,
+    other_generators_restored,
+    state_restored,
+)
+from memdfa_lab.core.store import IN_MEMORY, Store
 from memdfa_lab.core.watcher import Watcher, unwatched
 
 
@@ -66,6 +73,7 @@ def rehearse(
     loss_fn: object,
     teaches_blocks: bool,
     check_graph: Callable[[Tensor], object] | None,
+    store: Store = IN_MEMORY,
 ) -> list[tuple[int, ...]]:
     """Run the blocks on a copy of x (N, ...), and the loss on their output, and restore what that changes.
 
@@ -82,8 +90,10 @@ def rehearse(
         h, shapes = x.detach().clone(), []
         for i, block in enumerate(chain):
             made.used.clear()
-            stack.enter_context(state_restored(block))
-            h = _run(i, block, h, teaches_blocks, check_graph, made.used)
+            with store.block(i), ExitStack() as here:
+                (here if store.offloads else stack).enter_context(buffers_restored(block))
+                stack.enter_context(attributes_restored(block))  # which the loss may read
+                h = _run(i, block, h, teaches_blocks, check_graph, made.used)
             shapes.append(tuple(h.shape))
         if teaches_blocks:
             check_lengths(chain, [shape[0] if shape else 0 for shape in shapes])

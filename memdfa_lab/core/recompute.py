@@ -21,6 +21,7 @@ from memdfa_lab.core.blocks import describe
 from memdfa_lab.core.compat import buffers_of, version
 from memdfa_lab.core.local import BlockGradient, ByAutograd, block_gradient
 from memdfa_lab.core.phases import label, phase
+from memdfa_lab.core.store import FORWARD, IN_MEMORY, Store
 
 CONTAINERS = (list, dict, set, deque, bytearray)
 OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # the attributes that every module has
@@ -33,28 +34,26 @@ def forward_without_trace(
     see: Callable[[type, Tensor], object] = lambda way, h: None,
     learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
     narrow: Callable[[], AbstractContextManager[Any]] | None = None,
+    store: Store = IN_MEMORY,
+    use: str = FORWARD,
 ) -> Tensor:
     """Return the output of `blocks` for x (N, ...), without a graph; what they change besides is restored.
 
     `first` is the number of the first of these blocks in the network, for the profilers. `see` is given the class
     of `BlockGradient` by which each block ran, and its output. `learn` may form the gradient of a block before. Each
-    block runs within narrow(), if given; one that cannot runs without, and a warning names it.
+    block runs within narrow(), if given; one that cannot runs without, and a warning names it. `store` has the blocks,
+    and brings them in for `use`.
     """
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
-        h, known = x, True
+        h, others = x, [other_generators_restored()]
+
+        def draws() -> None:
+            if others:
+                stack.enter_context(others.pop())
+
         for i, block in enumerate(blocks, first):
-            with phase("forward", i):
-                gradient = block_gradient(block, h)
-                if known and isinstance(gradient, ByAutograd):  # by hand, nothing draws from other libraries
-                    known = False
-                    stack.enter_context(other_generators_restored())
-                # By block: copies of all buffers would grow with depth.
-                with state_restored(block) if isinstance(gradient, ByAutograd) else buffers_restored(block):
-                    learn(i, gradient)
-                    h = gradient.output() if narrow is None else _narrow_output(block, gradient, h, narrow)
-                way = type(gradient)
-                del gradient  # and its input
+            way, h = without_trace(i, block, h, store, use, learn, draws, narrow)
             see(way, h)
     return h
 
@@ -69,8 +68,34 @@ def _narrow_output(
         if isinstance(problem, torch.OutOfMemoryError):
             raise
         why = " ".join(str(problem).split())
-        warnings.warn(f"{describe(block)} runs in float32 in pass 1: {why}", stacklevel=4)
+        warnings.warn(f"{describe(block)} runs in float32 in pass 1: {why}", stacklevel=5)
     return block_gradient(block, h.float() if h.is_floating_point() else h).output()
+
+
+def without_trace(
+    i: int,
+    block: nn.Module,
+    h: Tensor,
+    store: Store,
+    use: str = FORWARD,
+    learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
+    draws: Callable[[], object] = lambda: None,
+    narrow: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> tuple[type, Tensor]:
+    """Run one block, and return the class of `BlockGradient` by which it ran, and its output.
+
+    `draws` is called before it may draw from generators of other libraries, whose state is not restored here.
+    """
+    with phase("forward", i), store.block(i, use):
+        gradient = block_gradient(block, h)
+        by_autograd = isinstance(gradient, ByAutograd)
+        if by_autograd:  # by hand, nothing draws from other libraries
+            draws()
+        # By block: copies of all buffers would grow with depth.
+        with state_restored(block) if by_autograd else buffers_restored(block):
+            learn(i, gradient)
+            out = gradient.output() if narrow is None else _narrow_output(block, gradient, h, narrow)
+        return type(gradient), out
 
 
 def generators_restored(device: torch.device) -> AbstractContextManager[None]:
@@ -90,7 +115,7 @@ def other_generators_restored() -> Iterator[None]:
 @contextmanager
 def generator_restored(generator: Any) -> Iterator[None]:
     """Restore a generator of torch, numpy or Python on leaving."""
-    get, put = _state_of(generator)
+    get, put = state_of(generator)
     before = get()
     try:
         yield
@@ -98,7 +123,7 @@ def generator_restored(generator: Any) -> Iterator[None]:
         put(before)
 
 
-def _state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+def state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """Return how to take and to set the state of a generator; of anything else there is none."""
     for get, put in (("get_state", "set_state"), ("getstate", "setstate")):  # of torch and numpy, of Python
         if hasattr(generator, get) and hasattr(generator, put):
@@ -129,7 +154,14 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def state_restored(module: nn.Module) -> Iterator[None]:
-    """Restore the module's buffers, and the attributes of its parts: what they are, and what they hold.
+    """Restore the module's buffers, and the attributes of its parts, as `attributes_restored` does."""
+    with buffers_restored(module), attributes_restored(module):
+        yield
+
+
+@contextmanager
+def attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Restore the attributes of the module's parts: what they are, and what they hold.
 
     What they hold is restored in tensors, generators, and lists, dictionaries and sets, but not in what lies in these.
     """
@@ -137,7 +169,7 @@ def state_restored(module: nn.Module) -> Iterator[None]:
     values = [value for _, before in attributes for value in before.values()]
     contents = [(value, copy.copy(value)) for value in values if isinstance(value, CONTAINERS)]
     tensors = [(value, version(value), value.detach().clone()) for value in values if isinstance(value, Tensor)]
-    with buffers_restored(module), ExitStack() as stack:
+    with ExitStack() as stack:
         for value in values:
             if not isinstance(value, (Tensor, *CONTAINERS)):
                 stack.enter_context(generator_restored(value))

@@ -18,6 +18,7 @@ from memdfa_lab.core.feedback import Feedback, Stored
 from memdfa_lab.core.local import BlockGradient, block_gradient
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.signal import Signal
+from memdfa_lab.core.store import Store
 from memdfa_lab.core.updates import Updates
 from memdfa_lab.core.watcher import has_data
 
@@ -32,18 +33,16 @@ class Rule(Updates, precisions.InPrecision, ABC):
     `partial(torch.optim.SGD, lr=0.05)`. `loss_fn(logits, y)`: a scalar, a mean over the batch. It may add penalties on
     the weights of single blocks, and learns too if it is a module with parameters. `feedback`: the random matrices,
     `Stored(seed=0)` if not given; BP does not use them. `clip_norm`: the largest norm of one block's gradient, all its
-    parameters together; a larger one is scaled down.
-
-    `clip_global_norm`: the largest norm of all blocks' gradients together, as torch.nn.utils.clip_grad_norm_ has it (to
-    rounding). MEM-DFA finds it in one more pass, which forms each block's gradient and drops it. Parameters of the loss
-    are not counted.
+    parameters together; a larger one is scaled down. `clip_global_norm`: the largest norm of all blocks' gradients
+    together, as torch.nn.utils.clip_grad_norm_ has it (to rounding), without the loss's own. MEM-DFA finds it in one
+    more pass, which forms each gradient and drops it.
 
     `precision`: "bfloat16" or, for DFA and MEM-DFA on a GPU, "float16" (not run on one yet). Each step then computes in
     an autocast of its own; weights, gradients and the optimizers' state stay as they are. A torch.autocast around the
     step does the same. Blocks are then taught by autograd alone, so that MEM-DFA may hold more than in float32.
-
     `pass1`, for DFA and MEM-DFA: what a first forward pass runs in, for the loss and the e that all blocks are taught;
-    a name in `ml.precision.PASS1`, or a BlockFloat. A step warns where that e is far from an exact pass's.
+    a name in `ml.precision.PASS1`, or a BlockFloat. A step warns where that e is far from an exact pass's. `offload`,
+    for MEM-DFA: a store in which weights and the optimizer's state rest, such as `ml.offload.Disk`.
 
     Each step updates the weights: gradients of several batches are not summed, since all of them would have to be kept.
     Use a larger batch, which MEM-DFA's memory leaves room for. Parameters may be frozen and unfrozen between steps.
@@ -66,8 +65,9 @@ class Rule(Updates, precisions.InPrecision, ABC):
         clip_global_norm: float | None = None,
         precision: str | None = None,
         pass1: str | precisions.BlockFloat | None = None,
+        offload: Store | None = None,
     ):
-        super().__init__(clip_norm, clip_global_norm)
+        super().__init__(clip_norm, clip_global_norm, offload)
         feedback = Stored() if feedback is None else feedback
         check_type("feedback", feedback, Feedback, "a Feedback, such as ml.feedback.Stored(seed=0)")
         if not callable(loss_fn):
@@ -132,8 +132,8 @@ class Rule(Updates, precisions.InPrecision, ABC):
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
-            check_graph = transport and transport.check
-            outputs = contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, check_graph)
+            settings = (self.loss_fn, self.teaches_blocks, transport and transport.check, self.store)
+            outputs = contract.rehearse(self.chain, x, loss, *settings)
         if self.teaches_blocks:
             self.feedback.class_dim(outputs[-1], *outputs[:-1])  # that it is plain
         self._terms = None

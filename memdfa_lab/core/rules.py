@@ -15,7 +15,7 @@ Sources: FA, Lillicrap et al. 2016; DFA, Nøkland 2016; MEM-DFA, Chu et al. 2020
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +30,8 @@ from memdfa_lab.core.precision import BlockFloat, first_pass
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.state import OptimizerFactory
+from memdfa_lab.core.store import TEACH, Store
+from memdfa_lab.core.sweep import sweep
 from memdfa_lab.core.transport import FeedbackTransport
 
 
@@ -102,7 +104,7 @@ class MemDFA(Rule):
     run again. 0 is the paper's MEM-DFA; with infinity no block is run twice. Raises ValueError for less than 0.
     """
 
-    teaches_blocks = True
+    teaches_blocks = leaves_blocks = True
 
     def __init__(
         self,
@@ -115,10 +117,13 @@ class MemDFA(Rule):
         clip_global_norm: float | None = None,
         precision: str | None = None,
         pass1: str | BlockFloat | None = None,
+        offload: Store | None = None,
         keep_bytes: float = 0,
     ):
-        both: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1}
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **both)
+        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1}
+        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, offload=offload, **options)
+        if keep_bytes and offload is not None:
+            raise ValueError("keep_bytes keeps blocks in memory, and offload takes them out: give one of them")
         if keep_bytes and clip_global_norm is not None:
             raise ValueError("clip_global_norm runs each block once more: leave keep_bytes out, or take DFA")
         if keep_bytes != math.inf:
@@ -126,7 +131,9 @@ class MemDFA(Rule):
         if keep_bytes and kept_bytes is None:
             raise ValueError("keep_bytes needs the counter of memdfa_lab.memory: import that first")
         self.keep_bytes = keep_bytes
+        self.sweeps = False  # whether the next step's pass 1 is beside this one's pass 2
         self._fitting: dict[tuple[torch.Size, torch.dtype], int] = {}
+        self.store.take(self)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x, y)
@@ -142,7 +149,7 @@ class MemDFA(Rule):
             lengths.append(rows(h))
 
         narrow = first_pass(self.pass1, x)
-        logits = forward_without_trace(self.chain[len(kept) :], h, len(kept), see, narrow=narrow)
+        logits = forward_without_trace(self.chain[len(kept) :], h, len(kept), see, narrow=narrow, store=self.store)
         check_lengths(self.chain, lengths)
         by_autograd = ByAutograd in run_twice and narrow is None  # by hand, the second pass cannot differ
         sums = two_sums(logits) if by_autograd else None
@@ -152,12 +159,31 @@ class MemDFA(Rule):
         if self.clip_global_norm is not None:
             self.find_norm(h, e)
         for i in range(len(self.blocks)):  # h_i comes from the old W_i, which is not needed again
-            h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
+            with self.store.block(i, TEACH):
+                h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
+        self.store.end_step()
         if sums is not None and not self._has_warned:
             self._has_warned = warn_if_other(sums, h)
         if first_e is not None:
             self.warn_if_turned(first_e, h, y)
         return loss
+
+    def sweep(self, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
+        """Learn from each batch (x, y), and yield its loss: the numbers of `step` on each, bit for bit.
+
+        Pass 2 of a batch and pass 1 of the next go through the blocks side by side, so that what rests in a store is
+        read and written once a step. The next batch is taken before a loss is yielded: between losses weights must not
+        change, and no random numbers be drawn. Raises what `step` raises, when the batch before has been learned from;
+        ValueError with keep_bytes, clip_global_norm, pass1 or ranks; RuntimeError if the loss draws random numbers.
+        """
+        others = {"keep_bytes": self.keep_bytes, "clip_global_norm": self.clip_global_norm, "pass1": self.pass1}
+        if any(others.values()) or self.group.size > 1:
+            raise ValueError(f"a sweep visits each block once: take step with {', '.join(others)}, more ranks")
+        self.sweeps = True
+        try:
+            yield from sweep(self, batches)
+        finally:
+            self.sweeps = False
 
     def _how_many_fit(self, x: Tensor) -> int:
         """Return how many of the first blocks fit into `keep_bytes`; counted once for each shape of x."""

@@ -84,6 +84,10 @@ def save(rule: Any) -> dict[str, Any]:
 
 def load(rule: Any, saved: dict[str, Any]) -> None:
     """Give a rule a copy of a saved state. Raises ValueError before anything changes if it is not of such a rule."""
+    if rule.store.offloads:
+        raise ValueError(
+            "this rule's network rests in a store: give store.load(make, state) the model's own state_dict"
+        )
     if not isinstance(saved, dict) or saved.keys() != save(rule).keys():
         raise ValueError("this is not the state_dict of a rule (with such a loss); load a model's own into the model")
     ours, theirs = _description(save(rule)), _description(saved)

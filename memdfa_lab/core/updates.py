@@ -1,34 +1,44 @@
 """What becomes of the gradients that blocks hold: they are clipped, unscaled and handed to the optimizers."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core.checks import check_finite, check_number
+from memdfa_lab.core.checks import check_finite, check_number, check_type
 from memdfa_lab.core.group import Group
 from memdfa_lab.core.local import BlockGradient
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.signal import Signal
+from memdfa_lab.core.store import IN_MEMORY, NORM, Store
 from memdfa_lab.core.terms import Terms
 
 
 class Updates:
     """The updates of a rule's blocks, one optimizer a block."""
 
+    leaves_blocks: ClassVar[bool] = False  # whether a block, once taught, is not needed again in the step
     chain: list[nn.Module]
     parameters: list[list[nn.Parameter]]  # that learn, by block
     optimizers: list[torch.optim.Optimizer | None]
 
-    def __init__(self, clip_norm: float | None, clip_global_norm: float | None):
+    def __init__(self, clip_norm: float | None, clip_global_norm: float | None, offload: Store | None):
         for name, limit in (("clip_norm", clip_norm), ("clip_global_norm", clip_global_norm)):
             if limit is not None:
                 check_number(name, limit, or_more=False)
         if clip_norm is not None and clip_global_norm is not None:
             raise ValueError("clip_norm is of one block's gradient, clip_global_norm of all: give one of them")
+        check_type("offload", offload or IN_MEMORY, Store, "a store, such as ml.offload.Disk(folder)")
+        if offload is not None and not self.leaves_blocks:
+            raise ValueError(
+                f"{type(self).__name__} cannot offload: it comes back through blocks that it has left; take "
+                "MemDFA, which does not, or leave offload out"
+            )
         self.clip_norm, self.clip_global_norm = clip_norm, clip_global_norm
         self.group = Group()
+        self.store = IN_MEMORY if offload is None else offload
         self.scalers: list[torch.amp.GradScaler] = []  # one a block in float16
         self._unscaled: int | None = None  # the block whose gradient has been divided by its scale
         self._norm: Tensor | None = None  # of all gradients, 0-d, if they are clipped by it
@@ -41,9 +51,10 @@ class Updates:
     def begin_updates(self) -> None:
         """Forget the last step's norm. Raises ValueError if several processes train, and something is for one."""
         self._norm = None
-        alone = "clip_global_norm" if self.clip_global_norm else "float16" if self.scalers else None
+        given = {"clip_global_norm": self.clip_global_norm, "float16": self.scalers, "offload": self.store.offloads}
+        alone = [name for name, value in given.items() if value]
         if alone and self.group.size > 1:
-            raise ValueError(f"{alone} is for one process: use clip_norm, or bfloat16, on several")
+            raise ValueError(f"{' and '.join(alone)} is for one process: use clip_norm, bfloat16, memory on several")
 
     def update_all(self, blocks: Iterable[int]) -> None:
         """Update these blocks by the gradients they hold."""
@@ -67,7 +78,7 @@ class Updates:
                 for parameter in self.parameters[i]:
                     parameter.grad = None
 
-        forward_without_trace(self.chain, x, learn=learn)
+        forward_without_trace(self.chain, x, learn=learn, store=self.store, use=NORM)
         self._check_norm()
 
     def _add_norm(self, i: int) -> None:

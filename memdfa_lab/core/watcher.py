@@ -130,15 +130,17 @@ class _StorageWithoutData(torch.UntypedStorage):
                 own._swap_data_ptr_(_C._construct_storage_from_data_pointer(_NOWHERE, _CPU, part))
 
 
-def empty_of_shape(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, size_bytes: int) -> Tensor:
+def empty_of_shape(
+    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, size_bytes: int, why: str = _NO_DATA
+) -> Tensor:
     """Return a CPU tensor over a storage that says it has this size, and has no memory.
 
-    Who asks for the data, outside of a watcher that answers instead, gets a RuntimeError.
+    Who asks for the data, outside of a watcher that answers instead, gets a RuntimeError that says `why` not.
     """
     storage = _C._construct_storage_from_data_pointer(_NOWHERE, _CPU, size_bytes)
     storage.__class__ = _StorageWithoutData
     tensor = torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
-    _C._set_storage_data_ptr_access_error_msg(storage._cdata, _NO_DATA)
+    _C._set_storage_data_ptr_access_error_msg(storage._cdata, why)
     return tensor
 
 

@@ -66,7 +66,7 @@ def output_of(rule: Rule, x: Tensor) -> Tensor | Exception:
     """Return the network's output for x (n, ...), or what it raises."""
     like = next(rule.blocks.parameters())
     try:
-        return forward_without_trace(rule.chain, as_input(x.clone(), like))
+        return forward_without_trace(rule.chain, as_input(x.clone(), like), store=rule.store)
     except RankLost:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as problem:

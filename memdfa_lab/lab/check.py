@@ -28,12 +28,12 @@ def check(rule: Rule, x: Tensor, y: Tensor) -> pd.DataFrame:
     rule.rehearse(x, y)
     first: list[Tensor] = []
     rows, h = [], x.detach()
-    with generators_restored(x.device), other_generators_restored(), state_restored(rule.blocks):
-        forward_without_trace(rule.chain, h, see=lambda way, out: first.append(out))
+    with generators_restored(x.device), other_generators_restored():
+        forward_without_trace(rule.chain, h, see=lambda way, out: first.append(out), store=rule.store)
         for i, (block, before) in enumerate(zip(rule.chain, first, strict=True)):
-            gradient = block_gradient(block, h)
-            by_autograd = isinstance(gradient, ByAutograd)
-            with torch.enable_grad():
+            with rule.store.block(i), state_restored(block), torch.enable_grad():
+                gradient = block_gradient(block, h)
+                by_autograd = isinstance(gradient, ByAutograd)
                 h = gradient.forward() if by_autograd else gradient.output()
             difference = (h.double() - before.double()).abs().max().item()
             rows.append((i, type(block).__name__, "autograd" if by_autograd else "hand", difference))

@@ -35,10 +35,20 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
     try:
         precision = model.autocast() if isinstance(model, Rule) else nullcontext()
         with torch.no_grad(), precision:  # a copy of x, since the first module may work in place
-            return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.tensor_split(parts)])
+            return torch.cat([_output(model, as_input(batch.clone(), like)) for batch in x.tensor_split(parts)])
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _output(model: Rule | nn.Module, h: Tensor) -> Tensor:
+    if not isinstance(model, Rule) or not model.store.offloads:
+        output: Tensor = (model.blocks if isinstance(model, Rule) else model)(h)
+        return output
+    for i, block in enumerate(model.chain):
+        with model.store.block(i):
+            h = block(h)
+    return h
 
 
 def accuracy(model: Rule | nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:

@@ -24,6 +24,7 @@ from memdfa_lab.lab.example import example_step
 from memdfa_lab.lab.fit import fit
 from memdfa_lab.lab.history import History
 from memdfa_lab.lab.losses import LOSSES
+from memdfa_lab.lab.offload import Disk
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
 from memdfa_lab.lab.settings import RunSettings as RunSettings
@@ -36,19 +37,28 @@ def load_for(network: str, dataset: str, root: str | Path | None = None) -> Data
     return datasets.load(dataset, root=root, shape=None if flat else shape)
 
 
-def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | None = None, **settings: Any) -> Rule:
+def make_rule(
+    rule: str,
+    network: str,
+    data: Data,
+    *,
+    sync_batchnorm: Group | None = None,
+    offload: Disk | None = None,
+    **settings: Any,
+) -> Rule:
     """Return a rule with a new network for `data`, from the names of rule and network and `RunSettings`.
 
     What is not given is the network's own setting. `sync_batchnorm`: the processes over which BatchNorm has its
-    statistics; each its own, if not given. Raises ValueError for an unknown name, a number out of its range, or
-    a device that is not there.
+    statistics; each its own, if not given. `offload`: where the network rests, which goes on if it is there. Raises
+    ValueError for an unknown name, a number out of its range, or a device that is not there.
     """
     run = RunSettings(rule=rule, network=network, **settings).completed()
     if run.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {run.device!r} is not there: use cpu, or install a torch that finds your GPU")
     check_pass1(find_rule(rule), run.pass1)
     decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
-    model = models.build(network, data.input_shape, data.classes, run.seed, run.initialisation).to(run.device)
+    make = partial(models.build, network, data.input_shape, data.classes, run.seed, run.initialisation)
+    model = make().to(run.device) if offload is None else offload.build(make, run.seed)
     if sync_batchnorm is not None:
         synchronise(model, sync_batchnorm)
     return find_rule(rule)(
@@ -60,6 +70,7 @@ def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | No
         clip_global_norm=run.clip_global_norm,
         precision=run.precision,
         **({"pass1": run.pass1} if run.pass1 else {}),
+        offload=offload,
     )
 
 
@@ -76,21 +87,24 @@ def train(
     seed: int = 0,
     group: Group | None = None,
     sync_batchnorm: bool = False,
+    offload: Disk | None = None,
     **settings: Any,
 ) -> tuple[Rule, History]:
     """Train one network with one rule and return both; what is None is the network's own setting.
 
     With a `folder`, history.csv and checkpoint.pt are written there, and a run that was interrupted goes on, or starts
-    anew with `overwrite`. `group`: the processes that train together (`ml.distributed.ranks`), with BatchNorm's
-    statistics over all of them if `sync_batchnorm`. `settings`: more of `RunSettings`. Raises ValueError for settings
-    that cannot be, and what `ml.fit` raises.
+    anew with `overwrite`. `offload`: where the network rests, and what the run needs to go on, too. `group`: the
+    processes that train together (`ml.distributed.ranks`), with BatchNorm's statistics over all of them if
+    `sync_batchnorm`. `settings`: more of `RunSettings`. Raises ValueError for settings that cannot be, and what
+    `ml.fit` raises.
     """
     run = RunSettings(rule=rule, network=network, epochs=epochs, batch_size=batch_size, seed=seed, **settings)
     run = run.completed()
-    learner = make_rule(rule, network, data, sync_batchnorm=group if sync_batchnorm else None, seed=seed, **settings)
+    own: dict[str, Any] = {"sync_batchnorm": group if sync_batchnorm else None, "offload": offload}
+    learner = make_rule(rule, network, data, **own, seed=seed, **settings)
     if group is not None:
         learner.group = group
-    checkpoint = None if folder is None else Path(folder) / "checkpoint.pt"
+    checkpoint = offload.folder if offload else None if folder is None else Path(folder) / "checkpoint.pt"
     how: dict[str, Any] = {
         "seed": seed,
         "drop_last": run.drop_last,

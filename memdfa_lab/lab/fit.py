@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from memdfa_lab.lab.datasets import as_input, as_target
 from memdfa_lab.lab.distributed import Group, digest
 from memdfa_lab.lab.evaluation import evaluate
 from memdfa_lab.lab.examples import Batches, Examples, examples_of
-from memdfa_lab.lab.files import locked
 from memdfa_lab.lab.history import History
 from memdfa_lab.lab.schedules import schedulers_of, step_all
 from memdfa_lab.lab.tasks import Task
@@ -81,7 +80,8 @@ def fit(
     the running step. If it exists, training goes on where it stopped, with the result of an uninterrupted run, bit for
     bit; `overwrite=True` starts anew. A DataLoader reads the epoch from its start again, up to where it stopped. The
     result may be another if batches depend on anything else, such as the state of persistent workers, a sampler with
-    its own generator of numpy, or a stream: a warning says so if the last batch is not the one that it was.
+    its own generator of numpy, or a stream: a warning says so if the last batch is not the one that it was. Of a rule
+    with `offload` it is the store's folder, which then takes over the run with the network.
     `on_epoch(rule, epoch)` is called after each epoch, from 1 on; the numbers that it returns by name, if any, become
     columns of the history.
 
@@ -116,9 +116,7 @@ def fit(
     run.schedulers = schedulers_of(scheduler, rule, scheduler_each, steps if run.each_batch else epochs)
     settings = checkpoints.settings_of(rule, run.schedulers, train)
     settings |= {"scheduler_each": scheduler_each, "stop_after": stop_after and f"{stop_after} by {monitor}"}
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.is_dir():
-        raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
+    path = checkpoints.checked(checkpoint, rule, stop_after)
     group = run.group
     group.agree(**settings, epochs=epochs)
     rule.blocks.train()
@@ -126,15 +124,15 @@ def fit(
     run.task, run.metrics = look_ahead(rule, train, run.test, group, task, by_loss | dict(metrics or {}))
     if stop_after is not None:
         run.best = Best.of(monitor, run.metrics, stop_after, run.test)
-    if path is not None and path.exists() and not overwrite:
+    if path is not None and checkpoints.is_there(path, rule) and not overwrite:
         run.load(path, settings, epochs)
     if group.size > 1:  # nothing is written before all have read
         group.agree(**{"where training begins": (run.epoch, run.batch), "weights": digest(*rule.blocks.parameters())})
     written = path if group.rank == 0 else None
 
     saved_at = time.monotonic()
-    lock = nullcontext() if written is None else locked(written)
-    with lock, ctrl_c_noted() as ctrl_c, progress_bar(steps or None, progress and group.rank == 0) as bar, closing(run):
+    kept = checkpoints.kept(written, rule)
+    with kept, ctrl_c_noted() as ctrl_c, progress_bar(steps or None, progress and group.rank == 0) as bar, closing(run):
         bar.update(run.epoch * (run.batches or 0) + run.batch)
         for examples in (train, train if run.test is None else run.test):
             examples.ctrl_c = ctrl_c
@@ -153,7 +151,7 @@ def fit(
                     raise
             # Ranks stop together: after a step, if one of them was asked to before it.
             stop = bool(ctrl_c) if group.size == 1 else within_epoch and group.stop
-            save = stop or not within_epoch or time.monotonic() - saved_at > save_every_s
+            save = stop or not within_epoch or rule.store.due or time.monotonic() - saved_at > save_every_s
             if written is not None and save:
                 run.save(written, settings)
                 saved_at = time.monotonic()

@@ -63,6 +63,8 @@ def measure(
     if not all(isinstance(tensor, Tensor) for tensor in batch):
         raise TypeError(f"a batch is tensors, such as x and y; got {', '.join(type(item).__name__ for item in batch)}")
     take_step = as_function(step)
+    if getattr(getattr(step, "store", None), "offloads", False):
+        raise ValueError("blocks that rest in a store come in by a thread that is not counted: measure without offload")
     resting: Tensors = getattr(step, "tensors", dict) if tensors is None else tensors
     for _ in range(warm_up):
         take_step(*batch)

@@ -27,6 +27,7 @@ from memdfa_lab.core.phases import phase
 from memdfa_lab.core.recompute import buffers_restored
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.state import OptimizerFactory
+from memdfa_lab.core.store import Store
 
 
 class LeanBP(Rule):
@@ -53,10 +54,11 @@ class LeanBP(Rule):
         *,
         clip_global_norm: float | None = None,
         precision: str | None = None,
+        offload: Store | None = None,
         segments: int | None = None,
     ):
-        both: Any = {"clip_global_norm": clip_global_norm, "precision": precision}
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **both)
+        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "offload": offload}
+        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **options)
         if clip_global_norm is not None and self.updates_in_backward:
             raise ValueError("a step in backward has no norm over all gradients: use clip_norm, BP or CheckpointBP")
         if segments is not None and not self.checkpoints:
