@@ -321,7 +321,8 @@ def rotated(names: str, items: Iterable[Any], *factors: Iterable[Any], turns: in
 
 
 def _label(level: Any) -> str:
-    return str(getattr(level, "__name__", level))
+    """Return the level's name, which is the same in each process: a representation may have an address."""
+    return str(next((getattr(level, name) for name in ("__name__", "name") if hasattr(level, name)), level))
 
 
 def make_rule(
