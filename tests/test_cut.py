@@ -24,7 +24,7 @@ class Convolutional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.more = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
-        self.head, self.last = nn.Linear(4 * 4, 8), nn.Linear(8, CLASSES)
+        self.head, self.last = nn.Linear(64, 8), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm(self.conv(x)), inplace=True)
@@ -48,13 +48,6 @@ class Words(nn.Module):
         for layer in self.layers:
             h = layer(h, src_mask=self.mask)
         return self.head(self.norm(h)).mean(1)
-
-
-def _encoder() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    return nn.Sequential(
-        nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Flatten(), nn.Linear(48, CLASSES)
-    )
 
 
 MODELS: dict[str, tuple[Any, tuple[int, ...], int]] = {
@@ -119,6 +112,14 @@ def test_every_rule_trains_a_traced_model_or_refuses_it(name, rule):
         return
     losses = [float(learner.step(x, y)) for _ in range(12)]
     assert losses[-1] < losses[0]
+
+
+def test_an_encoder_of_torch_is_a_block_a_layer():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval(), torch.randn(2, 5, 8)
+    blocks = ml.as_blocks(model)
+    assert len(blocks) == 3
+    assert torch.equal(blocks(x), model(x))
 
 
 def test_cut_and_granularity_say_where():

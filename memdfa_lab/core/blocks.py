@@ -30,13 +30,13 @@ def as_blocks(
     """
     if isinstance(model, nn.Module) and has_hooks(model):
         raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")
-    groups: list[list[nn.Module]] = []
     before_first_weight: list[nn.Module] = []
+    groups: list[list[nn.Module]] = []
     if granularity not in (None, "layer", "unit"):
         raise ValueError(f'granularity must be "layer" or "unit", not {granularity!r}')
     if isinstance(model, nn.Module) and not isinstance(model, (torch.fx.GraphModule, Traced, *NOT_A_CHAIN)):
         if cut is not None or granularity == "layer" or not _is_chain(model):
-            model = traced_blocks(model, cut, granularity)
+            groups, model = [[block] for block in traced_blocks(model, cut, granularity)], []
     elif cut is not None:
         raise TypeError("cut= names the modules of one model: pass the model, not a list")
     for module in _chain(model):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from memdfa_lab.core.compat import ANY_CONVOLUTION, has_hooks, is_causal_mask
+from memdfa_lab.core.watcher import unwatched
 
 WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
@@ -60,8 +61,8 @@ def traced_blocks(model: nn.Module, cut: Sequence[str] | None, granularity: str 
             if stuck is None or stuck in whole:
                 raise TypeError(str(stopped)) from stopped.__cause__
             whole.add(stuck)
-    places = _places(model, nodes, cut).values()
-    paths = {""} | {path for i in places for path in _running(nodes[i]) & _running(nodes[i + 1])}
+    ends = _places(model, nodes, cut).values()
+    paths = {""} | {path for i in ends for path in _running(nodes[i]) & _running(nodes[i + 1])}
     opened = [part for path, part in model.named_modules() if path in paths]
     modes = dict.fromkeys([tuple(m.training for m in opened), *((mode,) * len(opened) for mode in (True, False))])
     traced = []
@@ -72,8 +73,8 @@ def traced_blocks(model: nn.Module, cut: Sequence[str] | None, granularity: str 
     shared = set.intersection(*(set(places) for _, places in traced))
     in_modes = []
     for nodes, places in traced:
-        ends = [-1, *sorted(places[key] for key in shared), len(nodes) - 2]
-        in_modes.append([_Piece(nodes, *span) for span in pairwise(ends)])
+        spans = [-1, *sorted(places[key] for key in shared), len(nodes) - 2]
+        in_modes.append([_Piece(nodes, *span) for span in pairwise(spans)])
     return [_block(opened, dict(zip(modes, pieces, strict=True))) for pieces in zip(*in_modes, strict=True)]
 
 
@@ -96,7 +97,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, model: nn.Module, whole: set[type[nn.Module]], opened: set[int] | None = None):
-        super().__init__(param_shapes_constant=True)
+        super().__init__()
         self.model, self.whole, self.opened = model, whole, opened
         self.running: list[nn.Module] = []  # where tracing is, or has stopped
 
@@ -117,7 +118,7 @@ class _Tracer(fx.Tracer):
     def nodes(self) -> list[fx.Node]:
         """Return the operations of the model in order, its input first. Raises TypeError or _Stopped."""
         name, before = type(self.model).__name__, [(vars(m), dict(vars(m))) for m in self.model.modules()]
-        drawn = torch.get_rng_state(), random.getstate()
+        drawn = _generators()
         try:
             root = _One(self.model)
             graph = self.trace(root)
@@ -130,17 +131,22 @@ class _Tracer(fx.Tracer):
             for held, old in before:
                 held.clear()
                 held.update(old)
-        if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
-            torch.set_rng_state(drawn[0])
+        if drawn != _generators():
+            torch.random.set_rng_state(torch.tensor(drawn[0], dtype=torch.uint8))
             random.setstate(drawn[1])
             changed.append("random numbers that do not depend on x")
         changed += [str(n.args[0]) for n in nodes if _in_place(n) and n.all_input_nodes[0].op == "get_attr"]
         if changed:
             raise _Stopped(f"{name} cannot be traced: each run sets or draws {changed[0]}; {WAYS_OUT}")
         if not isinstance(nodes[-1].args[0], fx.Node):
-            kind = type(nodes[-1].args[0]).__name__
+            kind = type(nodes[-1].args[0]).__name__.removeprefix("immutable_")
             raise TypeError(f"{name} returns a {kind}, not one tensor: switch its other outputs off, or wrap it")
         return nodes
+
+
+def _generators() -> tuple[list[int], Any]:
+    with unwatched():
+        return torch.get_rng_state().tolist(), random.getstate()
 
 
 def _encode(m: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None, **more: Any) -> Any:
@@ -336,13 +342,16 @@ class _Piece:
 class Traced(nn.Module):
     """A block that is a part of a traced model's code, with the modules and parameters that this uses."""
 
+    _opened: tuple[nn.Module, ...]
+    _codes: tuple[Any, ...]
+
     def __init__(self, opened: list[nn.Module], in_modes: dict[tuple[bool, ...], _Piece]):
         vars(self)["_opened"] = tuple(opened)  # the modules whose code this is
         super().__init__()
         self._codes = tuple((mode, *piece.code(self)) for mode, piece in in_modes.items())
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         return self._opened[0].training
 
     @training.setter
