@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import memdfa_lab as ml
 
-CLASSES = 5
+CLASSES, SLOWLY = 5, partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
 
 
 class Convolutional(nn.Module):
@@ -89,13 +90,13 @@ def test_memdfa_makes_dfas_step_and_prediction_is_what_is_measured(name):
     states = []
     for rule in (ml.DFA, ml.MemDFA):
         model, x, y = made(name)
-        learner = rule(model, OPTIMIZERS["momentum"])
+        learner = rule(model, SLOWLY)
         torch.manual_seed(2)
         losses = [learner.step(x, y) for _ in range(2)]
         states.append([torch.stack(losses), model.state_dict()])
     assert_identical(*states)
     dtype = torch.long if name == "words" else None
-    predicted = ml.memory.predict("memdfa", made(name)[0], tuple(x.shape), OPTIMIZERS["momentum"], x_dtype=dtype)
+    predicted = ml.memory.predict("memdfa", made(name)[0], tuple(x.shape), SLOWLY, x_dtype=dtype)
     measured = ml.memory.measure(learner, x, y)
     assert predicted.peak_bytes == measured.peak_bytes
 
@@ -120,6 +121,16 @@ def test_an_encoder_of_torch_is_a_block_a_layer():
     blocks = ml.as_blocks(model)
     assert len(blocks) == 3
     assert torch.equal(blocks(x), model(x))
+
+
+def test_show_lists_the_blocks_and_leaves_the_model_as_it_was():
+    model, x, _ = made("convolutional")
+    before = copy.deepcopy(model.state_dict())
+    table = ml.blocks.show(model, x)
+    assert_identical(model.state_dict(), before)
+    assert list(table["output"]) == [(3, 4, 12, 12), (3, 64), (3, 8), (3, CLASSES)]
+    assert table["parameters"].sum() == sum(p.numel() for p in model.parameters())
+    assert (table["kept_bytes"] > 0).all()
 
 
 def test_cut_and_granularity_say_where():

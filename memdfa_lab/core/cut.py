@@ -105,7 +105,9 @@ class _Tracer(fx.Tracer):
         closed = self.opened is not None and id(m) not in self.opened
         if closed or type(m) in self.whole or (has_hooks(m) and m is not self.model):
             return True
-        return not isinstance(m, nn.TransformerEncoder) and super().is_leaf_module(m, module_qualified_name)
+        return not isinstance(m, (nn.TransformerEncoder, nn.ModuleDict)) and super().is_leaf_module(
+            m, module_qualified_name
+        )
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.running.append(m)
