@@ -1,4 +1,6 @@
-"""Every classification model of torchvision, once: `python tests/torchvision_models.py`; reports/torchvision.csv goes on.
+"""Every classification model of torchvision, once; the table goes on where it stopped.
+
+    python tests/torchvision_models.py  # reports/torchvision.csv
 
 Each at the smallest image that it takes, batch 2, its dropout as it is: whether the blocks compute what it computes,
 whether MEM-DFA's step is DFA's, bit for bit, and whether the predicted peak is the measured one.
