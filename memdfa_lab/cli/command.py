@@ -47,6 +47,17 @@ def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
         )
 
 
+def add_rule_options(command: Parser) -> None:
+    """Add the options that `rule_options` reads."""
+    add_settings(command, "precision", "clip_global_norm")
+
+
+def rule_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return those of the options of `add_rule_options` that were given, as a rule takes them."""
+    given = {name: getattr(options, name) for name in ("precision", "clip_global_norm")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def add_rules(command: Parser, name: str, default: list[str], all_of: str) -> None:
     """Add an option of one rule or more; `all` stands for all of them."""
     names = [*ALL_RULES, "all"]

@@ -6,7 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from memdfa_lab.cli.command import add_command, add_rules, add_settings, chosen_rules
+from memdfa_lab.cli.command import (
+    add_command,
+    add_rule_options,
+    add_rules,
+    add_settings,
+    chosen_rules,
+    rule_options,
+)
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import experiments
 from memdfa_lab.lab.files import write_text
@@ -26,6 +33,7 @@ def add_to(commands: Any) -> None:
         command, "network", "optimizer", "feedback", network="long_fc", optimizer="sgd", feedback="regenerated"
     )
     add_rules(command, "--rules", list(RULES), "the four rules and the baselines")
+    add_rule_options(command)
     add = command.add_argument
     add("--batch", type=int, default=128, help="batch size; default: 128")
     add("--predict", action="store_true", help="do not run the step: any size, in seconds")
@@ -36,7 +44,8 @@ def add_to(commands: Any) -> None:
 def _profile(options: argparse.Namespace) -> None:
     how = (options.network, options.batch, options.optimizer, options.feedback)
     rules = chosen_rules(options.rules, list(ALL_RULES))
-    traces = {rule: experiments.profile(rule, *how, measured=not options.predict) for rule in rules}
+    set_to = rule_options(options)
+    traces = {rule: experiments.profile(rule, *how, measured=not options.predict, **set_to) for rule in rules}
     rows = [
         {"rule": rule, "peak": trace.peak_bytes, **trace.peak_by_category, "at rest": trace.resting_bytes}
         for rule, trace in traces.items()
@@ -44,7 +53,8 @@ def _profile(options: argparse.Namespace) -> None:
     table = pd.DataFrame(rows).fillna(0)
     table = table[[name for name in ("rule", "peak", *CATEGORIES, "at rest") if name in table]]
     seen = "predicted" if options.predict else "measured"
-    print(f"{options.network}, batch {options.batch}, {options.optimizer}: bytes, {seen}; the peak is above rest")
+    run = ", ".join([options.network, f"batch {options.batch}", options.optimizer, *map(str, set_to.values())])
+    print(f"{run}: bytes, {seen}; the peak is above rest")
     print(table.to_string(index=False, float_format="{:.0f}".format))
     if options.csv:
         timelines = [trace.timeline.assign(rule=rule) for rule, trace in traces.items()]

@@ -20,7 +20,8 @@ from memdfa_lab.lab.batchnorm import synchronise
 from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import Group
 from memdfa_lab.lab.example import example_step
-from memdfa_lab.lab.fit import History, fit
+from memdfa_lab.lab.fit import fit
+from memdfa_lab.lab.history import History
 from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
@@ -54,6 +55,8 @@ def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | No
         loss_fn=LOSSES[str(run.loss)],
         feedback=feedback.KINDS[run.feedback](run.seed, str(run.distribution), run.scale),
         clip_norm=run.clip_norm,
+        clip_global_norm=run.clip_global_norm,
+        precision=run.precision,
     )
 
 
@@ -88,6 +91,7 @@ def train(
     how: dict[str, Any] = {
         "seed": seed,
         "drop_last": run.drop_last,
+        "augment": datasets.flip_and_crop() if run.augment else None,
         "checkpoint": checkpoint,
         "overwrite": overwrite,
         "progress": progress,
@@ -153,18 +157,21 @@ def profile(
     feedback_kind: str = "regenerated",
     measured: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> memory.Trace:
     """Return what a step in the steady state holds, from names; predicted, or `measured` on random data.
 
-    The loss is the network's own. Raises ValueError for unknown names and a batch size below 1.
+    The loss is the network's own; `options` go to the rule. Raises ValueError for unknown names and a batch size below
+    1.
     """
     check_int("the batch size", batch_size)
     if measured:
-        return memory.measure(*example_step(rule, network, batch_size, optimizer, feedback_kind, seed), warm_up=1)
+        step = example_step(rule, network, batch_size, optimizer, feedback_kind, seed, **options)
+        return memory.measure(*step, warm_up=1)
     setting, storage = models.get(network), lookup("feedback", feedback_kind, feedback.KINDS)(seed)
     factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
     shape, build = (batch_size, *setting.input_shape), partial(models.build, network)
-    return memory.predict(rule, build, shape, factory, storage, loss_fn=LOSSES[setting.loss])
+    return memory.predict(rule, build, shape, factory, storage, loss_fn=LOSSES[setting.loss], **options)
 
 
 def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
