@@ -64,16 +64,22 @@ def parts_of(block: nn.Module) -> list[nn.Module]:
     return list(_chain(block)) if _is_chain(block) and not has_hooks(block) else [block]
 
 
+def describe(block: nn.Module) -> str:
+    """Return the kinds of modules that a block runs."""
+    parts = [] if isinstance(block, Traced) else parts_of(block)
+    return " + ".join(type(part).__name__ for part in parts or [*block.children()] or [block])
+
+
 def run_block(block: nn.Module, h: Tensor) -> Tensor:
     """Return block(h). Raises TypeError if that is not a tensor, RuntimeError if the block changed h in place."""
     forget_casts()
     before = version(h)
     out = block(h)
     if not isinstance(out, Tensor):
-        raise TypeError(f"a block maps a tensor to a tensor; {type(block).__name__} returned {type(out).__name__}")
+        raise TypeError(f"a block maps a tensor to a tensor; {describe(block)} returned {type(out).__name__}")
     if version(h) != before:
         raise RuntimeError(
-            f"{type(block).__name__} works in place on its input, which the block before it (or the caller) still "
+            f"{describe(block)} works in place on its input, which the block before it (or the caller) still "
             "needs: use inplace=False where it begins"
         )
     return out
