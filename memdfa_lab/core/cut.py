@@ -202,7 +202,7 @@ class Traced(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        return "\n".join(code.source.strip() for code in self._codes.values())
+        return "\n".join(code.source for code in self._codes.values())
 
     def _code(self, flow: _Flow, a: int, b: int) -> _Code:
         """Return the operations after number a up to b as code."""
@@ -223,7 +223,7 @@ class Traced(nn.Module):
             copy(node)
         graph.output(copy(out))
         code = graph.python_code("self")
-        return _Code(code.src, code.globals)
+        return _Code(code.src[code.src.index("def forward") :], code.globals)  # before it: what fx.wrap is to wrap
 
     def _name(self, node: fx.Node) -> str:
         """Return what the block calls a module or a tensor, which it has from now on."""
