@@ -36,6 +36,7 @@ def as_blocks(
         raise ValueError(f'granularity must be "layer" or "unit", not {granularity!r}')
     if isinstance(model, nn.Module) and not isinstance(model, (torch.fx.GraphModule, Traced, *NOT_A_CHAIN)):
         if cut is not None or granularity == "layer" or not _is_chain(model):
+            cut = [cut] if isinstance(cut, str) else cut
             groups, model = [[block] for block in traced_blocks(model, cut, granularity)], []
     elif cut is not None:
         raise TypeError("cut= names the modules of one model: pass the model, not a list")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from memdfa_lab.core.compat import has_hooks, is_causal_mask, record_also
+from memdfa_lab.core.compat import ANY_BATCH_NORM, has_hooks, is_causal_mask, record_also
 from memdfa_lab.core.watcher import unwatched
 
 # They make tensors, of a size that may be x's
@@ -100,8 +100,10 @@ class _Tracer(fx.Tracer):
         self.running: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        opened = isinstance(m, (nn.TransformerEncoder, nn.ModuleDict))  # of torch, but with layers of the user's
-        return self.closed(m) or (not opened and super().is_leaf_module(m, module_qualified_name))
+        if isinstance(m, (nn.TransformerEncoder, nn.ModuleDict)):  # of torch, but with layers of the user's
+            return self.closed(m)
+        changed = isinstance(m, ANY_BATCH_NORM)  # of any class: its statistics are
+        return changed or self.closed(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.running.append(m)
@@ -114,10 +116,10 @@ class _Tracer(fx.Tracer):
 
 def _encode(m: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None, **more: Any) -> Any:
     is_causal = more.get("is_causal")
-    if mask is not None and is_causal is None:
-        is_causal = is_causal_mask(mask)
+    if is_causal is None:
+        is_causal = False if mask is None else is_causal_mask(mask)
     for layer in m.layers:
-        src = layer(src, src_mask=mask, is_causal=is_causal or False, src_key_padding_mask=src_key_padding_mask)
+        src = layer(src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
     return src if m.norm is None else m.norm(src)
 
 
