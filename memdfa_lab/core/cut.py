@@ -195,9 +195,7 @@ class Traced(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         code = self._codes.get(tuple([part.training for part in self._asked]))
         if code is None:
-            raise RuntimeError(
-                "modules in it are in other modes than when it was cut: make the rule again, or call train"
-            )
+            raise RuntimeError("some modules are in other modes than when it was cut: call train() or eval() on all")
         out: Tensor = code.run(self, h)
         return out
 
