@@ -274,7 +274,7 @@ class Tied(Asks):
         (Names, None, TypeError, ["returns a dict"]),
         (Keeps, None, TypeError, ["last"]),
         (Tied, None, ValueError, ["share a tensor"]),
-        (lambda: GPT(tied=True), None, ValueError, ["share a tensor (word.weight and weight)"]),
+        (lambda: GPT(tied=True), None, ValueError, ["share a tensor (word.weight and head.weight)"]),
         (Draws, None, TypeError, ["random numbers"]),
         (Convolutional, ["nowhere"], ValueError, ["no module 'nowhere'"]),
         (Convolutional, ["conv"], ValueError, ["no weight layer"]),
