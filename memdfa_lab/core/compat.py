@@ -7,11 +7,9 @@ others.
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch._C._profiler import _EventType, _ExperimentalConfig
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -94,11 +92,6 @@ def has_hooks(module: nn.Module) -> bool:
 def is_causal_mask(mask: Tensor) -> bool:
     """Tell whether torch's encoder takes this mask of attention for a causal one."""
     return _detect_is_causal_mask(mask)
-
-
-def record_also(tracer: torch.fx.Tracer, module: ModuleType) -> None:
-    """Let a tracer record calls of its `autowrap_functions` where code has them from this module, `torch.zeros` say."""
-    tracer._autowrap_search.append(module)
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

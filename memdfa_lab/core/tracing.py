@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from memdfa_lab.core.compat import ANY_BATCH_NORM, has_hooks, is_causal_mask, record_also
+from memdfa_lab.core.compat import ANY_BATCH_NORM, has_hooks, is_causal_mask
 from memdfa_lab.core.watcher import unwatched
 
-# They make tensors, of a size that may be x's
-FACTORIES: Any = (torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand)
-FACTORIES += (torch.randn, torch.tensor, torch.zeros)
 WAYS_OUT = (
     "pass a list of modules, or put that code into a module of an nn.ModuleList, which then stays whole, or into a "
     "function that is given to torch.fx.wrap"
@@ -94,8 +91,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, closed: Callable[[nn.Module], bool]):
-        super().__init__(autowrap_functions=FACTORIES)
-        record_also(self, torch)
+        super().__init__()
         self.closed = closed
         self.running: list[nn.Module] = []
 
