@@ -198,6 +198,31 @@ def test_fa_goes_through_attention_as_B_has_it():
     assert_close_training(train(make_rule("fa", problem), problem), train_by_oracle(problem, steps=4))
 
 
+class First(nn.Module):
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] + 1
+
+
+class Listed(nn.Module):
+    """Its last block calls a module on a list, and drops what another one returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.first, self.dropped = nn.Sequential(First()), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers[1](self.layers[0](x))
+        self.dropped(h)
+        return self.first([h])
+
+
+def test_what_is_called_otherwise_than_in_a_chain_is_called_so():
+    model, x = Listed(), torch.randn(2, 4)
+    blocks = ml.as_blocks(model, granularity="unit")
+    assert torch.equal(blocks(x), model(x))
+
+
 def test_an_encoder_of_torch_is_a_block_a_layer():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval(), torch.randn(2, 5, 8)

@@ -164,9 +164,9 @@ def _block(opened: Sequence[nn.Module], parts: Sequence[tuple[_Mode, _Flow, int,
     chains = []
     for _, flow, a, b in parts:
         body, _ = flow.part(a, b)
-        plain = all(node.op == "call_module" and len(node.args) == 1 and not node.kwargs for node in body)
-        plain &= all(after.args[0] is node for node, after in pairwise(body))
-        chains.append([held(node) for node in body] if plain else [])
+        plain = all(node.op == "call_module" and (*node.all_input_nodes,) == node.args for node in body)
+        plain &= all(after.args[0] is node for node, after in pairwise(body)) and body[0].args[0] not in flow.constants
+        chains.append([held(node) for node in body] if plain and body[-1].users else [])
     if chains[0] and all(chain == chains[0] for chain in chains):
         return chains[0][0] if len(chains[0]) == 1 else nn.Sequential(*chains[0])
     return Traced(opened, parts)
