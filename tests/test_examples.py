@@ -310,6 +310,45 @@ def test_a_batch_is_flipped_and_cropped_image_by_image():
 
 # Ctrl-C reaches the processes that load batches, too
 
+
+class Interrupted(IterableDataset):
+    """Items that Ctrl-C ends, as it ends the processes that load them, before the item `at`, once it is `armed`."""
+
+    def __init__(self, at):
+        self.at, self.armed = at, False
+
+    def __iter__(self):
+        if self.armed and self.at == 0:
+            self.end()
+        return self.items()
+
+    def items(self):
+        for k, pair in enumerate(zip(X, Y, strict=True)):
+            if self.armed and k == self.at:
+                self.end()
+            yield pair
+
+    def end(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("worker exited unexpectedly")
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_what_ctrl_c_makes_of_loading_is_ctrl_c_at_any_batch(batch, tmp_path):
+    data, path = Interrupted(batch * SIZE), tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        ml.fit(
+            learner(),
+            DataLoader(data, SIZE),
+            9,
+            checkpoint=path,
+            progress=False,
+            on_epoch=lambda rule, epoch: setattr(data, "armed", epoch == 2),
+        )
+    progress = torch.load(path, weights_only=True)["progress"]
+    assert (progress["epoch"], progress["batch"]) == (2, batch)
+
+
 CHILD = """
 import signal, sys
 sys.path.insert(0, {tests!r})

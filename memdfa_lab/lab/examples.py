@@ -21,6 +21,7 @@ from memdfa_lab.core.recompute import generator_restored, generators_restored, o
 from memdfa_lab.core.seeds import mix
 from memdfa_lab.lab.datasets import batches_in, check_pair, order
 from memdfa_lab.lab.distributed import digest
+from memdfa_lab.lab.terminal import loading
 
 Pair = tuple[Tensor, Tensor]
 Batches = Generator[Pair, None, None]
@@ -31,10 +32,6 @@ OTHER_BATCH = (
     "the data give another batch than before the checkpoint was written: this run is not, bit for bit, one that was "
     "not interrupted (the reference of ml.fit says what a batch may depend on)"
 )
-
-
-class LoadingInterrupted(KeyboardInterrupt):
-    """The processes that load batches have heard Ctrl-C, too, and have ended, before a batch was there."""
 
 
 @dataclass
@@ -125,17 +122,13 @@ class Examples:
                 how = {"sampler": chosen[first:], "batch_size": None}
             loader = DataLoader(loader, generator=torch.Generator(), **how)
         k = 0 if loader is self.source else first
-        with self._drawn(epoch, k):
+        with self._drawn(epoch, k), loading(self.ctrl_c):  # workers that have started load at once
             batches = iter(loader)
         try:
             while True:
                 with self._drawn(epoch, k):
-                    try:
+                    with loading(self.ctrl_c):
                         batch = next(batches, None)
-                    except Exception as problem:
-                        if self.ctrl_c:
-                            raise LoadingInterrupted from problem
-                        raise
                     if batch is None:
                         return
                     if k >= first:

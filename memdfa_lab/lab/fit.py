@@ -20,12 +20,12 @@ from memdfa_lab.lab.checkpoints import Scheduler
 from memdfa_lab.lab.datasets import as_input, as_target
 from memdfa_lab.lab.distributed import Group, digest
 from memdfa_lab.lab.evaluation import evaluate
-from memdfa_lab.lab.examples import Batches, Examples, LoadingInterrupted, examples_of
+from memdfa_lab.lab.examples import Batches, Examples, examples_of
 from memdfa_lab.lab.files import locked
 from memdfa_lab.lab.history import History
 from memdfa_lab.lab.schedules import schedulers_of, step_all
 from memdfa_lab.lab.tasks import Task
-from memdfa_lab.lab.terminal import ctrl_c_noted, progress_bar
+from memdfa_lab.lab.terminal import LoadingInterrupted, ctrl_c_noted, progress_bar
 
 TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the metrics of training
 

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,21 @@ def ctrl_c_noted() -> Iterator[list[int]]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class LoadingInterrupted(KeyboardInterrupt):
+    """The processes that load batches have heard Ctrl-C, too, and have ended, before a batch was there."""
+
+
+@contextmanager
+def loading(asked: Sized) -> Iterator[None]:
+    """Raise LoadingInterrupted for any error within if Ctrl-C has been noted in `asked`."""
+    try:
+        yield
+    except Exception as problem:
+        if asked:
+            raise LoadingInterrupted from problem
+        raise
 
 
 def progress_bar(total: int | None, wanted: bool) -> Any:
