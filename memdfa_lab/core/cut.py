@@ -51,7 +51,8 @@ def traced_blocks(model: nn.Module, cut: Sequence[str] | None, granularity: str 
             if stuck is None:
                 raise
             whole.add(stuck)
-    paths = {""} | set().union(*(flow.running_at(i) for i in flow.places(model, cut).values()))
+    nodes, ends = flow.nodes, flow.places(model, cut).values()
+    paths = {""}.union(*(running(nodes[i]) & running(nodes[i + 1]) for i in ends))
     opened = [part for path, part in model.named_modules() if path in paths]
     now, flows = [m.training for m in opened], []
     for mode in dict.fromkeys([tuple(now), *((mode,) * len(opened) for mode in (True, False))]):
@@ -110,10 +111,6 @@ class _Flow:
         (value,) = self.alive[i]
         parts = all(user.target is operator.getitem and isinstance(user.args[1], int) for user in value.users)
         return not parts and called(value) not in NO_TENSOR
-
-    def running_at(self, i: int) -> set[str]:
-        """Return the paths of the modules that run both nodes i and i + 1."""
-        return running(self.nodes[i]) & running(self.nodes[i + 1])
 
     def places(self, model: nn.Module, cut: Sequence[str] | None) -> dict[Any, int]:
         """Return after which nodes a block ends: by the number of weight layers before, or by the names in `cut`."""
