@@ -37,6 +37,32 @@ def options() -> None:
     show(["", *(str(i) for i in range(2, len(names) + 1))], [*rows[:-1], [f"{len(names)} {names[-1]}", *[""] * (len(names) - 1)]])
 
 
+ASKED = {"same_outputs": "same outputs", "memdfa_is_dfa": "MEM-DFA = DFA", "predicted_is_measured": "predicted = measured"}
+
+
+def torchvision() -> None:
+    """torchvision's classification models by family: how many there are, into how many blocks they are cut, what holds."""
+    table = pd.read_csv(REPORTS / "torchvision.csv")
+    rows = []
+    for family, models in table.groupby(table["model"].str.extract("([a-z]+)", expand=False)):
+        least, most = models["blocks"].min(), models["blocks"].max()
+        blocks = least if least == most else f"{least} to {most}"
+        rows.append([family, len(models), blocks, *((models[name] == True).sum() for name in ASKED)])  # noqa: E712, or empty
+    rows.append(["all", len(table), "", *((table[name] == True).sum() for name in ASKED)])  # noqa: E712
+    show(["family", "models", "blocks", *ASKED.values()], rows)
+
+
+def other_models() -> None:
+    """Models of timm and Hugging Face, and what stops those that are not cut."""
+    table = pd.read_csv(REPORTS / "other_models.csv").astype(object).fillna("")
+    signs = {True: "✓", False: "✗", "": ""}
+    rows = [
+        [row["model"], row["blocks"] and int(row["blocks"]), *(signs[row[name]] for name in ASKED), row["problem"].partition(": sym")[0]]
+        for row in table.to_dict("records")
+    ]
+    show(["model", "blocks", *ASKED.values(), "what stops it"], rows)
+
+
 def peaks() -> None:
     """The predicted peak of each rule in MiB, and what it is made of by the categories' first letters."""
     rows = []
