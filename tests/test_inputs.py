@@ -243,7 +243,7 @@ REFUSED = {
     "rules, a number": (lambda d: widgets.explore(rules=3), "rules must be a valid tuple, got 3"),
     "norm": (lambda d: widgets.memory_explorer(batch_norm="no"), "batch_norm must be a valid boolean, got 'no'"),
     "budget": (lambda d: widgets.memory_explorer(budget=8), "budget must be a valid string, got 8"),
-    "size": (lambda d: widgets.bytes_of(f"{'9' * 400} GiB"), "the budget must be a size"),
+    "size": (lambda d: ml.memory.bytes_of(f"{'9' * 400} GiB"), "the budget must be a size"),
     "matrix": (lambda d: widgets.feedback_explorer(3), "matrix must be an ml.widgets.Matrix, not a int"),
     "matrix, what": (lambda d: widgets.feedback_explorer(widht=3), "did you mean 'width'?"),
     "matrix, half": (lambda d: widgets.Matrix(outputs=1.5), "outputs must be a valid integer, got 1.5"),

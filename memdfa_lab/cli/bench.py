@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from memdfa_lab.cli.command import add_command, add_rules, chosen_rules
+from memdfa_lab.cli.command import add_command, add_model, add_rules, chosen_rules, named_model
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
@@ -24,9 +24,11 @@ def add_to(commands: Any) -> None:
         "time steps of the rules side by side, in turns, and give the peak beside each",
         "  memdfa bench\n"
         "  memdfa bench --network '784-[800]x32-10' --batch 128 --rules bp memdfa --rounds 21 --out bench\n"
-        "  memdfa bench --network liao_cifar --frontier --out frontier\n",
+        "  memdfa bench --network liao_cifar --frontier --out frontier\n"
+        "  memdfa bench --model my_nets:small --input 3x32x32    # def small() in my_nets.py, here\n",
     )
     add_rules(command, "--rules", ["all"], "the four rules and the baselines")
+    add_model(command)
     add = command.add_argument
     add("--network", nargs="+", metavar="NAME", help=f"default: {', '.join(NETWORKS)}")
     add("--batch", type=int, help="batch size; default: 128, 2048, 512, 100, 100, 32 for these, else 128")
@@ -40,9 +42,10 @@ def add_to(commands: Any) -> None:
 def _bench(options: argparse.Namespace) -> None:
     if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1):
         raise ValueError("--frontier has rules of its own, and one kind of feedback: leave out --rules, or --frontier")
-    networks, tables = options.network or list(NETWORKS), []
+    own = named_model(options)
+    networks, tables = [*(options.network or []), *([own] if own else [])] or list(NETWORKS), []
     for network in networks:
-        models.get(network)  # an unknown name is refused before the first network takes its minutes
+        models.input_shape(network)  # an unknown name is refused before the first network takes its minutes
     for network in networks:
         batch = NETWORKS.get(network, 128) if options.batch is None else options.batch
         if options.frontier:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from memdfa_lab.cli.command import add_command, add_rules, add_settings, chosen_rules
+from memdfa_lab import memory
+from memdfa_lab.cli.command import add_command, add_model, add_rules, add_settings, chosen_rules, named_model
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import experiments
 from memdfa_lab.lab.files import write_text
-from memdfa_lab.memory import CATEGORIES
 
 
 def add_to(commands: Any) -> None:
@@ -20,32 +20,43 @@ def add_to(commands: Any) -> None:
         _profile,
         "tell what one training step holds in memory, rule by rule, measured or predicted",
         "  memdfa profile --network long_fc --batch 128 --rules all\n"
-        "  memdfa profile --network '784-[800]x32-10' --batch 10000 --predict --plot profile.svg\n",
+        "  memdfa profile --network '784-[800]x32-10' --batch 10000 --predict --plot profile.svg\n"
+        "  memdfa profile --model torchvision.models:alexnet --input 3x224x224 --batch 64 --budget 8GiB\n",
     )
     add_settings(
         command, "network", "optimizer", "feedback", network="long_fc", optimizer="sgd", feedback="regenerated"
     )
+    add_model(command)
     add_rules(command, "--rules", list(RULES), "the four rules and the baselines")
     add = command.add_argument
     add("--batch", type=int, default=128, help="batch size; default: 128")
     add("--predict", action="store_true", help="do not run the step: any size, in seconds")
+    add("--budget", metavar="8GiB", help="do not run the step, and find the largest batch that fits: peak and rest")
     add("--csv", type=Path, help="write every birth and free to this file")
     add("--plot", type=Path, help="draw the profiles into this file (svg and png beside it)")
 
 
 def _profile(options: argparse.Namespace) -> None:
-    how = (options.network, options.batch, options.optimizer, options.feedback)
-    rules = chosen_rules(options.rules, list(ALL_RULES))
-    traces = {rule: experiments.profile(rule, *how, measured=not options.predict) for rule in rules}
+    network, how = named_model(options) or options.network, (options.optimizer, options.feedback)
+    budget = memory.bytes_of(options.budget) if options.budget else None
+    rules, predicted = chosen_rules(options.rules, list(ALL_RULES)), options.predict or budget is not None
+    traces = {rule: experiments.profile(rule, network, options.batch, *how, measured=not predicted) for rule in rules}
     rows = [
         {"rule": rule, "peak": trace.peak_bytes, **trace.peak_by_category, "at rest": trace.resting_bytes}
         for rule, trace in traces.items()
     ]
     table = pd.DataFrame(rows).fillna(0)
-    table = table[[name for name in ("rule", "peak", *CATEGORIES, "at rest") if name in table]]
-    seen = "predicted" if options.predict else "measured"
-    print(f"{options.network}, batch {options.batch}, {options.optimizer}: bytes, {seen}; the peak is above rest")
+    table = table[[name for name in ("rule", "peak", *memory.CATEGORIES, "at rest") if name in table]]
+    seen = "predicted" if predicted else "measured"
+    print(f"{network}, batch {options.batch}, {options.optimizer}: bytes, {seen}; the peak is above rest")
     print(table.to_string(index=False, float_format="{:.0f}".format))
+    if budget is not None:
+        fits = [{"rule": rule, **experiments.sizes(rule, network, budget, *how)} for rule in rules]
+        print(
+            f"\nlargest batch: peak and rest fit into {options.budget}; B: bytes of all its matrices, if they are kept"
+        )
+        print("s to draw B: seconds that drawing all of B takes here, going by a matrix of a million numbers")
+        print(pd.DataFrame(fits).to_string(index=False, float_format="{:.3g}".format))
     if options.csv:
         timelines = [trace.timeline.assign(rule=rule) for rule, trace in traces.items()]
         write_text(options.csv, pd.concat(timelines).to_csv(index=False))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import models
@@ -35,8 +36,8 @@ def example_step(
     check_int("the batch size", batch_size)
     shape: Sequence[int]
     if isinstance(network, str):
-        setting = models.get(network)
-        net, loss, shape, classes = models.build(network), setting.loss, setting.input_shape, 10
+        setting, shape = models.get(network), models.input_shape(network)
+        net, loss, classes = models.build(network), setting.loss, 0 if setting.function else 10
     else:
         net, loss, classes = models.mlp(network[0], list(network[1:-1]), network[-1]), "cross_entropy", network[-1]
         shape = network[:1]
@@ -46,4 +47,5 @@ def example_step(
     learner = find_rule(rule)(net.to(memory_format=layout), factory, LOSSES[loss], B, **options)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, *shape, generator=generator).to(memory_format=layout)
+    classes = classes or forward_without_trace(learner.chain, x[:2]).shape[1]
     return learner, x, torch.randint(classes, (batch_size,), generator=generator)

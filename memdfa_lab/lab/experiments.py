@@ -1,6 +1,6 @@
 """Training runs from plain settings: names, numbers and a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memdfa_lab import memory
 from memdfa_lab.core import feedback
@@ -25,11 +25,13 @@ from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
 from memdfa_lab.lab.settings import RunSettings as RunSettings
+from memdfa_lab.memory import sizing
 
 
 def load_for(network: str, dataset: str, root: str | Path | None = None) -> Data:
-    """Return a data set as the network takes it: digits in the network's own shape, all else as it is."""
-    shape = models.get(network).input_shape if dataset in ("mnist5k", "mnist") else None
+    """Return a data set as the network takes it: in the shape of MODULE:FUNCTION@SHAPE, digits in the network's own."""
+    setting = models.get(network)
+    shape = setting.input_shape or None if setting.function or dataset in ("mnist5k", "mnist") else None
     flat = shape is not None and shape[:2] == (1, 1)  # 784-[...]: the network flattens what it is given
     return datasets.load(dataset, root=root, shape=None if flat else shape)
 
@@ -161,10 +163,36 @@ def profile(
     check_int("the batch size", batch_size)
     if measured:
         return memory.measure(*example_step(rule, network, batch_size, optimizer, feedback_kind, seed), warm_up=1)
-    setting, storage = models.get(network), lookup("feedback", feedback_kind, feedback.KINDS)(seed)
-    factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
-    shape, build = (batch_size, *setting.input_shape), partial(models.build, network)
-    return memory.predict(rule, build, shape, factory, storage, loss_fn=LOSSES[setting.loss])
+    build, shape, how = _to_predict(network, optimizer, feedback_kind, seed)
+    return memory.predict(rule, build, (batch_size, *shape), **how)
+
+
+def sizes(
+    rule: str, network: str, budget: int | str, optimizer: str = "sgd", feedback_kind: str = "regenerated"
+) -> dict[str, float]:
+    """Return what can be said of a rule before it runs, from names.
+
+    "B": the bytes of all its matrices, kept or not. "s to draw B": how long drawing them takes here, going by a matrix
+    of a million numbers. "largest batch": that which fits into the budget, 0 if not one example does. Raises ValueError
+    for unknown names and what is no size.
+    """
+    build, shape, how = _to_predict(network, optimizer, feedback_kind)
+    B = sizing.feedback_bytes(rule, build, shape, **how)
+    seconds = sizing.seconds_a_number(how["feedback"].distribution) * B / 4
+    batch = sizing.largest(sizing.held_bytes(rule, build, shape, **how), memory.bytes_of(budget))
+    return {"B": B, "s to draw B": seconds, "largest batch": batch}
+
+
+def _to_predict(
+    network: str, optimizer: str, feedback_kind: str, seed: int = 0
+) -> tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]:
+    """Return how to make a network, the shape of an example, and the other arguments of `memory.predict`."""
+    how = {
+        "optimizer": partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6),
+        "feedback": lookup("feedback", feedback_kind, feedback.KINDS)(seed),
+        "loss_fn": LOSSES[models.get(network).loss],
+    }
+    return partial(models.build, network), models.input_shape(network), how
 
 
 def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def predict(
     feedback = copy.deepcopy(feedback)
     with without_collection(), _with_hints(y_shape is None):
         with shapes:
-            model = _without_data(network)
+            model = without_data(network)
             dtype = next(model.parameters()).dtype
             x = torch.empty(x_shape, dtype=x_dtype or dtype)
             y = torch.empty(x_shape[0], dtype=torch.long) if y_shape is None else torch.empty(y_shape, dtype=dtype)
@@ -78,7 +78,7 @@ def kept_bytes(blocks: nn.Sequential, x: Tensor) -> list[int]:
     sizes, shapes = [], ShapesAlone()
     with unwatched():
         with shapes:
-            h, alike = torch.empty(x.shape, dtype=x.dtype), _without_data(blocks)
+            h, alike = torch.empty(x.shape, dtype=x.dtype), without_data(blocks)
         for block in alike.children():
             with Ledger(run=shapes.watch) as ledger:
                 gradient = block_gradient(block, h)
@@ -122,7 +122,7 @@ def _with_hints(y_is_labels: bool) -> Iterator[None]:
         raise ValueError(f"the network does not take floats: {hint} ({problem})") from problem
 
 
-def _without_data(network: Network) -> nn.Module:
+def without_data(network: Network) -> nn.Module:
     """Return a copy of a model whose tensors have no data, or the model that a function makes."""
     if not isinstance(network, nn.Module):
         model = network() if callable(network) else network

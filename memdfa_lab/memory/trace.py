@@ -1,6 +1,8 @@
 """The account of a step's memory: when each storage was born and freed, what for, and what was alive at the peak."""
 
 import html
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +76,11 @@ class Trace:
     def peak_bytes(self) -> int:
         """The most bytes alive at once."""
         return int(self.totals.max())
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes in memory at the step's peak, with those between steps."""
+        return self.peak_bytes + self.resting_bytes
 
     @property
     def end_bytes(self) -> int:
@@ -162,3 +169,12 @@ def readable(size_bytes: float) -> str:
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.2f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.2f} GiB"
+
+
+def bytes_of(size: int | str) -> int:
+    """Return how many bytes "8 GiB" or "500 MB" are; a number is one of bytes. Raises ValueError if it is no size."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    value = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
+    if not 1 <= value < math.inf:
+        raise ValueError(f"the budget must be a size such as 8 GiB, 500 MB or 640 KiB, got {size!r}")
+    return int(value)

@@ -1,0 +1,116 @@
+"""What fits a budget, what B costs, and models of the user's own by name."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from reference import refuses
+from torch import nn
+
+import memdfa_lab as ml
+from memdfa_lab import cli
+from memdfa_lab.core.rules import ALL_RULES
+from memdfa_lab.memory import sizing
+
+ADAM = partial(torch.optim.Adam, lr=0.1)
+NETS = {
+    "mlp": (lambda: ml.models.mlp(20, [30] * 5, 4), (20,), ml.feedback.Stored()),
+    "convnet": (
+        lambda: ml.models.convnet((3, 8, 8), [4, 6], 10, batch_norm=True),
+        (3, 8, 8),
+        ml.feedback.Regenerated(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "name"), [(rule, list(NETS)[i % 2]) for i, rule in enumerate(ALL_RULES)])
+def test_the_largest_batch_fits_and_one_more_does_not(rule, name, monkeypatch):
+    make, shape, B = NETS[name]
+    held = {n: ml.memory.predict(rule, make(), (n, *shape), ADAM, B).held_bytes for n in (2, 40, 41)}
+    asked = []
+    monkeypatch.setattr(sizing, "predict", lambda *args, **how: asked.append(args) or ml.memory.predict(*args, **how))
+    for budget, batch in ((held[41] - 1, 40), (held[40], 40), (held[2], 2)):
+        asked.clear()
+        found = ml.memory.largest_batch(rule, make, shape, f"{budget} B", optimizer=ADAM, feedback=B)
+        assert found == batch
+        assert len(asked) < 16
+    with refuses(ValueError, "not even one example fits into 640 B: it takes"):
+        ml.memory.largest_batch(rule, make(), shape, 640, ADAM, B)
+
+
+def test_y_may_have_a_shape_and_an_example_none():
+    how = {"loss_fn": nn.functional.mse_loss, "y_shape": (10,)}
+    net, budget = ml.models.mlp(20, [30], 10), 20_000
+    found = ml.memory.largest_batch("memdfa", net, (20,), budget, **how)
+    for n, fits in ((found, True), (found + 1, False)):
+        trace = ml.memory.predict("memdfa", net, (n, 20), loss_fn=nn.functional.mse_loss, y_shape=(n, 10))
+        assert (trace.held_bytes <= budget) == fits
+    with refuses(ValueError, "the budget must be a size"):
+        ml.memory.largest_batch("memdfa", net, (20,), "much")
+
+
+def test_the_deepest_is_the_closed_forms():
+    size = {"batch": 64, "width": 30, "inputs": 20, "classes": 4}
+    for rule in ml.RULES:
+        found = ml.memory.deepest(rule, lambda depth: ml.models.mlp(20, [30] * depth, 4), (64, 20), 300_000)
+        assert found == ml.memory.formula.deepest(300_000, rule, **size)
+    with refuses(ValueError, "not even a network of depth 1 fits"):
+        ml.memory.deepest("bp", lambda depth: ml.models.mlp(20, [30] * depth, 4), (64, 20), "1 KB")
+
+
+def test_the_bytes_of_b_are_those_that_are_kept():
+    make, shape, _ = NETS["mlp"]
+    for rule, numbers in (("bp", 0), ("fa", 30 * 30 * 4 + 30 * 4), ("dfa", 4 * 30 * 5), ("memdfa", 4 * 30 * 5)):
+        assert sizing.feedback_bytes(rule, make, shape, ml.feedback.Regenerated()) == 4 * numbers
+    assert 0 < sizing.seconds_a_number("he_normal") < 1e-5
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    text = "from torch.nn import *\ndef small():\n    return Sequential(Flatten(), Linear(12, 7), Linear(7, 3))\n"
+    (tmp_path / "nets_of_mine.py").write_text(text + "def wide(n):\n    return n\nclass Net(dict): pass\n")
+    (tmp_path / "broken_nets.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+
+
+def test_a_model_of_ones_own_is_profiled_by_name(own, capsys):
+    call = ["profile", "--model", "nets_of_mine:small", "--input", "3x2x2", "--batch", "16", "--rules", "all"]
+    assert cli.main(call) == 0
+    measured = capsys.readouterr().out
+    assert cli.main([*call, "--budget", "64KiB"]) == 0
+    predicted, _, sizes = capsys.readouterr().out.partition("\n\n")
+    assert predicted.splitlines()[1:] == measured.splitlines()[1:]
+    rows = {line.split()[0]: line.split()[1:] for line in sizes.splitlines()[3:]}
+    assert rows.keys() == ALL_RULES.keys()
+    batch = ml.memory.largest_batch("dfa", ml.models.build("nets_of_mine:small"), (3, 2, 2), "64 KiB")
+    assert (rows["dfa"][0], rows["bp"][0]) == (str(4 * 7 * 3), "0")
+    assert abs(int(rows["memdfa"][2]) - batch) < batch  # feedback differs
+    one, other = (ml.models.build("nets_of_mine:small", seed=seed)[0][1].weight for seed in (1, 1))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "nets_of_mine:smal": "did you mean 'small'?",
+        "nets_of_mine:wide": "missing a required argument: 'n'",
+        "broken_nets:small": "ZeroDivisionError",
+        "no_nets:small": "cannot import no_nets",
+        "nets_of_mine:small@3y2": "is named MODULE:FUNCTION",
+        "nets_of_mine:Net": "Net",
+    }.items(),
+)
+def test_what_is_no_model_is_refused_in_a_line(own, name, said):
+    with refuses((TypeError, ValueError), said):
+        ml.models.build(name)
+
+
+def test_the_shape_of_its_input_must_be_known(own, capsys):
+    with refuses(ValueError, "the shape of nets_of_mine:small's input is not known"):
+        ml.experiments.profile("bp", "nets_of_mine:small", 4)
+    assert cli.main(["profile", "--input", "3x2x2"]) == 2
+    assert "--input goes with --model" in capsys.readouterr().err
