@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 import sys
 from functools import partial
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from reference import refuses
 from torch import nn
+from torch.cuda import _memory_viz
 
 import memdfa_lab as ml
 from memdfa_lab import cli
@@ -114,3 +117,26 @@ def test_the_shape_of_its_input_must_be_known(own, capsys):
         ml.experiments.profile("bp", "nets_of_mine:small", 4)
     assert cli.main(["profile", "--input", "3x2x2"]) == 2
     assert "--input goes with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("rule", ["bp", "memdfa"])
+def test_torchs_memory_viewer_opens_a_step(tmp_path, rule, measured):
+    trace = ml.experiments.profile(rule, "784-[32]x5-10", 16, "adam", measured=measured)
+    trace.to_memory_viz(tmp_path / "step.pickle")
+    data = pickle.loads((tmp_path / "step.pickle").read_bytes())
+    for name in ("trace_plot", "segment_plot", "segsum"):
+        assert len(getattr(_memory_viz, name)(data)) > 100
+    assert "aten::addmm" in _memory_viz.trace(data)
+    alive = {block["address"]: block["size"] for block in data["segments"][0]["blocks"] if block["requested_size"]}
+    assert sum(alive.values()) == trace.resting_bytes + trace.end_bytes
+    held, most = sum(alive.values()), 0
+    for entry in reversed(data["device_traces"][0]):  # back from the end
+        if entry["action"] == "alloc":
+            assert alive.pop(entry["addr"]) == entry["size"]
+        elif entry["action"] == "free_completed":
+            alive[entry["addr"]] = entry["size"]
+            places = sorted(alive.items())
+            assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(places))
+        most = max(most, sum(alive.values()))
+    assert (most, sum(alive.values()), held) == (trace.held_bytes, trace.resting_bytes, trace.resting_bytes)

@@ -2,6 +2,7 @@
 
 import html
 import math
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from memdfa_lab.memory.files import write_text
+from memdfa_lab.memory.files import write_text, write_whole
 
 CATEGORIES = (
     "parameters",
@@ -138,6 +139,15 @@ class Trace:
     def to_csv(self, path: str | Path) -> None:
         """Write the timeline, whole or not at all. Raises ValueError if the folder cannot be written to."""
         write_text(path, self.timeline.to_csv(index=False))
+
+    def to_memory_viz(self, path: str | Path) -> None:
+        """Write the step as a memory snapshot, for pytorch.org/memory_viz or `python -m torch.cuda._memory_viz`.
+
+        The step may be a predicted one, or have run on the CPU. Raises ValueError if the folder cannot be written to.
+        """
+        from memdfa_lab.memory.viewer import snapshot  # which needs Trace
+
+        write_whole(path, lambda temporary: temporary.write_bytes(pickle.dumps(snapshot(self))))
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name} {readable(value)}" for name, value in self.peak_by_category.items())
