@@ -212,6 +212,8 @@ class Ledger(Watcher):
         if change == 0 or storage.kind == "outside":
             return
         phase, block = self._phases[-1]
+        if node is not None and not phase:  # a plain loop, which announces nothing
+            phase = "backward"
         if block is None and node is not None and self._numbers:
             block = self._blocks[bisect_right(self._numbers, node_number(node)) - 1]
         seconds = time.perf_counter() - self._started
