@@ -67,8 +67,10 @@ def rehearse(
     loss_fn: object,
     teaches_blocks: bool,
     tries_backward: bool,
-) -> None:
+) -> list[int]:
     """Run the blocks on a copy of x (N, ...), and the loss on their output, and restore what that changes.
+
+    Returns how many numbers the output of each block has for one example.
 
     `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: each block is taught on its own.
     `tries_backward`: the gradients of a block are formed, too, and dropped. Raises TypeError, ValueError or
@@ -78,12 +80,13 @@ def rehearse(
     with unwatched(), made, ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
         stack.enter_context(other_generators_restored())
-        h, lengths = x.detach().clone(), []
+        h, lengths, outputs = x.detach().clone(), [], []
         for i, block in enumerate(chain):
             made.used.clear()
             stack.enter_context(state_restored(block))
             h = _run(i, block, h, teaches_blocks, tries_backward, made.used)
             lengths.append(rows(h))
+            outputs.append(h.numel() // max(rows(h), 1))
         if teaches_blocks:
             check_lengths(chain, lengths)
         made.watch_reads(h)
@@ -102,6 +105,7 @@ def rehearse(
             f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: a gradient comes from the "
             "logits alone; make it part of them"
         )
+    return outputs
 
 
 def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, tries_backward: bool, used: Set[int]) -> Tensor:

@@ -21,6 +21,8 @@ from memdfa_lab.core.signal import Signal
 from memdfa_lab.core.watcher import has_data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+# Warns of matrices B that take much memory or time. `memory` puts it here.
+warn_of_large: Callable[[Feedback, list[int]], None] | None = None
 MOST_SHAPES = 8  # of batches that are tried before their first step; later ones are taken on trust
 
 
@@ -115,7 +117,9 @@ class Rule(ABC):
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
-            contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport is None)
+            outputs = contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport is None)
+        if self.teaches_blocks and warn_of_large is not None:
+            warn_of_large(self.feedback, outputs)
         self._terms = None
         self._rehearsed |= {kind, shape}
 
