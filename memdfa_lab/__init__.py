@@ -8,10 +8,11 @@ from memdfa_lab.core import feedback
 from memdfa_lab.core.blocks import as_blocks
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA
-from memdfa_lab.lab import alignment, datasets, distributed, experiments, losses, models
+from memdfa_lab.lab import alignment, datasets, distributed, experiments, losses, models, tasks
 from memdfa_lab.lab.check import check
 from memdfa_lab.lab.evaluation import accuracy, predict
-from memdfa_lab.lab.fit import History, fit
+from memdfa_lab.lab.fit import fit
+from memdfa_lab.lab.history import History
 from memdfa_lab.rivals import BASELINES
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "memory",
     "models",
     "predict",
+    "tasks",
 ]
 # name -> module, loaded when first used: plotting, notebooks and widgets take a while to import
 LATER = {

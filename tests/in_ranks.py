@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import memdfa_lab as ml
 from memdfa_lab import cli
@@ -190,11 +191,35 @@ def data(tests=20, n=70):
     return ml.datasets.Data("random", x[:n], y[:n], x[n:], y[n:], torch.zeros(2, 1, 1), 1.0, classes=5).subset(n, tests)
 
 
+def noisy(x):
+    return x + torch.randn_like(x)
+
+
+def loaded(tests=20):
+    """Return the training data in a loader, whose order and noise all ranks draw alike."""
+    both = data(tests)
+    return DataLoader(TensorDataset(both.x_train, both.y_train), 23, shuffle=True)
+
+
 def with_dropout():
     return nn.Sequential(nn.Flatten(), nn.Linear(72, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 5))
 
 
-def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_seed=1, tests=20, **options):
+def of_one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=60)
+
+
+def squared_error(outputs, y):
+    return ml.losses.mse(outputs, y)
+
+
+squared_error.higher_is_better = False
+# the mean of a loss over parts of different sizes, and when to stop by it
+STOPPED = {"epochs": 15, "metrics": {"mse": squared_error}, "monitor": "test_mse", "stop_after": 1, "tests": 15}
+STOPPED |= {"scheduler": of_one_cycle, "scheduler_each": "batch"}
+
+
+def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_seed=1, tests=20, source=data, **options):
     """Fit, and evaluate on `tests` images; `cut`: a step in which this rank is asked to stop, as by Ctrl-C."""
     trained = learner(group, rule, make, partial(torch.optim.SGD, lr=lr, momentum=0.9), seed=net_seed)
     steps, step = [], trained.step
@@ -208,10 +233,13 @@ def fitted(group, path=None, make=conv, rule="memdfa", cut=None, lr=0.1, net_see
     trained.step = counting
     settings = {"epochs": 3, "batch_size": 23, "checkpoint": path, "save_every_s": 1e9, **options}
     try:
-        history = ml.fit(trained, data(tests), **settings).rows
+        history = ml.fit(trained, source(tests), **settings).rows
     except KeyboardInterrupt:
         history = "interrupted"
     return outcome(trained, history=history, steps=steps)
+
+
+LOADED = {"source": loaded, "batch_size": None, "augment": noisy}
 
 
 def refused(run, *arguments, **options):
@@ -258,6 +286,8 @@ def all_cases(group, folder):
     found["not finite"] = not_finite(group)
     found["finds the download"] = downloads(group, folder)
     found["fit"] = fitted(group, folder / "fit.pt")
+    found["fit, stopped"] = fitted(group, **STOPPED)
+    found["loader"] = fitted(group, **LOADED)
     found["fit, one's own statistics"] = fitted(group, make=conv_batchnorm)
     found["files"] = sorted(path.name for path in folder.glob("*.pt"))
     found["two to one"] = fitted(group, folder / "two.pt", cut=6 if group.rank else None)

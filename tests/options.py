@@ -93,14 +93,24 @@ OPTIONS: dict[str, Option] = {
     "shared B": Option("feedback", {"feedback": "shared"}),
     "keep_bytes": Option("keep", of_rule(keep_bytes=1500), {}),
     "clip_norm": Option("clip", of_rule(clip_norm=0.05)),
+    "clip_global_norm": Option("clip", of_rule(clip_global_norm=0.05)),
+    "bfloat16": Option("precision", of_rule(precision="bfloat16")),
+    "float16": Option("precision", of_rule(precision="float16")),
     "AdamW": Option("optimizer", {"optimizer": partial(torch.optim.AdamW, lr=0.01)}),
     "scheduler": Option("scheduler", of_fit(scheduler=partial(lr_scheduler.StepLR, step_size=1))),
     "plateau": Option(
         "scheduler", of_fit(scheduler=partial(lr_scheduler.ReduceLROnPlateau, threshold=10.0, patience=0))
     ),
+    "a step a batch": Option(
+        "scheduler", of_fit(scheduler=partial(lr_scheduler.StepLR, step_size=3), scheduler_each="batch")
+    ),
+    "augment": Option("augment", of_fit(augment=lambda x: x + 0.2 * torch.randn_like(x))),
+    "stop_after": Option(  # by a loss that stays as it is, so that the first epoch is the best
+        "stop", of_fit(stop_after=1, metrics={"loss": lambda logits, y: torch.ones(())})
+    ),
     "drop_last": Option("drop", of_fit(drop_last=True)),
     "resumed": Option("resumed", {"resumed": True}, {}),
-    "autocast": Option("context", {"context": lambda: torch.autocast("cpu", torch.bfloat16)}),
+    "autocast": Option("precision", {"context": lambda: torch.autocast("cpu", torch.bfloat16)}),
     "frozen block": Option("change", {"change": lambda net: net[3].requires_grad_(False)}),
     "penalty": Option("loss", {"loss": penalised}),
     "loss that learns": Option("loss", {"loss": lambda net: Temperature()}),
@@ -190,7 +200,9 @@ def with_ranks(name: str, group: Any) -> str:
     except REFUSALS as problem:
         return f"refused: {problem}"
     expected = train(run)
-    assert far(found, expected) < (0.05 if name == "autocast" else 1e-4), f"{name} on two ranks has other results"
+    assert far(found, expected) < (0.05 if name in ("autocast", "bfloat16") else 1e-4), (
+        f"{name} on two ranks has other results"
+    )
     return "works"
 
 

@@ -76,6 +76,7 @@ REFUSED = {
     "kind": (lambda: check_type("f", 1, str, "a name"), TypeError, "f must be a name, not a int"),
     "no_tensor": (lambda: check_batch([[1.0]]), TypeError, "a list", "torch.as_tensor"),
     "complex": (lambda: check_batch(X + 1j), TypeError, "torch.complex64"),
+    "uint16": (lambda: check_batch(X.to(torch.uint16)), TypeError, "torch.uint16", "x.float()"),
     "sparse": (lambda: check_batch(X.to_sparse()), TypeError, "torch.sparse_coo"),
     "one_example": (lambda: check_batch(X[0]), ValueError, "(N, ...)", "(3,)"),
     "empty": (lambda: check_batch(X[:0]), ValueError, "one example or more", "(0, 3)"),

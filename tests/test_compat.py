@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from multiprocessing import active_children
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from memdfa_lab.core import compat
 from memdfa_lab.core.watcher import empty_of_shape
@@ -245,6 +247,15 @@ def test_the_profiler_marks_allocations_and_tells_their_size():
         if node.tag == compat.ALLOCATION:
             sizes.append(node.extra_fields.alloc_size)
     assert len(kept) in sizes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shut_down_workers_ends_the_processes_of_a_loader_whose_iterator_is_held(workers):
+    batches = iter(DataLoader(torch.arange(100), 2, num_workers=workers))
+    next(batches)
+    assert len(active_children()) == workers
+    compat.shut_down_workers(batches)
+    assert not active_children()
 
 
 def test_the_profiler_tells_overloads_apart():

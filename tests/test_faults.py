@@ -227,7 +227,7 @@ def test_ctrl_c_twice_leaves_a_run_that_goes_on(pause_s, tmp_path):
 
 def test_a_second_ctrl_c_at_any_line_of_the_first_ones_handler_does_not_hang():
     code = """import os, signal, sys
-from memdfa_lab.lab.fit import _ctrl_c_noted
+from memdfa_lab.lab.terminal import ctrl_c_noted
 for line in range(30):  # of those that run once the first signal is there
     count = 0
     def again(*_):
@@ -238,7 +238,7 @@ for line in range(30):  # of those that run once the first signal is there
             os.kill(os.getpid(), signal.SIGINT)
         return again
     try:
-        with _ctrl_c_noted() as noted:
+        with ctrl_c_noted() as noted:
             sys.settrace(again)
             os.kill(os.getpid(), signal.SIGINT)
     except KeyboardInterrupt:

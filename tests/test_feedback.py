@@ -165,7 +165,7 @@ class TestSignal:
         once = len(drawn)
         signal, parts = Signal(2, e, kind(0)), []
         for part in split(examples, 2, 1):
-            signal = signal.reusable(24)
+            signal = signal.reusable(out)
             parts.append(signal.of(part).shaped_like(out[part]))
         assert len(drawn) == 2 * once
         torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
@@ -176,7 +176,7 @@ class TestSignal:
         for examples in (3, 40):
             signals = [Signal(2, error(examples).float(), kind(0, distribution)) for kind in INDEPENDENT]
             assert_identical(*(signal.of(slice(1, 3)).shaped_like(out) for signal in signals))
-            assert_identical(*(signal.reusable(1800).of(slice(1, 3)).shaped_like(out) for signal in signals))
+            assert_identical(*(signal.reusable(out).of(slice(1, 3)).shaped_like(out) for signal in signals))
 
 
 class TestStorage:

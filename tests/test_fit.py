@@ -25,6 +25,7 @@ from memdfa_lab.lab import files
 from memdfa_lab.lab.ahead import look_ahead
 from memdfa_lab.lab.datasets import order
 from memdfa_lab.lab.distributed import Group
+from memdfa_lab.lab.examples import examples_of
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -299,6 +300,18 @@ def test_a_file_is_written_whole_or_not_at_all_and_is_as_readable_as_any_other(t
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
+def test_ctrl_c_stays_one_where_closing_the_file_fails_on_it(tmp_path):
+    def write(path):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 2944")
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(tmp_path / "file", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_runs_do_not_write_one_file(tmp_path):
     path = tmp_path / "new" / "run.pt"
     with files.locked(path), refuses(ValueError, f"another run is writing {path}"), files.locked(path):
@@ -399,6 +412,15 @@ def test_evaluation_is_in_eval_mode_in_batches_and_puts_each_mode_back(data):
     assert ml.accuracy(rule, data.x_test, data.y_test) == pytest.approx(right / 100)
 
 
+def test_no_example_is_evaluated_alone():
+    """BatchNorm without running statistics takes no batch of one."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(1001, 4), torch.arange(1001) % 3
+    assert ml.predict(net, x).shape == (1001, 3)
+    rule = ml.MemDFA(net, partial(torch.optim.SGD, lr=0.1))
+    assert len(ml.fit(rule, (x, y), 1, 77, test=(x, y), progress=False).rows) == 1
+
+
 def test_training_in_float64_follows_the_weights_dtype(data):
     rule = ml.MemDFA(ml.models.mlp(784, [8], 10).double(), optimizer=SGD)
     ml.fit(rule, data, 1, 64)
@@ -478,9 +500,8 @@ WITHOUT_ACCURACY = {
     "a number": (1, X[:, 0], _first(F.mse_loss)),
     "a column": (1, X[:, :1], F.mse_loss),
     "float64": (4, X[:, :4].double(), F.mse_loss),
-    "several labels": (4, (X[:, :4] > 0).float(), F.binary_cross_entropy_with_logits),
+    "probabilities of each label": (4, X[:, :4].sigmoid(), F.binary_cross_entropy_with_logits),
     "soft labels": (4, X[:, :4].softmax(1), F.cross_entropy),
-    "labels to ignore": (4, torch.where(Y == 3, -100, Y), F.cross_entropy),
     "counts": (4, Y * 2, lambda output, y: F.poisson_nll_loss(output.mean(1), y.float())),
 }
 
@@ -492,16 +513,8 @@ def test_where_accuracy_means_nothing_there_is_none(task, tmp_path):
     history = ml.fit(made, by_hand(X, y), 20, 8, checkpoint=tmp_path / "run.pt")
     assert list(history.table) == ["epoch", "loss", "seconds"]
     assert history.rows[-1]["loss"] < history.rows[0]["loss"]
-    with refuses(ValueError, "accuracy is for outputs (N, C)" if y.dim() == 1 else "a tensor of 48 labels"):
+    with refuses(ValueError, "the task is 'classification'" if y.dim() == 1 else "a tensor of 48 labels"):
         ml.accuracy(made, X, y)
-
-
-def test_a_picture_of_labels_has_no_accuracy():
-    made = ml.MemDFA(nn.Sequential(nn.Conv2d(2, 3, 1)), SGD)
-    data = by_hand(numbers(12, 2, 4, 4), torch.randint(3, (12, 4, 4)))
-    assert list(ml.fit(made, data, 1, 4).table) == ["epoch", "loss", "seconds"]
-    with refuses(ValueError, "a tensor of 8 labels, one or more, one for each example; got shape (8, 4, 4)"):
-        ml.accuracy(made, data.x_test, data.y_test)
 
 
 def test_without_a_test_example_the_test_accuracy_is_nan(data):
@@ -536,8 +549,20 @@ AHEAD = {  # data, batch size, the rest -> what is said
     "one left": (by_hand(X, Y, 7), 10, NORM, "1 of the 41 training examples", "batch_size 9 or drop_last=True"),
     "one left of two": (by_hand(X, Y, 45), 2, NORM, "1 of the 3 training examples", "batch_size 3 or drop_last=True"),
     "a fixed size": (HAND, 6, {"first": [OfSix]}, "have 4 of the 40 training", "batch_size 5 or drop_last=True"),
-    "a label beyond": (by_hand(X, torch.where(Y == 3, 4, Y)), 2, {}, "from 0 to 4 (labels are int64 (2,) from 0 to 3)"),
-    "a test label beyond": (by_hand(X, torch.where(torch.arange(48) == 47, 9, Y)), 8, {}, "y_test must be", "to 9"),
+    "a label beyond": (
+        by_hand(X, torch.where(Y == 3, 4, Y)),
+        2,
+        {},
+        "whole numbers (N,) from 0 to 3; got",
+        "from 0 to 4: correct y",
+    ),
+    "a test label beyond": (
+        by_hand(X, torch.where(torch.arange(48) == 47, 9, Y)),
+        8,
+        {},
+        "y_test is whole numbers (N,) from 0 to 3",
+        "to 9",
+    ),
     "NaN": (by_hand(NAN_X, Y), 8, {}, "x_train of the data holds NaN or inf"),
     "inf to test": (by_hand(X, NAN_Y), 8, {"outputs": 1, "loss": F.mse_loss}, "y_test of the data holds NaN or inf"),
     "a list": (dataclasses.replace(HAND, y_train=Y[:40].tolist()), 8, {}, "y_train must be a tensor", "not a list"),
@@ -552,8 +577,8 @@ AHEAD = {  # data, batch size, the rest -> what is said
     ),
     "another width": (dataclasses.replace(HAND, x_test=X[:8, :5]), 8, {}, "x_test: it is (8, 5)", "x_train is (N, 6)"),
     "no example": (by_hand(X, Y, 48), 8, {}, "one or more, got 0 and 0"),
-    "float labels": (by_hand(X, Y.float()), 8, {}, "y (8,) torch.float32"),
-    "a column of labels": (by_hand(X, Y[:, None]), 8, {}, "y (8, 1) torch.int64"),
+    "float labels": (by_hand(X, Y.float()), 8, {}, "y (40,) torch.float32"),
+    "a column of labels": (by_hand(X, Y[:, None]), 8, {}, "y (40, 1) torch.int64"),
     "no batch left": (HAND, 41, {"drop_last": True}, "drop_last leaves no batch of 41 from 40 examples"),
     "maybe": (HAND, 8, {"drop_last": 1}, "drop_last must be True or False, not a int"),
 }
@@ -594,9 +619,9 @@ def test_the_part_of_each_rank_is_looked_at_on_all_of_them(rank):
     for examples, batch_size in ((43, 10), (42, 10), (41, 10), (40, 3)):
         data = by_hand(X, Y, 48 - examples)
         with refuses(ValueError, "a rank's part of the last batch", f"1 of the {examples} training examples"):
-            look_ahead(made, data, batch_size, False, group)
-    assert look_ahead(made, by_hand(X, Y, 4), 10, False, group)
-    assert look_ahead(made, by_hand(X, Y, 5), 10, True, group)
+            look_ahead(made, examples_of(data, batch_size), examples_of(data, part="test"), group)
+    assert look_ahead(made, examples_of(by_hand(X, Y, 4), 10), None, group)[0]
+    assert look_ahead(made, examples_of(by_hand(X, Y, 5), 10, drop_last=True), None, group)[0]
 
 
 WEIGHTS = torch.ones(10), torch.ones(10) + 1e-6

@@ -154,7 +154,7 @@ REFUSED = {
     # fit
     "fit a model": (lambda d: ml.fit(net(), d, 1), "rule must be a rule, such as ml.MemDFA(model, optimizer)"),
     "fit no data": (lambda d: ml.fit(rule(), None, 1), "not a NoneType"),
-    "fit a tensor": (lambda d: ml.fit(rule(), X, 1), "fit takes data as ml.datasets.load returns it"),
+    "fit a tensor": (lambda d: ml.fit(rule(), X, 1), "data must be (x, y), a Dataset with a length"),
     "fit seed": (lambda d: ml.fit(rule(), d, 1, seed=-1), "seed must be"),
     "fit scheduler": (lambda d: ml.fit(rule(), d, 1, scheduler=3), "scheduler must be a function"),
     "fit on_epoch": (lambda d: ml.fit(rule(), d, 1, on_epoch=3), "on_epoch must be a function"),
@@ -163,9 +163,13 @@ REFUSED = {
     "accuracy of none": (lambda d: ml.accuracy(net(), X[:0], Y[:0]), "0 labels, one or more"),
     "accuracy, few": (lambda d: ml.accuracy(net(), X, Y[:3]), "a tensor of 6 labels"),
     "accuracy, columns": (lambda d: ml.accuracy(net(), X, Y[:, None]), "got shape (6, 1)"),
-    "accuracy, numbers": (lambda d: ml.accuracy(net(), X, Y.float()), "outputs (6, 5) and labels (6,) torch.float32"),
-    "accuracy, beyond": (lambda d: ml.accuracy(net(), X, Y + 1), "from 0 to C - 1; got outputs (6, 5)", "from 1 to 5"),
-    "accuracy, one logit": (lambda d: ml.accuracy(nn.Linear(8, 1), X, Y > 2), "two classes or more", "outputs (6, 1)"),
+    "accuracy, numbers": (lambda d: ml.accuracy(net(), X, Y.float()), "outputs (6, 5) and y (6,) torch.float32"),
+    "accuracy, beyond": (lambda d: ml.accuracy(net(), X, Y + 1), "from 0 to 4; got outputs (6, 5)", "from 1 to 5"),
+    "accuracy, one logit": (
+        lambda d: ml.accuracy(nn.Linear(8, 1), X, Y > 2),
+        "its outputs are (N, C)",
+        "outputs (6, 1)",
+    ),
     # data
     "no image to build for": (
         lambda d: experiments.make_rule("bp", "fc_relu", replace(d, x_train=X)),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memdfa_lab.lab.losses import LOSSES, as_mean
+from memdfa_lab.lab.losses import LOSSES, as_mean, token_cross_entropy
 
 ON_ONE_HOT = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}
 
@@ -92,3 +92,14 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_loss_that_may_be_no_mean_is_not_taken_for_one(name):
     assert as_mean(OTHERS[name]) is None
+
+
+def test_the_loss_of_tokens_is_cross_entropy_with_the_classes_last():
+    logits, y = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12).view(3, 4) % 6
+    y[1, 2] = -100
+    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    torch.testing.assert_close(token_cross_entropy(logits, y), expected)
+    weight = as_mean(token_cross_entropy).weight
+    parts = [(logits[:1], y[:1]), (logits[1:], y[1:])]
+    total = sum(token_cross_entropy(*part).item() * weight(part[1]) for part in parts)
+    assert total / 11 == pytest.approx(expected.item())

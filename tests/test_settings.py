@@ -13,8 +13,10 @@ from memdfa_lab.lab.settings import RunSettings
 
 OTHERS = {
     "rule": "dfa", "network": "fc_sigmoid", "dataset": "own.npz", "root": "folder", "epochs": 2, "batch_size": 50,
-    "drop_last": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce", "feedback": "shared",
+    "drop_last": True, "augment": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce",
+    "feedback": "shared",
     "distribution": "normal", "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
+    "clip_global_norm": 2.0, "precision": "bfloat16",
 }  # fmt: skip
 
 
@@ -26,7 +28,7 @@ WRONG = {
 MISSPELT = {
     "rule": ("memdf", "memdfa"), "network": ("fc_rely", "fc_relu"), "optimizer": ("adm", "adam"),
     "loss": ("mae", "mse"), "feedback": ("store", "stored"), "distribution": ("he_norml", "he_normal"),
-    "initialisation": ("zeros", "zero"), "feedback_kind": ("share", "shared"),
+    "initialisation": ("zeros", "zero"), "precision": ("bfloat", "bfloat16"), "feedback_kind": ("share", "shared"),
 }  # fmt: skip
 
 

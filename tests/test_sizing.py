@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import pickle
 import sys
-import warnings
 from functools import partial
 
 import pytest
@@ -142,21 +141,3 @@ def test_torchs_memory_viewer_opens_a_step(tmp_path, rule, measured):
             assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(places))
         most = max(most, sum(alive.values()))
     assert (most, sum(alive.values()), held) == (trace.held_bytes, trace.resting_bytes, trace.resting_bytes)
-
-
-def test_a_large_b_is_warned_of_before_it_is_drawn(monkeypatch):
-    net, x, y = ml.models.mlp(20, [30] * 5, 4), torch.randn(6, 20), torch.zeros(6, dtype=torch.long)
-    monkeypatch.setattr(sizing, "LARGE_BYTES", 4 * 4 * 30)
-    for kind, numbers, said in (
-        ("stored", 600, "kept in memory"),
-        ("regenerated", 600, "in every step"),
-        ("shared", 0, ""),
-    ):
-        rule = ml.MemDFA(net, torch.optim.SGD, feedback=ml.feedback.KINDS[kind]())
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            rule.step(x, y)
-            rule.step(x, y)
-        texts = [str(one.message) for one in caught if "B has" in str(one.message)]
-        assert len(texts) == (1 if numbers else 0)
-        assert all(f"B has {numbers:,} numbers" in text and said in text for text in texts)

@@ -400,6 +400,16 @@ def test_fa_refuses_a_weight_through_which_it_would_send_the_error_as_bp_does(na
         rule.step(problem.x, problem.y)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", ["autograd.Function", "TorchScript", "vmap over weights"])
+def test_fa_refuses_what_it_does_not_see_before_buffers_move(name):
+    run, parts, hints = REFUSED[name]
+    net = nn.Sequential(nn.Linear(7, 7), nn.BatchNorm1d(7), *between_linears(run, **parts).build())
+    problem, rule = between_linears(run, **parts), FA(net, SGD)
+    with refuses_and_keeps(rule, ValueError, hints[0], "no weight was changed"):
+        rule.step(problem.x, problem.y)
+
+
 def test_a_checkpoint_takes_less_memory_in_fa_as_predicted():
     def peaks(run: Callable[[Any, Tensor], Tensor]) -> set[int]:
         rule = make_rule("fa", between_linears(run, (200,), a=lambda: nn.Linear(200, 200)))

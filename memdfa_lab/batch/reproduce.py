@@ -128,7 +128,9 @@ class _Run:
     """The notebooks of one run: the threads that run them, and what run.json and the pages say of them."""
 
     def __init__(self, out: Path, state: dict[str, Any], names: list[str], timeout_s: float):
-        self.out, self.state, self.names, self.timeout_s = out, state, names, timeout_s
+        # absolute, since papermill moves the working directory for a moment, and other threads write meanwhile
+        self.out, self.asked = out.absolute(), out
+        self.state, self.names, self.timeout_s = state, names, timeout_s
         self.records: dict[str, dict[str, Any]] = state["notebooks"]
         self.writing = threading.Lock()
         self.kernels = Kernels()
@@ -147,7 +149,7 @@ class _Run:
                 pool.shutdown()
                 stopped = [name for name in self.names if self.records[name]["status"] == "interrupted"]
                 if stopped and isinstance(problem, KeyboardInterrupt):
-                    goes_on = f"memdfa reproduce --out {shlex.quote(str(self.out))} goes on"
+                    goes_on = f"memdfa reproduce --out {shlex.quote(str(self.asked))} goes on"
                     text = f"interrupted in {', '.join(stopped)}: what was finished is kept, {goes_on}"
                     raise KeyboardInterrupt(text) from None
                 raise

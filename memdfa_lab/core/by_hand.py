@@ -66,7 +66,7 @@ class ByHand:
         for part in self.parts:
             ran = self.kept.popleft() if self.kept else self._run(part)
             if len(self.parts) > 1:
-                signal = signal.reusable(self.out[0].numel())
+                signal = signal.reusable(self.out)
             self._learn(*ran, signal.of(part), in_place_sgd)
             del ran  # before the next part runs
 

@@ -64,6 +64,10 @@ def check_batch(x: Any) -> None:
     if x.layout is not torch.strided or x.is_nested or x.is_complex():
         given = "a nested tensor" if x.is_nested else f"{x.dtype}, {x.layout}"
         raise TypeError(f"x must be a dense tensor (N, ...) of real numbers, got {given}: pad it, or use x.to_dense()")
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise TypeError(
+            f"x is {x.dtype}, with which torch does not compute: use x.float(), or x.long() for numbers of words"
+        )
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must be a batch (N, ...) of one example or more, got shape {tuple(x.shape)}")
     check_finite("x holds NaN or inf", x)

@@ -128,6 +128,13 @@ def convolution_layout(h: Tensor, weight: Tensor) -> torch.memory_format:
     return layout
 
 
+def shut_down_workers(batches: object) -> None:
+    """End the processes from which an iterator over a DataLoader gets its batches, if it has any."""
+    end = getattr(batches, "_shutdown_workers", None)
+    if end is not None:
+        end()
+
+
 def is_composite(operation: str) -> bool:
     """Tell whether an operation is several others on the CPU. Raises RuntimeError if the dispatcher lacks it."""
     own, several = (

@@ -66,29 +66,28 @@ def rehearse(
     loss: Callable[[Tensor], object],
     loss_fn: object,
     teaches_blocks: bool,
-    tries_backward: bool,
-) -> list[int]:
+    check_graph: Callable[[Tensor], object] | None,
+) -> list[tuple[int, ...]]:
     """Run the blocks on a copy of x (N, ...), and the loss on their output, and restore what that changes.
 
-    Returns how many numbers the output of each block has for one example.
+    Return the shapes of their outputs.
 
     `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: each block is taught on its own.
-    `tries_backward`: the gradients of a block are formed, too, and dropped. Raises TypeError, ValueError or
-    RuntimeError that names the block, what came in, and what is wrong.
+    `check_graph` is given each block's output; without it the gradients of a block are formed, too, and dropped. Raises
+    TypeError, ValueError or RuntimeError that names the block, what came in, and what is wrong.
     """
     made = _Made()
     with unwatched(), made, ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
         stack.enter_context(other_generators_restored())
-        h, lengths, outputs = x.detach().clone(), [], []
+        h, shapes = x.detach().clone(), []
         for i, block in enumerate(chain):
             made.used.clear()
             stack.enter_context(state_restored(block))
-            h = _run(i, block, h, teaches_blocks, tries_backward, made.used)
-            lengths.append(rows(h))
-            outputs.append(h.numel() // max(rows(h), 1))
+            h = _run(i, block, h, teaches_blocks, check_graph, made.used)
+            shapes.append(tuple(h.shape))
         if teaches_blocks:
-            check_lengths(chain, lengths)
+            check_lengths(chain, [shape[0] if shape else 0 for shape in shapes])
         made.watch_reads(h)
         if isinstance(loss_fn, nn.Module):
             stack.enter_context(state_restored(loss_fn))
@@ -105,10 +104,10 @@ def rehearse(
             f"the loss reads a tensor of shape {made.read[0]} that the forward pass made: a gradient comes from the "
             "logits alone; make it part of them"
         )
-    return outputs
+    return shapes
 
 
-def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, tries_backward: bool, used: Set[int]) -> Tensor:
+def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, check_graph: Any, used: Set[int]) -> Tensor:
     """Return block i's output on h, checked. `used` gets the storages that it reads."""
     try:
         gradient = block_gradient(block, h) if teaches_blocks else None
@@ -122,7 +121,9 @@ def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, tries_backwa
         weights = [p for p in block.parameters() if p.requires_grad and storage_id(p) in used]
         if teaches_blocks:
             _check_taught(graph, weights)
-        if tries_backward and graph.requires_grad and (weights or before):
+        if check_graph is not None:
+            check_graph(graph)
+        elif graph.requires_grad and (weights or before):
             try:
                 torch.autograd.grad(graph, [*weights, *before], torch.zeros_like(graph), allow_unused=True)
             except RuntimeError as problem:

@@ -1,8 +1,9 @@
 """The fixed random matrices B that carry the error to a block in place of the transposed weights.
 
 DFA and MEM-DFA (Nøkland 2016; Chu et al. 2020): B_i has shape (C, n_i), C the size of the error and n_i that of the
-block's output, both flattened in logical order; the signal is e B_i, (N, C) @ (C, n_i). FA (Lillicrap et al. 2016): one
-B a weight, of the weight's own shape.
+block's output, both flattened in logical order; the signal is e B_i, (N, C) @ (C, n_i). Where e and the output have the
+same positions, as words (N, T, V) and (N, T, d) or pixels (N, V, H, W) and (N, d, H, W) do, B_i is (V, d), the same at
+all of them. FA (Lillicrap et al. 2016): one B a weight, of the weight's own shape.
 
 A matrix depends on the seed and its key alone. It is drawn in float32 on the CPU by a generator of its own, then moved,
 so it is the same for every rule, kind of feedback and device, whatever the global generator has done before.
@@ -22,6 +23,7 @@ from memdfa_lab.core.seeds import LARGEST_SEED, mix
 
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
 KEY_NUMBERS = {"block": 0, "weight": 1}
+POSITIONS = ("shared", "classes first", "classes last", "dense")
 
 
 def _unit_he_normal(B: Tensor, generator: torch.Generator) -> Tensor:
@@ -65,18 +67,52 @@ class Feedback(ABC):
     """A family of fixed random matrices.
 
     `seed` determines them, `distribution` is one of DISTRIBUTIONS, `scale` multiplies them. Subclasses differ in what
-    they keep between uses, not in the matrices (except for `Shared`). Raises ValueError for an unknown distribution, a
-    seed that is not a whole number from 0 to 2**64 - 1, or a scale that is not a finite positive number.
+    they keep between uses, not in the matrices (except for `Shared`).
+
+    `positions`: with "shared", B_i is (V, d) for logits (N, V, ...) and a block's output (N, d, ...) that agree from
+    dimension 2 on, and for (N, ..., V) and (N, ..., d) that agree up to the last; "classes first" and "classes last"
+    allow one of the two, for networks whose shapes allow both. Other blocks have a dense B_i, of all their outputs by
+    all of e; with "dense", every block has.
+
+    Raises ValueError for an unknown distribution or name of positions, a seed that is not a whole number from 0 to
+    2**64 - 1, or a scale that is not a finite positive number.
     """
 
-    def __init__(self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0):
+    def __init__(
+        self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0, positions: str = POSITIONS[0]
+    ):
         lookup("distribution", distribution, DISTRIBUTIONS)
+        lookup("positions", positions, dict.fromkeys(POSITIONS))
         check_number("scale", scale, or_more=False)
         self.seed, self.distribution, self.scale = check_int("seed", seed, 0, LARGEST_SEED), distribution, float(scale)
+        self.positions = positions
         self.matrices: dict[Key, Tensor] = {}
 
+    def class_dim(self, logits: Sequence[int], *outputs: Sequence[int]) -> int | None:
+        """Return the dimension of the classes, 1 or -1, if the others are positions that a block's output has, too.
+
+        Given are the shapes of the logits and of one output or more; None if no output shares the positions, or B is
+        dense. Raises ValueError if both dimensions may be meant.
+        """
+        if self.positions == "dense" or len(logits) < 3:
+            return None
+        alike = [output for output in outputs if len(output) == len(logits)]
+        first = self.positions != "classes last" and any(output[2:] == logits[2:] for output in alike)
+        last = self.positions != "classes first" and any(output[1:-1] == logits[1:-1] for output in alike)
+        if first and last:
+            shapes = " and ".join(str(tuple(output)) for output in alike)
+            raise ValueError(
+                f"beside the outputs {shapes} of blocks, the classes may be dimension 1 of the logits {tuple(logits)}, "
+                "or the last: say which, as in "
+                'feedback=ml.feedback.Stored(positions="classes first") or "classes last"; no weight was changed'
+            )
+        return 1 if first else -1 if last else None
+
     def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
-        """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), in the dtype and on the device of `like`."""
+        """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), in the dtype and on the device of `like`.
+
+        The sizes are those of the whole error and output, or those at one position.
+        """
         # Drawn transposed, one row an output, so that consecutive outputs are consecutive numbers of the generator.
         return self._matrix(("block", i), (output_size, error_size), self._factor(error_size, output_size), like).t()
 
@@ -101,7 +137,7 @@ class Feedback(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to have the same matrices elsewhere."""
-        settings = {"seed": self.seed, "distribution": self.distribution, "scale": self.scale}
+        settings = {name: getattr(self, name) for name in ("seed", "distribution", "scale", "positions")}
         return {"kind": type(self).__name__, **settings, "matrices": dict(self.matrices)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,10 +148,13 @@ class Feedback(ABC):
                 f"feedback=ml.feedback.{state['kind']}()"
             )
         self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
+        self.positions = state.get("positions", "dense")  # as all were before
         self.matrices = {key: B.clone() for key, B in state["matrices"].items()}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r}, scale={self.scale})"
+        positions = "" if self.positions == POSITIONS[0] else f", positions={self.positions!r}"
+        settings = f"seed={self.seed}, distribution={self.distribution!r}, scale={self.scale}{positions}"
+        return f"{type(self).__name__}({settings})"
 
     @abstractmethod
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
@@ -160,7 +199,7 @@ class Regenerated(Feedback):
 
     def reusable(self) -> Feedback:
         """Return `Stored` feedback of the same matrices, each drawn at its first use."""
-        return Stored(self.seed, self.distribution, self.scale)
+        return Stored(self.seed, self.distribution, self.scale, self.positions)
 
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         return self._draw(self._generator(key), shape, factor, like)
@@ -173,10 +212,12 @@ class Shared(Feedback):
     slice is not orthogonal.
     """
 
-    def __init__(self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0):
+    def __init__(
+        self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0, positions: str = POSITIONS[0]
+    ):
         if distribution == "orthogonal":
             raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
-        super().__init__(seed, distribution, scale)
+        super().__init__(seed, distribution, scale, positions)
 
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         columns = shape[1] if key[0] == "block" else 1

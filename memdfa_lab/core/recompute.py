@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core.compat import buffers_of, version
-from memdfa_lab.core.local import ByAutograd, block_gradient
+from memdfa_lab.core.local import BlockGradient, ByAutograd, block_gradient
 from memdfa_lab.core.phases import label, phase
 
 CONTAINERS = (list, dict, set, deque, bytearray)
@@ -29,11 +29,12 @@ def forward_without_trace(
     x: Tensor,
     first: int = 0,
     see: Callable[[type, Tensor], object] = lambda way, h: None,
+    learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
 ) -> Tensor:
     """Return the output of `blocks` for x (N, ...), without a graph; what they change besides is restored.
 
     `first` is the number of the first of these blocks in the network, for the profilers. `see` is given the class
-    of `BlockGradient` by which each block ran, and its output.
+    of `BlockGradient` by which each block ran, and its output. `learn` may form the gradient of a block before.
     """
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
@@ -46,6 +47,7 @@ def forward_without_trace(
                     stack.enter_context(other_generators_restored())
                 # By block: copies of all buffers would grow with depth.
                 with state_restored(block) if isinstance(gradient, ByAutograd) else buffers_restored(block):
+                    learn(i, gradient)
                     h = gradient.output()
                 way = type(gradient)
                 del gradient  # and its input

@@ -10,23 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core import contract, state, terms
-from memdfa_lab.core.blocks import as_blocks, forget_casts, run_block
-from memdfa_lab.core.checks import check_batch, check_finite, check_number, check_type
+from memdfa_lab.core import precision as precisions
+from memdfa_lab.core.blocks import as_blocks, run_block
+from memdfa_lab.core.checks import check_batch, check_finite, check_type
 from memdfa_lab.core.compat import autocast_is_on
 from memdfa_lab.core.feedback import Feedback, Stored
-from memdfa_lab.core.group import Group
 from memdfa_lab.core.local import BlockGradient, block_gradient
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.signal import Signal
+from memdfa_lab.core.updates import Updates
 from memdfa_lab.core.watcher import has_data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-# Warns of matrices B that take much memory or time. `memory` puts it here.
-warn_of_large: Callable[[Feedback, list[int]], None] | None = None
 MOST_SHAPES = 8  # of batches that are tried before their first step; later ones are taken on trust
 
 
-class Rule(ABC):
+class Rule(Updates, precisions.InPrecision, ABC):
     """A network, one optimizer a block, and a way to learn from a batch.
 
     `blocks`: a model as `as_blocks` takes it. `optimizer`: called with the parameters of each block, for example
@@ -34,6 +33,17 @@ class Rule(ABC):
     the weights of single blocks, and learns too if it is a module with parameters. `feedback`: the random matrices,
     `Stored(seed=0)` if not given; BP does not use them. `clip_norm`: the largest norm of one block's gradient, all its
     parameters together; a larger one is scaled down.
+
+    `clip_global_norm`: the largest norm of all blocks' gradients together, as torch.nn.utils.clip_grad_norm_ has it (to
+    rounding). MEM-DFA finds it in one more pass, which forms each block's gradient and drops it. Parameters of the loss
+    are not counted.
+
+    `precision`: "bfloat16" or, for DFA and MEM-DFA on a GPU, "float16" (not run on one yet). Each step then computes in
+    an autocast of its own; weights, gradients and the optimizers' state stay as they are. A torch.autocast around the
+    step does the same. Blocks are then taught by autograd alone, so that MEM-DFA may hold more than in float32.
+
+    Each step updates the weights: gradients of several batches are not summed, since all of them would have to be kept.
+    Use a larger batch, which MEM-DFA's memory leaves room for.
 
     Parameters may be frozen and unfrozen between steps.
 
@@ -51,31 +61,34 @@ class Rule(ABC):
         loss_fn: Loss = nn.functional.cross_entropy,
         feedback: Feedback | None = None,
         clip_norm: float | None = None,
+        *,
+        clip_global_norm: float | None = None,
+        precision: str | None = None,
     ):
+        super().__init__(clip_norm, clip_global_norm)
         feedback = Stored() if feedback is None else feedback
         check_type("feedback", feedback, Feedback, "a Feedback, such as ml.feedback.Stored(seed=0)")
-        if clip_norm is not None:
-            check_number("clip_norm", clip_norm, or_more=False)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of logits and y, such as ml.losses.mse, not {loss_fn!r}")
         self.blocks = as_blocks(blocks)
         self.chain = list(self.blocks)  # nn.Sequential counts up to its i-th module each time
         self.loss_fn = loss_fn
         self.feedback = feedback
-        self.clip_norm = clip_norm
-        self.group = Group()
+        self.precision = precision
         self._watched = contract.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
         self._rehearsed: set[Any] = set()
-        self._terms: terms.Terms | None = None
         self._make_optimizer = partial(state.make_optimizer, optimizer)
         self.parameters = [state.learning(block) for block in self.blocks]
         self.optimizers = [self._make_optimizer(block) if block else None for block in self.parameters]
         self.loss_optimizer: torch.optim.Optimizer | None = None
         self._loss_taken_over: Loss | None = None
         self.follow_model()
+        precisions.check(precision, self.device, self.teaches_blocks)
+        if precision == "float16":
+            self.scalers = [torch.amp.GradScaler(self.device) for _ in self.chain]
         self.check()
 
-    def check(self) -> None:  # noqa: B027, few rules have something to check
+    def check(self) -> None:
         """Raise ValueError if the rule cannot train this network."""
 
     @abstractmethod
@@ -98,6 +111,8 @@ class Rule(ABC):
                 where = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
                 raise RuntimeError(f"a step forms gradients, and {where} is on: call step outside of it")
         self.follow_model()
+        precisions.check(self.precision, self.device, self.teaches_blocks)
+        self.begin_updates()
         self.rehearse(x, y)
         for block in self.parameters:
             for parameter in block:
@@ -117,9 +132,10 @@ class Rule(ABC):
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
-            outputs = contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, transport is None)
-        if self.teaches_blocks and warn_of_large is not None:
-            warn_of_large(self.feedback, outputs)
+            check_graph = transport and transport.check
+            outputs = contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, check_graph)
+        if self.teaches_blocks:
+            self.feedback.class_dim(outputs[-1], *outputs[:-1])  # that it is plain
         self._terms = None
         self._rehearsed |= {kind, shape}
 
@@ -161,6 +177,7 @@ class Rule(ABC):
         Parameters of the loss learn at once. The gradients of penalties on weights are formed in `update`.
         """
         with phase("error"):
+            logits = logits.float() if self.scalers else logits  # e is scaled before it is cast
             loss, e = self._checked_error(partial(self.group.error, self.loss_fn, self._loss_and_error), logits, y)
             if self._terms is not None and self.loss_optimizer is not None:
                 self._terms.add(terms.OWN, self.group.share)
@@ -193,6 +210,7 @@ class Rule(ABC):
     def signal(self, i: int, e: Tensor) -> Signal:
         """Return what DFA and MEM-DFA teach block i: e B_i, or e itself for the last block."""
         last = i == len(self.chain) - 1
+        e = self.scalers[i].scale(e) if self.scalers else e
         return Signal(i, e, None if last else self.feedback)
 
     def teach(self, i: int, block: BlockGradient, e: Tensor) -> Tensor:
@@ -201,34 +219,17 @@ class Rule(ABC):
             block.begin()
             self.group.finish_sum()  # of the block before, whose gradients were exchanged meanwhile
             penalised = self._terms is not None and i in self._terms.leaves
-            alone = self.clip_norm is None and self.group.size == 1 and not penalised
+            clips = self.clip_norm is not None or self.clip_global_norm is not None
+            alone = not clips and self.group.size == 1 and not penalised
             with phase("local gradient", i):
                 block.learn(self.signal(i, e), self.optimizers[i] if alone else None)
+                self._unscale(i)
                 self._add_penalties(i)
-            self.group.start_sum(self.parameters[i], partial(self.update, i))
+            if self.clip_global_norm is None or self._norm is not None:
+                self.group.start_sum(self.parameters[i], partial(self.update, i))
         if i == len(self.chain) - 1:
             self.group.finish_sum()
         return block.output()
-
-    def update(self, i: int) -> None:
-        """Update block i's weights by the gradients they hold, and free those."""
-        self._add_penalties(i)
-        optimizer = self.optimizers[i]
-        if optimizer is None:
-            return
-        self.group.sum(self.parameters[i])
-        with phase("update", i):
-            if self.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.parameters[i], self.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        forget_casts()
-
-    def _add_penalties(self, i: int) -> None:
-        if self._terms is not None:
-            self._terms.add(i, self.group.share)
-            if not self._terms.leaves:
-                self._terms = None  # frees the loss's graph
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Return what the rule keeps between steps, by the category under which the profilers count it."""

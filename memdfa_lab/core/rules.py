@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,7 @@ class BP(Rule):
             h = self.forward(i, h)
         loss, e = self.error(h, y)
         self.backward(h, e)
-        for i in range(len(self.blocks)):
-            self.update(i)
+        self.update_all(range(len(self.blocks)))
         return loss
 
 
@@ -60,8 +60,7 @@ class FA(Rule):
         loss, e = self.error(h, y)
         with transport.backward_pass():
             self.backward(h, e)
-        for i in range(len(self.blocks)):
-            self.update(i)
+        self.update_all(range(len(self.blocks)))
         return loss
 
 
@@ -80,6 +79,8 @@ class DFA(Rule):
         loss, e = self.error(h, y)
         for i in range(len(self.blocks)):
             self.teach(i, kept.popleft(), e)
+        if self.clip_global_norm is not None:
+            self.update_all(range(len(self.blocks)))
         return loss
 
 
@@ -105,9 +106,14 @@ class MemDFA(Rule):
         feedback: Feedback | None = None,
         clip_norm: float | None = None,
         *,
+        clip_global_norm: float | None = None,
+        precision: str | None = None,
         keep_bytes: float = 0,
     ):
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm)
+        both: Any = {"clip_global_norm": clip_global_norm, "precision": precision}
+        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **both)
+        if keep_bytes and clip_global_norm is not None:
+            raise ValueError("clip_global_norm runs each block once more: leave keep_bytes out, or take DFA")
         if keep_bytes != math.inf:
             check_number("keep_bytes", keep_bytes)
         if keep_bytes and kept_bytes is None:
@@ -134,6 +140,8 @@ class MemDFA(Rule):
         sums = two_sums(logits) if ByAutograd in run_twice else None  # by hand, the second pass cannot differ
         loss, e = self.error(logits, y)
         del logits
+        if self.clip_global_norm is not None:
+            self.find_norm(h, e)
         for i in range(len(self.blocks)):  # h_i comes from the old W_i, which is not needed again
             h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
         if sums is not None and not self._has_warned:

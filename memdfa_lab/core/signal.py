@@ -46,15 +46,26 @@ class Signal:
         """Return the signal of some examples of the batch."""
         return type(self)(self.i, self.e[examples], self.feedback)
 
-    def reusable(self, outputs: int) -> "Signal":
-        """Return the same signal for several uses: B_i or e B_i, whichever is smaller, is then formed once."""
+    def reusable(self, out: Tensor) -> "Signal":
+        """Return the same signal, for parts of the output: B_i or e B_i, whichever is smaller, is then formed once."""
         if self.feedback is None:
             return self
-        if self.e[0].numel() <= len(self.e):
+        if self.e[0].numel() <= len(self.e) or self._class_dim(out) is not None:
             return type(self)(self.i, self.e, self.feedback.reusable())
-        return type(self)(self.i, self._write_into(self.e.new_empty(len(self.e), outputs)), None)
+        return type(self)(self.i, self._write_into(self.e.new_empty(len(self.e), out[0].numel())), None)
+
+    def _class_dim(self, out: Tensor) -> int | None:
+        return None if self.feedback is None else self.feedback.class_dim(self.e.shape, out.shape)
 
     def _write_into(self, signal: Tensor) -> Tensor:
+        dim = self._class_dim(signal)
+        if dim is not None:  # each position is an example, to which one B_i belongs
+            e, at = self.e.movedim(dim, -1), signal.movedim(dim, -1)  # (N, ..., C) and (N, ..., units)
+            rows = Signal(self.i, e.reshape(-1, e.shape[-1]), self.feedback)
+            for part, s in rows.slices(at.shape[-1]):
+                at[..., part] = s.view(*at.shape[:-1], -1)
+                del s
+            return signal
         pixels = signal[0, 0].numel()
         for part, s in self.slices(signal[0].numel(), pixels if pixels > 1 else 16):
             channels = slice(part.start // pixels, part.stop // pixels)

@@ -66,11 +66,13 @@ def optimizer_tensors(optimizers: Sequence[Optimizer | None]) -> list[Tensor]:
 def save(rule: Any) -> dict[str, Any]:
     """Return a rule's state: its weights and buffers, the state of each optimizer, and the feedback.
 
-    With them comes the state of the loss and its optimizer, if it has parameters.
+    With them comes the state of the loss and its optimizer, if it has parameters, and in float16 each block's scale.
     """
-    own = {}
+    own: dict[str, Any] = {}
     if rule.loss_optimizer is not None:
         own = {"loss": {"module": rule.loss_fn.state_dict(), "optimizer": _saved(rule.loss_optimizer)}}
+    if rule.scalers:
+        own["scales"] = [scaler.state_dict() for scaler in rule.scalers]
     return {
         "rule": type(rule).__name__,
         "blocks": rule.blocks.state_dict(),
@@ -94,6 +96,8 @@ def load(rule: Any, saved: dict[str, Any]) -> None:
     if "loss" in saved:
         rule.loss_fn.load_state_dict(saved["loss"]["module"])
         pairs.append((rule.loss_optimizer, saved["loss"]["optimizer"]))
+    for scaler, scale in zip(rule.scalers, saved.get("scales", ()), strict=True):
+        scaler.load_state_dict(scale)
     for optimizer, saved_optimizer in pairs:
         if optimizer is not None:
             optimizer.load_state_dict(copy.deepcopy(saved_optimizer["state"]))

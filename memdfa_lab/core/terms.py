@@ -46,8 +46,8 @@ class Terms:
         self.loss = loss
         self.leaves: dict[int, list[Tensor]] = {}  # by the block's number, or OWN
         needs: dict[Any, frozenset[int]] = {}  # what each node of the graph depends on
-        for node in _leaves_first(loss.grad_fn):
-            leaf = _leaf(node)
+        for node in leaves_first(loss.grad_fn):
+            leaf = leaf_of(node)
             if leaf is not None:
                 whose = LOGITS if leaf is logits else owner.get(id(leaf))
                 if whose is None:
@@ -76,7 +76,7 @@ class Terms:
             node = todo.pop()
             if node is not None and node not in met:
                 met.add(node)
-                leaf = _leaf(node)
+                leaf = leaf_of(node)
                 if leaf is not None and leaf is not logits:
                     return cls(loss, logits, owners())
                 todo += [child for child, _ in node.next_functions]
@@ -88,12 +88,13 @@ class Terms:
         if weights:
             yield from zip(weights, torch.autograd.grad(self.loss, weights, retain_graph=True), strict=True)
 
-    def add(self, whose: int, share: float) -> None:
-        """Add these gradients, times `share`, to those that the weights hold; once."""
+    def add(self, whose: int, share: float, once: bool = True) -> None:
+        """Add these gradients, times `share`, to those that the weights hold; after that there are none, if `once`."""
         for weight, gradient in self.gradients(whose):
             gradient = label("gradients", gradient if share == 1 else gradient * share)
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        self.leaves.pop(whose, None)
+        if once:
+            self.leaves.pop(whose, None)
 
     def check(self) -> None:
         """Raise FloatingPointError if one of all these gradients is not finite."""
@@ -101,12 +102,13 @@ class Terms:
             check_finite("a penalty's gradient is not finite", *(gradient for _, gradient in self.gradients(whose)))
 
 
-def _leaf(node: Any) -> Tensor | None:
-    leaf: Tensor | None = getattr(node, "variable", None)  # of a node that hands its gradient to a tensor
+def leaf_of(node: Any) -> Tensor | None:
+    """Return the tensor that a node of autograd's graph hands its gradient to, if it does."""
+    leaf: Tensor | None = getattr(node, "variable", None)
     return leaf
 
 
-def _leaves_first(root: Any) -> Iterator[Any]:
+def leaves_first(root: Any) -> Iterator[Any]:
     """Yield the nodes of a graph, each after those that it leads to."""
     todo, met = [(root, False)], set()
     while todo:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from memdfa_lab.core.compat import run_backward, saved_tensors_hooks, transforms_active
 from memdfa_lab.core.feedback import Feedback
+from memdfa_lab.core.terms import leaf_of, leaves_first
 from memdfa_lab.core.through_b import SETTINGS, GetB, Linear, convolution
 
 # Functions, by name, that may take a weight beside the tensors that the error goes back to. They pass it on as it is,
@@ -28,6 +29,7 @@ SCALING |= {"prelu", "batch_norm", "instance_norm", "layer_norm", "group_norm", 
 # or to the first tensor alone: of the second they take the form.
 LIKENING = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 
+UNSEEN = "what it does not see (autograd.Function, torch.func, TorchScript, checkpoint)"
 LISTS = {list, tuple}  # asked of each argument: isinstance takes longer
 
 
@@ -76,7 +78,14 @@ class FeedbackTransport(TorchFunctionMode):
             if id(parameter) not in self.seen and parameter.requires_grad and parameter.grad is not None:
                 for _, each in self.parameters:
                     each.grad = None
-                raise self._no_B(j, "what it does not see (autograd.Function, torch.func, TorchScript, checkpoint)")
+                raise self._no_B(j, UNSEEN)
+
+    def check(self, out: Tensor) -> None:
+        """Raise ValueError if the graph of a block's output leads to a weight that no function was seen to take."""
+        met = {id(leaf_of(node)) for node in leaves_first(out.grad_fn)} if out.requires_grad else set()
+        for j, (_, parameter) in enumerate(self.parameters):
+            if id(parameter) in met - self.seen and parameter.requires_grad:
+                raise self._no_B(j, UNSEEN)
 
     def backward(self, func: Any, out: Tensor, **settings: Any) -> None:
         """Run out.backward, and what a checkpoint runs again within this mode."""
@@ -104,7 +113,7 @@ class FeedbackTransport(TorchFunctionMode):
         made = list(_tensors([args[0] if kind == "setitem" else out]))
         if not made:
             return out
-        if torch.is_grad_enabled():
+        if any(tensor.requires_grad for tensor in made):
             self.seen.update(map(id, taken))
         if kind in LIKENING:
             others = [tensor for tensor in others if tensor is args[0]]

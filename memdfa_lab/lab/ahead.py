@@ -1,52 +1,68 @@
-"""What is known of a training run before its first step: batches and labels that would be refused, and the metric."""
+"""What is known of a training run before its first step: its task, batches and labels that would be refused."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memdfa_lab.core.checks import scalar_loss
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Rule
-from memdfa_lab.lab.datasets import Data, as_input
+from memdfa_lab.lab.datasets import as_input
 from memdfa_lab.lab.distributed import Group, RankLost
-from memdfa_lab.lab.evaluation import are_scores, described
+from memdfa_lab.lab.evaluation import metrics_of, try_out
+from memdfa_lab.lab.examples import Examples
+from memdfa_lab.lab.tasks import Task, task_of
+
+TRIED_ON = 100  # examples, for metrics
 
 
-def look_ahead(rule: Rule, data: Data, batch_size: int, drop_last: bool, group: Group) -> bool:
-    """Return whether accuracy means something for this network and these labels.
+def look_ahead(
+    rule: Rule,
+    train: Examples,
+    test: Examples | None,
+    group: Group,
+    task_name: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> tuple[Task | None, dict[str, Any]]:
+    """Return the task of this loss and these labels, or that of the name, and the metrics: accuracy and those given.
+
+    The task is None if nothing is known of the loss.
 
     The network runs on the smallest part of a batch that a rank of the group gets, which leaves nothing behind. Raises
-    ValueError if it takes the largest part and not that one, as BatchNorm does with one example, if the loss refuses a
-    label, or if what there is to test on is of another kind. What the network refuses of any size, the first step says.
+    ValueError if it takes the largest part and not that one, as BatchNorm does with one example, if outputs and labels
+    are not those of the task, if a metric does not take them, or if what there is to test on is of another kind. What
+    the network refuses of any size, the first step says.
     """
-    n, kind = len(data.x_train), (data.x_train.dtype, data.x_train.shape[1:])
-    first = min(batch_size, n)
-    last = first if drop_last else (n % batch_size or first)
+    x, y = train.known()
+    kind = (x.dtype, x.shape[1:])
+    first, last = train.sizes
     least, most = max(1, last // group.size), -(-first // group.size)
     group.part(torch.arange(last))  # who is idle in it
-    output = _output(rule, data.x_train[:least])
+    output = output_of(rule, x[:least])
     if isinstance(output, Exception):
         group.part(torch.arange(first))
-        if least < most and isinstance(_output(rule, data.x_train[:most]), Tensor):
-            raise ValueError(_too_short(n, first, last, group.size, output)) from output
-        return False
-    y, y_test = data.y_train, data.y_test
-    if are_scores(output, y):
-        if not are_scores(output, y_test):
-            labels = f"whole numbers (N,) from 0 to {output.shape[1] - 1}, as y_train is"
-            raise ValueError(f"y_test must be {labels}, got {described(y_test)}")
-        x = data.x_test
-        refused = _output(rule, x[:2]) if len(x) and (x.dtype, x.shape[1:]) != kind else None
-        if isinstance(refused, Exception):
-            given = f"{tuple(x.shape)} {x.dtype}, where x_train is (N, {', '.join(map(str, kind[1]))}) {kind[0]}"
-            raise ValueError(f"this network does not take x_test: it is {given}") from refused
-        return True
-    if are_scores(output, y[:0]):  # labels out of range: the loss may have a use for them
-        extremes = y[[int(y.argmin()), int(y.argmax())]].to(output.device)
-        scalar_loss(rule.loss_fn, output[[0, 0]].requires_grad_(), extremes)
-    return False
+        if least < most and isinstance(output_of(rule, x[:most]), Tensor):
+            raise ValueError(_too_short(len(train), first, last, group.size, output)) from output
+        return None, metrics_of(None, metrics or {}, group.size)
+    x_test, y_test = (x[:0], y[:0]) if test is None else test.known()
+    task = task_of(rule.loss_fn, output, y, task_name)
+    if task is not None:
+        task.check(output, y)
+        if len(y_test):
+            task.check(output, y_test, "y_test")
+    refused = output_of(rule, x_test[:2]) if len(x_test) and (x_test.dtype, x_test.shape[1:]) != kind else None
+    if isinstance(refused, Exception):
+        given = f"{tuple(x_test.shape)} {x_test.dtype}, where x_train is (N, {', '.join(map(str, kind[1]))}) {kind[0]}"
+        raise ValueError(f"this network does not take x_test: it is {given}") from refused
+    found = metrics_of(task, metrics or {}, group.size)
+    outputs = output_of(rule, x[:TRIED_ON]) if metrics else None
+    if isinstance(outputs, Tensor):
+        try_out(found, task, outputs, y[:TRIED_ON])
+    return task, found
 
 
-def _output(rule: Rule, x: Tensor) -> Tensor | Exception:
+def output_of(rule: Rule, x: Tensor) -> Tensor | Exception:
     """Return the network's output for x (n, ...), or what it raises."""
     like = next(rule.blocks.parameters())
     try:

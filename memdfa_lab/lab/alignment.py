@@ -27,6 +27,7 @@ from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab.ahead import look_ahead
 from memdfa_lab.lab.datasets import Data, as_input, check_data
 from memdfa_lab.lab.distributed import Group
+from memdfa_lab.lab.examples import examples_of
 
 T = TypeVar("T")
 RULE = "a rule, such as ml.MemDFA(model, optimizer)"
@@ -81,7 +82,12 @@ def follow(
         check_type("before_step", before_step, Callable, "a function of the rule and the step")
     rule.blocks.train()
     whole = len(data.x_train) // batch_size  # batches
-    look_ahead(rule, data, batch_size, drop_last or max(at) <= whole, Group())
+    look_ahead(
+        rule,
+        examples_of(data, batch_size, seed, drop_last or max(at) <= whole),
+        examples_of(data, part="test"),
+        Group(),
+    )
     like = next(rule.blocks.parameters())
     x, y = as_input(data.x_train[:probe], like), data.y_train[:probe].to(like.device)
     rows: list[tuple[int, int, float, float]] = []

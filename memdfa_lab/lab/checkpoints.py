@@ -13,12 +13,12 @@ import torch
 from memdfa_lab.core.checks import first_difference
 from memdfa_lab.core.compat import tree_map_only
 from memdfa_lab.core.rule import Rule
-from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import digest
+from memdfa_lab.lab.examples import Examples
 from memdfa_lab.lab.files import write_whole
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
-FORMAT = 2
+FORMAT = 3
 
 
 def write(
@@ -94,9 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def settings_of(
-    rule: Rule, schedulers: list[Scheduler], data: Data, batch_size: int, seed: int, drop_last: bool
-) -> dict[str, Any]:
+def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> dict[str, Any]:
     """Return what must not change between a run and its continuation; no scheduler has made a step yet.
 
     The network is known by its representation, which has the settings of each layer, and by the names, shapes and
@@ -104,20 +102,21 @@ def settings_of(
     """
     optimizer = next(optimizer for optimizer in rule.optimizers if optimizer is not None)
     feedback = {name: value for name, value in rule.feedback.state_dict().items() if name != "matrices"}
-    some = data.x_train[:: max(1, len(data.x_train) // 100)]
     tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in rule.blocks.state_dict(keep_vars=True).items()]
     return {
         "rule": type(rule).__name__,
         "network": "\n".join([_without_addresses(rule.blocks), *tensors]),
-        "data": f"{data.name}, {len(data.x_train)} examples of shape {tuple(some.shape[1:])}, "
-        f"digest {digest(some, data.y_train)}",
+        "data": examples.facts,
         "loss": _described(rule.loss_fn),
         "optimizer": f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})",
         "scheduler": _described(schedulers[0]) if schedulers else None,
         "clip_norm": rule.clip_norm,
+        "clip_global_norm": rule.clip_global_norm,
+        "precision": rule.precision,
         "feedback": feedback,
-        "batch_size": f"{batch_size}, drop_last" if drop_last else batch_size,
-        "seed": seed,
+        "batch_size": f"{examples.batch_size}, drop_last" if examples.drop_last else examples.batch_size,
+        "augment": _without_addresses(examples.augment),
+        "seed": examples.seed,
     }
 
 

@@ -1,9 +1,9 @@
-"""MNIST, CIFAR-10, any .npz, and mnist5k, which needs no network; normalised as the authors of MEM-DFA do."""
+"""MNIST, CIFAR-10, mnist5k, which needs no network, folders and .npz; normalised as the authors of MEM-DFA do."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memdfa_lab.core.checks import check_finite, check_int, check_type, lookup
 from memdfa_lab.core.seeds import mix
-from memdfa_lab.lab.sources import KEYS, LOADERS, Arrays, read_npz, require, split
+from memdfa_lab.lab.sources import KEYS, LOADERS, Arrays, image_folder, read_npz, require, split
 
 SIZES = {"mnist": ((60000, 28, 28), (10000, 28, 28)), "cifar10": ((50000, 32, 32), (10000, 32, 32))}
 
@@ -33,7 +33,7 @@ class Data:
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
-    mean: Tensor  # (C, 1, 1), of the training pixels
+    mean: Tensor  # (C, 1, 1) for images, of the training pixels
     pixel_range: float  # max - min of the training pixels
     classes: int
     test_exact: Tensor | None = None  # (N,) bool: which test images are the official ones, if the .npz says so
@@ -91,25 +91,35 @@ def check_data(who: str, data: Any) -> None:
     """
     if not hasattr(data, "x_train"):
         raise TypeError(f"{who} takes data as ml.datasets.load returns it, not a {type(data).__name__}")
-    for key in KEYS:
-        tensor = getattr(data, key)
-        check_type(key, tensor, Tensor, "a tensor (use torch.as_tensor)")
+    for part in ("train", "test"):
+        check_pair(f"x_{part}", getattr(data, f"x_{part}"), f"y_{part}", getattr(data, f"y_{part}"))
+
+
+def check_pair(x_name: str, x: Any, y_name: str, y: Any) -> None:
+    """Raise what `check_data` does for one x and y; there may be no x_test."""
+    for name, tensor in ((x_name, x), (y_name, y)):
+        check_type(name, tensor, Tensor, "a tensor (use torch.as_tensor)")
         if tensor.layout is not torch.strided or tensor.is_nested:
-            raise TypeError(f"{key} must be a dense tensor, got {tensor.layout}{' of nested ones' * tensor.is_nested}")
-    for x, y in (KEYS[:2], KEYS[2:]):
-        sizes = [len(tensor) if tensor.dim() else 0 for tensor in (getattr(data, x), getattr(data, y))]
-        if sizes[0] != sizes[1] or (x == "x_train" and not sizes[0]):
-            least = ", one or more" if x == "x_train" else ""
-            raise ValueError(f"{x} and {y} must be of as many examples{least}, got {sizes[0]} and {sizes[1]}")
-    for key in KEYS:
-        tensor = getattr(data, key)
+            raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}{' of nested ones' * tensor.is_nested}")
+    sizes = [len(tensor) if tensor.dim() else 0 for tensor in (x, y)]
+    may_be_empty = x_name == "x_test"
+    if sizes[0] != sizes[1] or not (sizes[0] or may_be_empty):
+        least = "" if may_be_empty else ", one or more"
+        raise ValueError(f"{x_name} and {y_name} must be of as many examples{least}, got {sizes[0]} and {sizes[1]}")
+    for name, tensor in ((x_name, x), (y_name, y)):
         if tensor.is_floating_point() and tensor.numel():
-            check_finite(f"{key} of the data holds NaN or inf", tensor)
+            check_finite(f"{name} of the data holds NaN or inf", tensor)
 
 
 def as_input(x: Tensor, like: Tensor) -> Tensor:
     """Return x on the device of `like`, a weight; in its dtype, too, unless x is of whole numbers or truth values."""
     return x.to(like) if x.is_floating_point() else x.to(like.device)
+
+
+def as_target(y: Tensor, like: Tensor) -> Tensor:
+    """Return y on the device of `like`, a weight; float64 as float32, unless the weight is float64 too."""
+    y = y.to(like.device)
+    return y.float() if y.dtype == torch.float64 != like.dtype else y
 
 
 def batches_in(n: int, batch_size: int, drop_last: bool) -> int:
@@ -136,24 +146,40 @@ def names() -> list[str]:
 def load(
     name: str | os.PathLike[str] = "mnist5k",
     root: str | os.PathLike[str] | None = None,
-    shape: tuple[int, int, int] | None = None,
+    shape: Sequence[int] | None = None,
+    *,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    first_label: int = 0,
 ) -> Data:
-    """Load a data set by name, or from the path of an .npz with x_train, y_train, x_test, y_test.
+    """Load a data set by name, or from the path of a folder of images or of an .npz, into memory.
 
-    Root: the argument, or $MEMDFA_DATA, or memdfa_lab in the user's cache folder. ROOT/NAME.npz is taken if it is
-    there, else what torchvision keeps there, else torchvision downloads it. In an .npz, images are uint8 or float, (N,
-    H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; labels are whole numbers 0..K-1, (N,) or (N, 1). It may have
-    test_exact (N,), False for test images that are close copies. `shape` (C, H, W): pad with the darkest pixel and
-    repeat a grey channel, so that every network runs on it. Pixels are minus the training mean of their channel, over
-    max - min of training. The global generator is left alone.
+    What does not fit there, give to `ml.fit` as a Dataset or a DataLoader. Root: the argument, or $MEMDFA_DATA, or
+    memdfa_lab in the user's cache folder. ROOT/NAME.npz is taken if it is there, else what torchvision keeps there,
+    else torchvision downloads it. `shape` (C, H, W): pad with the darkest pixel and repeat a grey channel, so that
+    every network runs on it. Values are minus the training mean of their channel, over max - min of training. The
+    global generator is left alone.
+
+    A folder has a folder of images for each class, or folders train and test (or val) of that kind. Without a test,
+    `test_fraction` of each class is taken for it, by `seed`. Images are read in colour, or in grey if C is 1, and made
+    to fill (H, W) of the shape, where what stands out is cut off; without a shape they must be of one size.
+
+    An .npz has x_train, y_train, x_test, y_test. x is uint8, uint16 or float: images (N, H, W), (N, H, W, C) or (N, C,
+    H, W) with C = 1, 3 or 4, rows (N, F), whose columns are the channels, or, with `shape` (C, L), signals (N, C, L).
+    Rows of larger whole numbers, such as tokens, stay as they are. y is whole numbers, (N,) or (N, 1), from
+    `first_label` on, which become 0..K-1. It may have test_exact (N,), False for test images that are close copies. Of
+    colours with alpha, alpha is left out.
 
     Raises ValueError for an unknown name, a damaged file, a shape that cannot be had, or without a network.
     """
     text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
+    path = Path(text).expanduser()
     if text.lower().endswith(".npz"):
-        path = Path(text).expanduser()
-        return _normalised(path.stem, read_npz(path), shape)
-    lookup("data set", text or name, {**LOADERS, "the path of an .npz": None})
+        signals = isinstance(shape, Sequence) and len(shape) == 2
+        return _normalised(path.stem, read_npz(path, signals, check_int("first_label", first_label, 0)), shape)
+    if text and text not in LOADERS and path.is_dir():
+        return _normalised(path.resolve().name, image_folder(path, shape, test_fraction, seed), None)
+    lookup("data set", text or name, {**LOADERS, "the path of a folder of images or of an .npz": None})
     folder = Path(root or os.environ.get("MEMDFA_DATA") or _cache()).expanduser()
     path = folder / f"{text}.npz"
     if text not in SIZES or not path.exists():
@@ -169,26 +195,51 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "memdfa_lab"
 
 
-def _normalised(name: str, arrays: Arrays, shape: tuple[int, int, int] | None) -> Data:
+def _normalised(name: str, arrays: Arrays, shape: Sequence[int] | None) -> Data:
     """Pad, repeat grey, subtract the training mean of each channel, divide by the training max - min."""
     x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
     own = x_train.shape[1:]
     wanted = own if shape is None else tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    fits = len(wanted) == 3 and all(isinstance(w, int) and w >= n for w, n in zip(wanted, own, strict=True))
-    why = f"it is {own}, which can be padded to more height and width, and repeated over channels if grey"
-    require(fits and own[0] in (1, wanted[0]), f"{name} cannot be had as {wanted}: {why}")
-    low, high = float(x_train.min()), float(x_train.max())
-    require(low < high, f"{name}: all training pixels are {low:g}, so there is nothing to learn")
-    down, right = wanted[1] - own[1], wanted[2] - own[2]
-    margins = (right // 2, right - right // 2, down // 2, down - down // 2)
-
-    # One channel and bytes for as long as possible: MNIST at 3x32x32 is nearly a gigabyte.
-    train, test = (F.pad(torch.from_numpy(x.copy()), margins, value=low).float() for x in (x_train, x_test))
-    mean = train.mean(dim=(0, 2, 3), dtype=torch.float64).float().view(-1, 1, 1)
-    for x in (train, test):
-        x.sub_(mean).div_(high - low)
-    train, test, mean = (x.expand(*x.shape[:-3], wanted[0], -1, -1).contiguous() for x in (train, test, mean))
+    fits = len(wanted) == len(own) and all(isinstance(w, int) and w >= n for w, n in zip(wanted, own, strict=True))
+    fits = wanted == own if len(own) < 3 else fits and own[0] in (1, wanted[0])
+    why = (
+        "which can be padded to more height and width, and repeated over channels if grey" if len(own) == 3 else "which"
+    )
+    require(fits, f"{name} cannot be had as {wanted}: it is {own}, {why}")
     labels, test_labels = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
     exact = torch.from_numpy(arrays["test_exact"]) if "test_exact" in arrays else None
     classes = len(labels.unique())
+    if x_train.dtype == np.int64:  # tokens
+        tokens = (torch.from_numpy(x) for x in (x_train, x_test))
+        return Data(name, next(tokens), labels, next(tokens), test_labels, torch.zeros(1), 1.0, classes, exact)
+    low, high = float(x_train.min()), float(x_train.max())
+    require(low < high, f"{name}: all training pixels are {low:g}, so there is nothing to learn")
+    margins = [
+        margin
+        for w, n in zip(wanted[:0:-1], own[:0:-1], strict=True)
+        for margin in ((w - n) // 2, w - n - (w - n) // 2)
+    ]
+
+    # One channel and bytes for as long as possible: MNIST at 3x32x32 is nearly a gigabyte.
+    train, test = (F.pad(torch.from_numpy(x.copy()), margins, value=low).float() for x in (x_train, x_test))
+    mean = train.mean(dim=[0, *range(2, train.dim())], dtype=torch.float64).float().view(-1, *[1] * (len(own) - 1))
+    for x in (train, test):
+        x.sub_(mean).div_(high - low)
+    if len(own) == 3:
+        train, test, mean = (x.expand(*x.shape[:-3], wanted[0], -1, -1).contiguous() for x in (train, test, mean))
     return Data(name, train, labels, test, test_labels, mean, high - low, classes, exact)
+
+
+def flip_and_crop(padding: int = 4) -> Callable[[Tensor], Tensor]:
+    """Return an `augment` for `ml.fit`: each image (C, H, W) of a batch by itself flipped or not, padded and cropped.
+
+    It is of torchvision.transforms.v2. What is padded is 0, the training mean.
+    """
+    return partial(_flipped_and_cropped, padding=check_int("padding", padding, 0))
+
+
+def _flipped_and_cropped(x: Tensor, padding: int) -> Tensor:
+    from torchvision.transforms import v2
+
+    change = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(x.shape[-2:], padding)])
+    return torch.stack([change(image) for image in x])

@@ -1,11 +1,21 @@
-"""What a network puts out in evaluation mode, how often that is right, and whether that can be said."""
+"""What a network puts out in evaluation mode, how often that is right, and other metrics of it."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core.checks import check_int
 from memdfa_lab.core.rule import Rule
-from memdfa_lab.lab.datasets import as_input
+from memdfa_lab.lab.datasets import as_input, as_target
+from memdfa_lab.lab.distributed import Group
+from memdfa_lab.lab.examples import Pair
+from memdfa_lab.lab.tasks import Task, described
 
 
 def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tensor:
@@ -18,12 +28,14 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
     check_int("batch_size", batch_size)
     blocks = model.blocks if isinstance(model, Rule) else model
     like = next(blocks.parameters(), x)
+    parts = -(-len(x) // batch_size) or 1  # of nearly the same length: BatchNorm may not take a single example
     modes = [(module, module.training) for module in blocks.modules()]
     blocks.eval()
     torch.clear_autocast_cache()  # inside torch.autocast, it would have casts of weights from before an update
     try:
-        with torch.no_grad():  # a copy of x, since the first module may work in place
-            return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.split(batch_size)])
+        precision = model.autocast() if isinstance(model, Rule) else nullcontext()
+        with torch.no_grad(), precision:  # a copy of x, since the first module may work in place
+            return torch.cat([blocks(as_input(batch.clone(), like)) for batch in x.tensor_split(parts)])
     finally:
         for module, training in modes:
             module.training = training
@@ -32,29 +44,108 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
 def accuracy(model: Rule | nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
     """Return the part of the examples x (N, ...) whose largest output, of (N, C), is the label y (N,).
 
-    Raises ValueError if there is no example, not a label for each, or if this would mean nothing: for outputs that are
-    not scores of two classes or more, and labels that are not from 0 to C - 1.
+    A label of -100 does not count. Raises ValueError if there is no example, not a label for each, or if this would
+    mean nothing: for outputs that are not scores of two classes or more, and labels that are not from 0 to C - 1.
     """
     if not isinstance(y, Tensor) or y.shape != (len(x),) or not len(x):
         given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ValueError(f"y must be a tensor of {len(x)} labels, one or more, one for each example; got {given}")
-    output = predict(model, x, batch_size)
-    if not are_scores(output, y):
-        raise ValueError(
-            "accuracy is for outputs (N, C) of two classes or more, and whole-number labels (N,) from 0 to C - 1; got "
-            f"outputs {tuple(output.shape)} and labels {described(y)}"
-        )
-    return (output.argmax(1).cpu() == y.cpu()).float().mean().item()
+    output, task = predict(model, x, batch_size), Task("classification")
+    task.check(output, y)
+    return task.right(output.cpu(), y.cpu()).float().mean().item()
 
 
-def described(y: Tensor) -> str:
-    """Return the shape, dtype and, of whole numbers, range of labels, for a message."""
-    whole = y.numel() and not (y.is_floating_point() or y.is_complex())
-    return f"{tuple(y.shape)} {y.dtype}{f' from {y.min()} to {y.max()}' if whole else ''}"
+class Average:
+    """A metric that is a mean; `of` returns a value for each example or label, (M,), from outputs and y."""
+
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor], higher_is_better: bool | None):
+        self.of, self.higher_is_better = of, higher_is_better
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64)  # of the values, and how many they are
+
+    def update(self, output: Tensor, y: Tensor) -> None:
+        values = self.of(output, y).double()
+        self.sums += torch.stack([values.sum(), torch.ones_like(values).sum()])
+
+    def compute(self) -> float:
+        return (self.sums[0] / self.sums[1]).item()
 
 
-def are_scores(output: Tensor, y: Tensor) -> bool:
-    """Tell whether an output (N, C) has scores of two classes or more, of which each of y (M,) is the number of one."""
-    scores = output.dim() == 2 and output.shape[1] > 1
-    labels = y.dim() == 1 and not (y.is_floating_point() or y.is_complex())
-    return scores and labels and (not len(y) or bool(y.long().min() >= 0 and y.long().max() < output.shape[1]))
+def _of_each(function: Callable[[Tensor, Tensor], Any], output: Tensor, y: Tensor) -> Tensor:
+    return torch.tensor(float(function(output, y)), dtype=torch.float64).expand(len(output))
+
+
+def metrics_of(task: Task | None, given: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return accuracy, where the task has labels, and the metrics that are given to `fit`, on `size` ranks.
+
+    Raises TypeError for what is no metric, ValueError for an object on several ranks, whose parts do not add up.
+    """
+    found: dict[str, Any] = {"accuracy": Average(task.right, True)} if task is not None and task.has_labels else {}
+    for name, metric in given.items():
+        made = callable(metric) or hasattr(metric, "update")
+        if not isinstance(name, str) or not made or isinstance(metric, type):
+            raise TypeError(
+                "metrics must be a dict of objects with update, compute and reset, such as torchmetrics.AUROC(...), "
+                f"and functions of outputs and y, by name; got {name!r}: {metric!r}"
+            )
+        if hasattr(metric, "update") and size > 1:
+            raise ValueError(
+                f"metrics[{name!r}] would see one rank's part of the data: give a function of outputs and y, whose "
+                "mean is over all ranks, or evaluate in on_epoch"
+            )
+        better = getattr(metric, "higher_is_better", False if name == "loss" else None)
+        found[name] = metric if hasattr(metric, "update") else Average(partial(_of_each, metric), better)
+    return found
+
+
+def _update(metric: Any, task: Task | None, output: Tensor, y: Tensor) -> None:
+    """Show outputs (n, ...) and y to a metric: as the loss has them, or to an object as torchmetrics has them."""
+    y = as_target(y, output)
+    if task is not None and not isinstance(metric, Average):
+        output = output.movedim(task.class_dim, 1) if task.of_classes else output
+        y = y.long() if task.has_labels else y
+    metric.update(output, y)
+
+
+def try_out(metrics: Mapping[str, Any], task: Task | None, output: Tensor, y: Tensor) -> None:
+    """Raise ValueError for a metric that does not take outputs (n, ...) and y (n, ...), or gives no number of them."""
+    for name, metric in metrics.items():
+        try:
+            if task is not None and not task.has_labels and ".classification" in type(metric).__module__:
+                raise TypeError("it is one of classification")  # torchmetrics takes floats for labels
+            with warnings.catch_warnings(action="ignore"):  # so few examples may have one class alone
+                metric.reset()
+                _update(metric, task, output, y)
+                float(metric.compute())
+                metric.reset()
+        except Exception as problem:
+            why = " ".join(f"{type(problem).__name__}: {problem}".split())
+            raise ValueError(
+                f"metrics[{name!r}] does not fit outputs {tuple(output.shape)} and y {described(y)} ({why}): give one "
+                f"that does{f' for {task.name}' if task else ''} and returns one number"
+            ) from problem
+
+
+def evaluate(
+    rule: Rule, metrics: Mapping[str, Any], task: Task | None, group: Group, batches: Iterable[Pair]
+) -> dict[str, float]:
+    """Return each metric of these examples, of which each rank evaluates a part; NaN if there is none.
+
+    They are rounded to float32.
+    """
+    seen = False
+    for metric in metrics.values():
+        metric.reset()
+    for x, y in batches if metrics else ():
+        seen = seen or len(x) > 0
+        x, y = (tensor.tensor_split(group.size)[group.rank] for tensor in (x, y))
+        output = predict(rule, x).cpu() if len(x) else x
+        for metric in metrics.values() if len(x) else ():
+            _update(metric, task, output, y)
+    if group.size > 1:
+        for metric in metrics.values():
+            metric.sums = group.total(metric.sums, "a metric")
+    values = [float(metric.compute()) if seen else math.nan for metric in metrics.values()]
+    return dict(zip(metrics, torch.tensor(values, dtype=torch.float32).tolist(), strict=True))

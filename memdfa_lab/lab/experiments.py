@@ -20,7 +20,8 @@ from memdfa_lab.lab.batchnorm import synchronise
 from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import Group
 from memdfa_lab.lab.example import example_step
-from memdfa_lab.lab.fit import History, fit
+from memdfa_lab.lab.fit import fit
+from memdfa_lab.lab.history import History
 from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
@@ -56,6 +57,8 @@ def make_rule(rule: str, network: str, data: Data, *, sync_batchnorm: Group | No
         loss_fn=LOSSES[str(run.loss)],
         feedback=feedback.KINDS[run.feedback](run.seed, str(run.distribution), run.scale),
         clip_norm=run.clip_norm,
+        clip_global_norm=run.clip_global_norm,
+        precision=run.precision,
     )
 
 
@@ -90,6 +93,7 @@ def train(
     how: dict[str, Any] = {
         "seed": seed,
         "drop_last": run.drop_last,
+        "augment": datasets.flip_and_crop() if run.augment else None,
         "checkpoint": checkpoint,
         "overwrite": overwrite,
         "progress": progress,

@@ -1,65 +1,51 @@
 """Epochs over a data set: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
-import math
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from memdfa_lab.core.checks import check_int, check_type
+from memdfa_lab.core.checks import check_int, check_type, lookup
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import checkpoints
 from memdfa_lab.lab.ahead import look_ahead
+from memdfa_lab.lab.best import Best
 from memdfa_lab.lab.checkpoints import Scheduler
-from memdfa_lab.lab.datasets import Data, as_input, batches_in, check_data, order
+from memdfa_lab.lab.datasets import as_input, as_target
 from memdfa_lab.lab.distributed import Group, digest
-from memdfa_lab.lab.evaluation import accuracy
-from memdfa_lab.lab.files import locked, write_text
+from memdfa_lab.lab.evaluation import evaluate
+from memdfa_lab.lab.examples import Batches, Examples, LoadingInterrupted, examples_of
+from memdfa_lab.lab.files import locked
+from memdfa_lab.lab.history import History
+from memdfa_lab.lab.schedules import schedulers_of, step_all
+from memdfa_lab.lab.tasks import Task
+from memdfa_lab.lab.terminal import ctrl_c_noted, progress_bar
 
-TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the training accuracy
-
-
-@dataclass
-class History:
-    """The results of each epoch, a dict a row: epoch, loss (mean over the epoch), accuracies, seconds of training.
-
-    Accuracies are there if the network's outputs (N, C) are scores of two classes or more, of which each y is one.
-    """
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The rows as a pandas table."""
-        columns = dict.fromkeys(["epoch", "loss"]) | dict.fromkeys(name for row in self.rows for name in row)
-        return pd.DataFrame(self.rows, columns=list(columns)).astype({"epoch": int})
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table, whole or not at all."""
-        write_text(path, self.table.to_csv(index=False))
+TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the metrics of training
 
 
 def fit(
     rule: Rule,
-    data: Data,
+    data: Any,
     epochs: int,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     *,
+    test: Any = None,
     seed: int = 0,
     drop_last: bool = False,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    task: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    scheduler_each: str = "epoch",
+    stop_after: int | None = None,
+    monitor: str = "test_loss",
     checkpoint: str | Path | None = None,
     overwrite: bool = False,
     save_every_s: float = 60.0,
@@ -68,47 +54,78 @@ def fit(
 ) -> History:
     """Train for `epochs` epochs and return the history.
 
-    The network trains in training mode, on the device and in the dtype of its weights; inputs of whole numbers stay
-    what they are. The order of the examples depends on (seed, epoch) alone; dropout draws from torch's global
-    generator, so call `torch.manual_seed` before building the rule. The last batch of an epoch may be shorter;
-    `drop_last` leaves it out then. `scheduler` makes a learning-rate scheduler for an optimizer; it steps once an
-    epoch, ReduceLROnPlateau by the epoch's loss. `checkpoint`: a file that is written after each epoch, every
-    `save_every_s` seconds within one, and on Ctrl-C after the running step. If it exists, training goes on where it
-    stopped, with the result of an uninterrupted run; `overwrite=True` starts anew. `on_epoch(rule, epoch)` is called
-    after each epoch, from 1 on; the numbers that it returns by name, if any, become columns of the history.
+    `data`: (x, y), tensors or arrays; a torch Dataset with items (x, y); a DataLoader; or what `ml.datasets.load`
+    returns. `test`: likewise, by default the test part of data from `ml.datasets`. The network trains in training mode,
+    on the device and in the dtype of its weights; inputs of whole numbers stay what they are. Batches have `batch_size`
+    examples, 100 by default; the last one of an epoch may be shorter, `drop_last` leaves it out then. A DataLoader has
+    its own order and sizes. `augment`: a function of a batch x, such as `ml.datasets.flip_and_crop()`.
 
-    If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments and takes its part of
-    every batch; `batch_size`, loss and accuracies are of the whole batch. The first rank writes the checkpoint and all
-    read it; a run may go on with another number of ranks. Dropout is then drawn from (seed, epoch, batch, rank), and
-    evaluation uses the first rank's BatchNorm statistics.
+    `task`: one of `ml.tasks.TASKS`, taken from the loss if that is one of torch or `ml.losses`; with any other loss,
+    none is assumed. `metrics`: by name, objects with update(outputs, y), compute() and reset(), as torchmetrics has
+    them, which get the classes in dimension 1 and labels as whole numbers, or functions of outputs and y that return a
+    mean over the batch, such as {"loss": F.cross_entropy}. Each gives the history train_NAME and test_NAME.
 
-    Raises, before the first step, TypeError for a rule, data or function that is none; ValueError for sizes below 1, x
-    and y of different lengths, a label that the loss does not take, a last batch that is too short for BatchNorm, a
-    checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError for data with NaN
-    or inf. Later RankLost if another rank ends; KeyboardInterrupt on Ctrl-C, after the checkpoint; and whatever
-    `rule.step` raises.
+    `scheduler` makes a learning-rate scheduler for an optimizer. It steps after each epoch, ReduceLROnPlateau by the
+    epoch's loss, or with `scheduler_each="batch"` after each batch, as OneCycleLR and a warm-up do.
+
+    `stop_after`: end after so many epochs without a better `monitor`, a column of test data. For test_loss the loss
+    becomes a metric; another function needs an attribute `higher_is_better`. The weights and buffers of the best epoch,
+    of which a copy is kept, come back. Such data are no test any more: use a held-out part, as of `data.holdout()`.
+
+    The order of the examples depends on (seed, epoch) alone. What the items of a Dataset, a DataLoader and `augment`
+    draw from the generators of torch, numpy and Python depends on (seed, epoch, batch); a DataLoader's own generator,
+    if it has one, is seeded from that and its initial seed. Dropout draws from torch's global generator, so call
+    `torch.manual_seed` before building the rule.
+
+    `checkpoint`: a file that is written after each epoch, every `save_every_s` seconds within one, and on Ctrl-C after
+    the running step. If it exists, training goes on where it stopped, with the result of an uninterrupted run, bit for
+    bit; `overwrite=True` starts anew. A DataLoader reads the epoch from its start again, up to where it stopped. The
+    result may be another if batches depend on anything else, such as the state of persistent workers, a sampler with
+    its own generator of numpy, or a stream: a warning says so if the last batch is not the one that it was.
+    `on_epoch(rule, epoch)` is called after each epoch, from 1 on; the numbers that it returns by name, if any, become
+    columns of the history.
+
+    If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments, reads the same
+    batches and takes its part of each; `batch_size`, loss and metrics are of the whole batch. The first rank writes
+    the checkpoint and all read it; a run may go on with another number of ranks. Dropout is then drawn from (seed,
+    epoch, batch, rank), and evaluation uses the first rank's BatchNorm statistics.
+
+    Raises, before the first step, TypeError for a rule, data, metric or function that is none, such as a generator,
+    which can be read once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of different
+    lengths, outputs or labels that are not the task's, a metric that does not take them, a last batch that is too short
+    for BatchNorm, a checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError
+    for NaN or inf in data in memory, or in the first batch of others. Later RankLost if another rank ends;
+    KeyboardInterrupt on Ctrl-C, after the checkpoint; and whatever `rule.step` raises.
     """
-    epochs, batch_size = check_int("epochs", epochs), check_int("batch_size", batch_size)
+    epochs = check_int("epochs", epochs)
+    if batch_size is not None:
+        batch_size = check_int("batch_size", batch_size)
     seed = check_int("seed", seed, 0, LARGEST_SEED)
     check_type("rule", rule, Rule, "a rule, such as ml.MemDFA(model, optimizer)")
-    check_data("fit", data)
     check_type("drop_last", drop_last, bool, "True or False")
-    for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch)):
+    for name, function in (("scheduler", scheduler), ("on_epoch", on_epoch), ("augment", augment)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
-    run = _Run(rule, data, batch_size, seed, drop_last)
-    if scheduler is not None:
-        run.schedulers = [scheduler(optimizer) for optimizer in rule.optimizers if optimizer is not None]
-    for made in run.schedulers:
-        check_type("what scheduler returns", made, Scheduler, "a scheduler of torch.optim.lr_scheduler")
-    settings = checkpoints.settings_of(rule, run.schedulers, data, batch_size, seed, drop_last)
+    lookup("scheduler_each", scheduler_each, dict.fromkeys(("epoch", "batch")))
+    check_int("stop_after", 1 if stop_after is None else stop_after)
+    check_type("metrics", metrics or {}, Mapping, 'a dict such as {"name": metric}')
+    train = examples_of(data, batch_size, seed, drop_last, augment)
+    held_out = data if test is None and hasattr(data, "x_test") else test
+    run = _Run(rule, train, None if held_out is None else examples_of(held_out, batch_size, part="test"))
+    run.each_batch, steps = scheduler_each == "batch", epochs * (run.batches or 0)
+    run.schedulers = schedulers_of(scheduler, rule, scheduler_each, steps if run.each_batch else epochs)
+    settings = checkpoints.settings_of(rule, run.schedulers, train)
+    settings |= {"scheduler_each": scheduler_each, "stop_after": stop_after and f"{stop_after} by {monitor}"}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'checkpoint.pt'}")
     group = run.group
     group.agree(**settings, epochs=epochs)
     rule.blocks.train()
-    run.scored = look_ahead(rule, data, batch_size, drop_last, group)
+    by_loss = {"loss": rule.loss_fn} if stop_after is not None and monitor == "test_loss" else {}
+    run.task, run.metrics = look_ahead(rule, train, run.test, group, task, by_loss | dict(metrics or {}))
+    if stop_after is not None:
+        run.best = Best.of(monitor, run.metrics, stop_after, run.test)
     if path is not None and path.exists() and not overwrite:
         run.load(path, settings, epochs)
     if group.size > 1:  # nothing is written before all have read
@@ -117,18 +134,23 @@ def fit(
 
     saved_at = time.monotonic()
     lock = nullcontext() if written is None else locked(written)
-    with lock, _ctrl_c_noted() as ctrl_c, _bar(epochs * run.batches, progress and group.rank == 0) as bar:
-        bar.update(run.epoch * run.batches + run.batch)
-        while run.epoch < epochs:
-            within_epoch = run.batch < run.batches
-            if within_epoch:
-                group.asked = bool(ctrl_c)
-                run.step()
-                bar.update()
-            else:
-                run.finish_epoch(on_epoch)
-                row = run.rows[-1]
-                bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
+    with lock, ctrl_c_noted() as ctrl_c, progress_bar(steps or None, progress and group.rank == 0) as bar, closing(run):
+        bar.update(run.epoch * (run.batches or 0) + run.batch)
+        for examples in (train, train if run.test is None else run.test):
+            examples.ctrl_c = ctrl_c
+        while run.epoch < epochs and not (run.best is not None and run.best.is_over(run.epoch)):
+            group.asked = bool(ctrl_c)
+            try:
+                within_epoch = run.step()
+                if within_epoch:
+                    bar.update()
+                else:
+                    run.finish_epoch(on_epoch)
+                    row = run.rows[-1]
+                    bar.set_postfix({name: row[name] for name in ("loss", "test_accuracy") if name in row})
+            except LoadingInterrupted:  # nothing has changed since the last step
+                if group.size > 1:
+                    raise
             # Ranks stop together: after a step, if one of them was asked to before it.
             stop = bool(ctrl_c) if group.size == 1 else within_epoch and group.stop
             save = stop or not within_epoch or time.monotonic() - saved_at > save_every_s
@@ -137,98 +159,92 @@ def fit(
                 saved_at = time.monotonic()
             if stop:
                 raise KeyboardInterrupt
+    if run.best is not None and run.best.weights:
+        rule.blocks.load_state_dict(run.best.weights)
     return History(run.rows)
 
 
 class _Run:
     """A training run: where it is, its next step, and all that it takes to go on from there."""
 
-    PROGRESS = ("epoch", "batch", "loss_sum", "seconds", "rows")
+    PROGRESS = ("epoch", "batch", "examples", "loss_sum", "seconds", "rows")
 
-    def __init__(self, rule: Rule, data: Data, batch_size: int, seed: int, drop_last: bool):
-        self.rule, self.data, self.batch_size, self.seed = rule, data, batch_size, seed
+    def __init__(self, rule: Rule, train: Examples, test: Examples | None):
+        self.rule, self.train, self.test = rule, train, test
         self.group = rule.group if isinstance(rule.group, Group) else Group()
-        self.batches = batches_in(len(data.x_train), batch_size, drop_last)  # in an epoch
-        self.scored = False  # whether accuracy means something
+        self.batches = train.batches_in_epoch
+        self.coming: Batches | None = None  # the rest of this epoch's batches
+        self.task: Task | None = None
+        self.metrics: dict[str, Any] = {}
+        self.best: Best | None = None
         self.schedulers: list[Scheduler] = []
-        self.epoch = self.batch = 0
+        self.each_batch = False  # whether the schedulers step so
+        self.epoch = self.batch = self.examples = 0
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
-    def step(self) -> None:
-        """Take the next batch of this epoch."""
+    def step(self) -> bool:
+        """Take the next batch of this epoch; return False if there is none."""
         started, group, like = time.perf_counter(), self.group, next(self.rule.blocks.parameters())
-        examples = order(len(self.data.x_train), self.seed, self.epoch)
-        chosen = examples[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
-        mine = group.part(chosen)
-        group.draw_apart(self.seed, self.epoch, self.batch)
-        loss = self.rule.step(as_input(self.data.x_train[mine], like), self.data.y_train[mine].to(like.device))
+        if self.coming is None:
+            self.coming = self.train.batches(self.epoch, self.batch)
+        try:
+            x, y = next(self.coming)
+        except StopIteration:
+            return False
+        n = len(x)
+        if group.size > 1 and self.batch == 0:
+            group.agree(**{"the first batch": self.train.last})
+        group.draw_apart(self.train.seed, self.epoch, self.batch)
+        if group.size > 1:
+            mine = group.part(torch.arange(n))
+            x, y = x[mine], y[mine]
+        x, y = as_input(x, like), as_target(y, like)
+        loss = self.rule.step(x, y)
         group.idle = False
-        self.loss_sum += loss.item() * len(chosen)
+        self.loss_sum += loss.item() * n
+        self.examples += n
+        if self.each_batch:
+            step_all(self.schedulers, loss.item())
         self.seconds += time.perf_counter() - started
         self.batch += 1
+        return True
+
+    def close(self) -> None:
+        """End the processes that load batches."""
+        if self.coming is not None:
+            self.coming.close()
+            self.coming = None
 
     def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None) -> None:
-        """Step the schedulers and add a row to the history."""
-        data, seen = self.data, slice(TRAIN_ACCURACY_ON)
-        loss = self.loss_sum / min(len(data.x_train), self.batches * self.batch_size)
-        for scheduler in self.schedulers:
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(loss)
-            else:
-                scheduler.step()
-        self.epoch += 1
+        """Evaluate, which may be interrupted; then step the schedulers and add a row to the history."""
+        loss = self.loss_sum / self.examples
         self.group.share_buffers(self.rule.blocks)
-        row = {"epoch": self.epoch, "loss": loss}
-        if self.scored:
-            row["train_accuracy"] = self._accuracy(data.x_train[seen], data.y_train[seen])
-            row["test_accuracy"] = self._accuracy(data.x_test, data.y_test)
+        row = {"epoch": self.epoch + 1, "loss": loss}
+        batches = {"train": self.train.first(TRAIN_ACCURACY_ON), "test": () if self.test is None else self.test.first()}
+        score = partial(evaluate, self.rule, self.metrics, self.task, self.group)
+        scores = {part: score(of_part) for part, of_part in batches.items()}
+        row |= {f"{part}_{name}": scores[part][name] for name in self.metrics for part in scores}
+        if not self.each_batch:
+            step_all(self.schedulers, loss)
+        self.epoch += 1
         row["seconds"] = self.seconds
         if on_epoch is not None:
             row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
         self.rows.append(row)
-        self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
-
-    def _accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Return the accuracy on all examples, of which each rank evaluates a part; NaN if there is none."""
-        if not len(y):
-            return math.nan
-        x, y = (tensor.tensor_split(self.group.size)[self.group.rank] for tensor in (x, y))
-        return self.group.mean(accuracy(self.rule, x, y) if len(x) else 0.0, len(x))
+        if self.best is not None:
+            self.best.see(row, self.rule.blocks)
+        self.batch, self.examples, self.loss_sum, self.seconds, self.coming = 0, 0, 0.0, 0.0, None
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         progress = {name: getattr(self, name) for name in self.PROGRESS}
+        progress |= {"last": self.train.last, "best": vars(self.best) if self.best is not None else None}
         checkpoints.write(path, settings, self.rule, self.schedulers, progress)
 
     def load(self, path: Path, settings: dict[str, Any], epochs: int) -> None:
-        for name, value in checkpoints.restore(path, settings, self.rule, self.schedulers, epochs).items():
+        progress = checkpoints.restore(path, settings, self.rule, self.schedulers, epochs)
+        self.train.last, best = progress.pop("last"), progress.pop("best")
+        if self.best is not None:
+            self.best = Best(**best)
+        for name, value in progress.items():
             setattr(self, name, value)
-
-
-@contextmanager
-def _ctrl_c_noted() -> Iterator[list[int]]:
-    """Note the first Ctrl-C in the list, so that the running step ends and is saved; a second one acts at once."""
-    asked: list[int] = []  # no threading.Event: its lock stops for ever if a second signal comes while it is set
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield asked
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _bar(total: int, wanted: bool) -> Any:
-    from tqdm.auto import tqdm
-    from tqdm.notebook import tqdm_notebook
-
-    seen = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)  # in a log file, a bar is noise
-    shown = wanted and seen and not os.environ.get("TQDM_DISABLE")  # tqdm.notebook ignores it
-    return tqdm(total=total, disable=not shown, unit="batch", leave=False)

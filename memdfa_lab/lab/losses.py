@@ -1,4 +1,7 @@
-"""Losses by name, for whole-number labels: means over the batch, from the network's output (N, C) and y (N,).
+"""Losses for whole-number labels: means over the batch, from the network's output (N, C) and y (N,).
+
+Weights of classes are a loss's own, partial(F.cross_entropy, weight=w). Weights of examples can be a column of y, as in
+`lambda out, y: (F.cross_entropy(out, y[:, 0].long(), reduction="none") * y[:, 1]).mean()`.
 
 `as_mean` knows which losses are weighted means over the examples, so that the loss of a batch follows from its parts'.
 """
@@ -23,6 +26,14 @@ def bce(logits: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, _one_hot(logits, y))
 
 
+def token_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits (N, T, V), as language models put them out, against y (N, T).
+
+    F.cross_entropy takes logits (N, V, T). A label of -100 does not count.
+    """
+    return F.cross_entropy(logits.movedim(-1, 1), y)
+
+
 def _one_hot(output: Tensor, y: Tensor) -> Tensor:
     # F.one_hot reads the labels, and runs other operations on the meta device: memory could not be predicted.
     return output.new_zeros(len(y), output.shape[1]).scatter_(1, y[:, None], 1)
@@ -40,13 +51,15 @@ class Mean(NamedTuple):
 
 
 def as_mean(loss_fn: Callable[..., Tensor]) -> Mean | None:
-    """Return what is known of `mse`, `bce` and cross-entropy by a mean; None for any other loss.
+    """Return what is known of the losses above and cross-entropy by a mean; None for any other loss.
 
     Cross-entropy is F.cross_entropy, a partial of it by keywords, or nn.CrossEntropyLoss. Its mean is over the labels
     that count, each with the weight of its class. With both class weights and label smoothing, None.
     """
     if loss_fn is mse or loss_fn is bce:
         return Mean({"loss": loss_fn.__name__}, len)
+    if loss_fn is token_cross_entropy:
+        return Mean({"loss": loss_fn.__name__}, partial(_weight_of_labels, None, -100))
     given: dict[str, Any] = {}
     if type(loss_fn) is nn.CrossEntropyLoss and not has_hooks(loss_fn) and not has_global_hooks():
         given = {name: getattr(loss_fn, name) for name in CROSS_ENTROPY}

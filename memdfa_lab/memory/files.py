@@ -23,6 +23,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except BaseException as problem:
         temporary.unlink(missing_ok=True)
+        if isinstance(problem.__context__, KeyboardInterrupt):  # on its way out of torch.save, say, closing failed
+            raise problem.__context__ from problem
         if isinstance(problem, OSError) and problem.filename is None:
             problem.filename = str(path)  # a full disk does not say which file it was for
         raise

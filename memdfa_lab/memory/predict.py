@@ -36,6 +36,7 @@ def predict(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     x_dtype: torch.dtype | None = None,
     y_shape: tuple[int, ...] | None = None,
+    y_dtype: torch.dtype | None = None,
     steps: int = 1,
     **options: Any,
 ) -> Trace:
@@ -44,7 +45,9 @@ def predict(
     `rule`: a name, such as "memdfa", or a class. `network`: a model, which is not touched, or a function that makes
     one, so that it need not exist: `lambda: ml.models.mlp(784, [800] * 1000, 10)`. `x_shape`: (N, ...). x is of
     `x_dtype`, the weights' if not given; words are torch.long. `optimizer`: SGD with learning rate 0.1 if not given. y
-    is N whole-number labels, or floats of `y_shape` if given.
+    is N whole-number labels, or of `y_shape` and `y_dtype`, the weights' if not given: the labels of words and pixels
+    are torch.long.
+
     `options` go to the rule. It is a step in the steady state, `measure(..., warm_up=1)`: what a first step leaves
     behind, the optimizer's state and stored feedback, is in memory already. With `steps=0` it is that alone, and no
     step.
@@ -64,7 +67,8 @@ def predict(
             model = without_data(network)
             dtype = next(model.parameters()).dtype
             x = torch.empty(x_shape, dtype=x_dtype or dtype)
-            y = torch.empty(x_shape[0], dtype=torch.long) if y_shape is None else torch.empty(y_shape, dtype=dtype)
+            labels = torch.long if y_shape is None else dtype
+            y = torch.empty(y_shape or x_shape[:1], dtype=y_dtype or labels)
             factory = optimizer or partial(torch.optim.SGD, lr=0.1)
             learner = kind(model, optimizer=factory, loss_fn=loss_fn, feedback=feedback, **options)
             if steps == 0:
@@ -109,7 +113,9 @@ def _with_hints(y_is_labels: bool) -> Iterator[None]:
         yield
     except ValueError as problem:
         if y_is_labels and str(problem).startswith("the loss does not take"):
-            raise ValueError(f"{problem}; for a y that is no labels, say its y_shape, such as (N, C)") from problem
+            raise ValueError(
+                f"{problem}; for a y that is no labels, say its y_shape, such as (N, C), and its y_dtype"
+            ) from problem
         raise
     except (ZeroDivisionError, NotImplementedError) as problem:
         why = " ".join(str(problem).split())[:100]

@@ -129,6 +129,10 @@ def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
         return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
     if operation is aten.native_layer_norm.default:  # so, too
         return out[0], *[value.to((args[0] if args[2] is None else args[2]).dtype, copy=True) for value in out[1:]]
+    if operation is aten.native_group_norm.default and args[1] is not None:
+        return out[0], *[value.to(args[1].dtype) for value in out[1:]]
+    if operation is aten.native_group_norm_backward.default and out[0] is not None:
+        return out[0].to(args[1].dtype), *out[1:]
     if operation is aten.native_batch_norm_backward.default:  # gradients that were not asked for
         return tuple(part if wanted else None for part, wanted in zip(out, args[-1], strict=True))
     pointwise = torch.Tag.pointwise in operation.tags and operation is not aten.clone.default

@@ -1,8 +1,6 @@
 """What fits into a budget of memory, and what a dense B costs, before anything runs."""
 
-import copy
 import time
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,13 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from memdfa_lab.core import rule as core_rule
-from memdfa_lab.core.feedback import Feedback, Regenerated, Shared
+from memdfa_lab.core.feedback import Feedback, Regenerated
 from memdfa_lab.memory.predict import Network, predict, without_data
 from memdfa_lab.memory.shapes import ShapesAlone
 from memdfa_lab.memory.trace import bytes_of, readable
 
-LARGE_BYTES = 2**30  # of B: more is warned of
 DEEPEST = 10_000  # layers that are tried
 
 
@@ -119,33 +115,6 @@ def feedback_bytes(rule: Any, network: Network, shape: tuple[int, ...], feedback
     """Return the bytes of all matrices B of a rule if they are kept, 0 for one that has none."""
     kept = predict(rule, network, (2, *shape), feedback=feedback.reusable(), steps=0, **options)
     return kept.resting_by_category.get("feedback", 0)
-
-
-def warn_of_large(feedback: Feedback, outputs: list[int]) -> None:
-    """Warn if the matrices for blocks with so many outputs an example take more than 1 GiB, before one is drawn."""
-    *hidden, classes = outputs
-    if feedback.matrices or 4 * classes * sum(hidden) <= LARGE_BYTES:
-        return
-    kept = copy.copy(feedback.reusable())
-    kept.matrices = {}
-    with ShapesAlone():
-        for i, size in enumerate(hidden):
-            kept.dense(i, classes, size, torch.empty(0))
-    numbers = sum(B.numel() for B in kept.matrices.values())
-    if 4 * numbers <= LARGE_BYTES:
-        return
-    again = isinstance(feedback, Regenerated)
-    seconds = numbers * seconds_a_number(feedback.distribution, min(classes, 1000))
-    when = "drawn in every step, not kept" if again else "drawn in the first step, and kept in memory"
-    hint = "or take BP" if isinstance(feedback, Shared) else "or use Shared, which keeps the largest matrix alone"
-    warnings.warn(
-        f"B has {numbers:,} numbers, {readable(4 * numbers)}, {when}: about {seconds:.0f} s here. Make outputs smaller "
-        f"(pooling, larger strides), {'' if again else 'use Regenerated, which keeps none, '}{hint}",
-        stacklevel=2,
-    )
-
-
-core_rule.warn_of_large = warn_of_large
 
 
 @cache

@@ -20,5 +20,5 @@ class LastLayer(Rule):
                 h = self.forward(i, h)
         loss, e = self.error(h, y)
         self.backward(h, e)
-        self.update(last)
+        self.update_all([last])
         return loss

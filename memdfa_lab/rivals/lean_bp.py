@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,9 +51,14 @@ class LeanBP(Rule):
         feedback: Feedback | None = None,
         clip_norm: float | None = None,
         *,
+        clip_global_norm: float | None = None,
+        precision: str | None = None,
         segments: int | None = None,
     ):
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm)
+        both: Any = {"clip_global_norm": clip_global_norm, "precision": precision}
+        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **both)
+        if clip_global_norm is not None and self.updates_in_backward:
+            raise ValueError("a step in backward has no norm over all gradients: use clip_norm, BP or CheckpointBP")
         if segments is not None and not self.checkpoints:
             raise ValueError(f"{type(self).__name__} has no segments: leave them out, or take CheckpointStepInBackward")
         default = round(math.sqrt(len(self.chain))) if self.checkpoints else 1
@@ -67,8 +72,7 @@ class LeanBP(Rule):
                 self.backward(h, e)
             return loss
         self.backward(h, e)
-        for i in range(len(self.blocks)):
-            self.update(i)
+        self.update_all(range(len(self.blocks)))
         return loss
 
     def _forward_in_segments(self, h: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ notebooks/*
 :hidden:
 :caption: Package
 reports/index
+notebooks/book/recipes
 notebooks/book/api
 CHANGELOG
 ```

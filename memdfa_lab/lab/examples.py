@@ -1,0 +1,248 @@
+"""Where batches come from: tensors, arrays, a torch Dataset, a DataLoader or `Data`, all read by a DataLoader.
+
+What is drawn at random for a batch, by the items of a Dataset, by a DataLoader or by `augment`, depends on (seed,
+epoch, batch) alone: the generators are seeded for it, and put back.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from memdfa_lab.core.compat import shut_down_workers
+from memdfa_lab.core.recompute import generator_restored, generators_restored, other_generators_restored
+from memdfa_lab.core.seeds import mix
+from memdfa_lab.lab.datasets import batches_in, check_pair, order
+from memdfa_lab.lab.distributed import digest
+
+Pair = tuple[Tensor, Tensor]
+Batches = Generator[Pair, None, None]
+Augment = Callable[[Tensor], Tensor]
+AT_ONCE = 1000  # of examples in memory, this many are evaluated together
+SOURCES = "(x, y), a Dataset with a length, a DataLoader, or data as ml.datasets.load returns it"
+OTHER_BATCH = (
+    "the data give another batch than before the checkpoint was written: this run is not, bit for bit, one that was "
+    "not interrupted (the reference of ml.fit says what a batch may depend on)"
+)
+
+
+class LoadingInterrupted(KeyboardInterrupt):
+    """The processes that load batches have heard Ctrl-C, too, and have ended, before a batch was there."""
+
+
+@dataclass
+class Examples:
+    """Examples (x, y) to train or to test on.
+
+    `source`: a Dataset, whose order in an epoch is ours and depends on (seed, epoch), or a DataLoader, which has its
+    own. `total`: how many examples there are, None if only the end of an epoch tells. `len(examples)`: how many of them
+    an epoch has. `facts` tell them from others, `last` the last batch.
+    """
+
+    source: Any
+    total: int | None
+    batch_size: int
+    seed: int = 0
+    drop_last: bool = False
+    augment: Augment | None = None
+    facts: str = ""
+    last: str = ""
+    ctrl_c: Sequence[int] = ()  # not empty once Ctrl-C was pressed
+
+    def __len__(self) -> int:
+        if self.total is None:
+            raise TypeError("this DataLoader does not tell how many examples an epoch has")
+        return self.total - (self.total % self.batch_size if self.drop_last else 0)
+
+    @property
+    def in_memory(self) -> bool:
+        return type(self.source) is TensorDataset
+
+    @property
+    def batches_in_epoch(self) -> int | None:
+        return None if self.total is None else batches_in(self.total, self.batch_size, self.drop_last)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of the first and of the last batch of an epoch."""
+        n = self.total or self.batch_size
+        first = min(self.batch_size, n)
+        return first, first if self.drop_last else n % first or first
+
+    def batches(self, epoch: int, first: int = 0) -> Batches:
+        """Yield the batches (x, y) of an epoch, counted from 0, from batch `first` on.
+
+        The one before is read again, unless all are in memory; a warning says so if it is not the one that it was.
+        """
+        n, again = self.total, first > 0 and not self.in_memory
+        ours: tuple[Tensor, ...] = ()
+        if n is not None and not isinstance(self.source, DataLoader):
+            ours = order(n, self.seed, epoch).split(self.batch_size)
+        chosen = ours[: self.batches_in_epoch]
+        for k, x, y in self._read(chosen, epoch, first - again, self.augment):
+            if not self.in_memory:
+                taken = digest(x[:1], y[:1])
+                if k < first and taken != self.last:
+                    warnings.warn(OTHER_BATCH, stacklevel=2)
+                self.last = taken
+            if k >= first:
+                yield x, y
+
+    def first(self, n: int | None = None) -> Batches:
+        """Yield the first n examples (None: all) in batches, not augmented, and disturb nothing."""
+        chosen = torch.arange(self.total or 0)[:n]
+        parts = -(-len(chosen) // (AT_ONCE if self.in_memory else self.batch_size)) or 1  # none much smaller
+        with closing(self._read(chosen.tensor_split(parts) if self.total != 0 else (), 0, 0, None)) as batches:
+            for _, x, y in batches:
+                yield x[:n], y[:n]
+                n = None if n is None else n - len(x)
+                if n is not None and n <= 0:
+                    return
+
+    def known(self) -> Pair:
+        """Return what is cheap to look at: all that is in memory, or else the first batch."""
+        if self.in_memory:
+            x, y = self.source.tensors
+            return x, y
+        with closing(self.first()) as batches:
+            return next(batches, None) or (torch.empty(0), torch.empty(0))
+
+    def _read(
+        self, chosen: tuple[Tensor, ...], epoch: int, first: int, augment: Augment | None
+    ) -> Generator[tuple[int, Tensor, Tensor], None, None]:
+        """Yield (number, x, y) of each batch from `first` on; a Dataset's are the chosen ones."""
+        loader = self.source
+        if not isinstance(loader, DataLoader):
+            how: dict[str, Any] = {"batch_sampler": map(Tensor.tolist, chosen[first:])}
+            if self.in_memory:  # a batch is taken at once
+                how = {"sampler": chosen[first:], "batch_size": None}
+            loader = DataLoader(loader, generator=torch.Generator(), **how)
+        k = 0 if loader is self.source else first
+        with self._drawn(epoch, k):
+            batches = iter(loader)
+        try:
+            while True:
+                with self._drawn(epoch, k):
+                    try:
+                        batch = next(batches, None)
+                    except Exception as problem:
+                        if self.ctrl_c:
+                            raise LoadingInterrupted from problem
+                        raise
+                    if batch is None:
+                        return
+                    if k >= first:
+                        batch = augmented(augment, *pair_of(batch))
+                if k >= first:
+                    yield k, *batch
+                k += 1
+        finally:
+            if not loader.persistent_workers:
+                shut_down_workers(batches)  # the traceback of an error would keep them
+
+    @contextmanager
+    def _drawn(self, epoch: int, batch: int) -> Iterator[None]:
+        """Seed the generators from which a batch may be drawn, and put them back."""
+        if self.in_memory and self.augment is None:
+            yield
+            return
+        parts = [self.source, *(getattr(self.source, name, None) for name in ("sampler", "batch_sampler"))]
+        parts.append(getattr(parts[-1], "sampler", None))
+        own = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g is not None}
+        with generators_restored(torch.device("cpu")), other_generators_restored(), ExitStack() as restored:
+            number = mix(mix(self.seed, epoch), batch, 1)
+            torch.default_generator.manual_seed(number)
+            np.random.seed(number)  # noqa: NPY002 (the one that items draw from)
+            random.seed(number)
+            for generator in own.values():  # of a DataLoader
+                restored.enter_context(generator_restored(generator))
+                generator.manual_seed(mix(number, generator.initial_seed()))
+            yield
+
+
+def examples_of(
+    data: Any,
+    batch_size: int | None = None,
+    seed: int = 0,
+    drop_last: bool = False,
+    augment: Augment | None = None,
+    part: str = "train",
+) -> Examples:
+    """Return the examples of whatever `fit` takes; of `Data`, those of the part, train or test.
+
+    Raises TypeError for what is none of these, and what `fit` raises for data that cannot be right.
+    """
+    name, kind = "data" if part == "train" else "test", type(data).__name__
+    pair: Any = None
+    if hasattr(data, "x_train"):
+        kind, pair = data.name, (getattr(data, f"x_{part}"), getattr(data, f"y_{part}"))
+    elif type(data) is TensorDataset and len(data.tensors) == 2:
+        kind, pair = "tensors", data.tensors
+    elif isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(z, Tensor | np.ndarray) for z in data):
+        kind, pair = "tensors", data
+    elif isinstance(data, DataLoader):
+        if part == "train" and (batch_size is not None or drop_last):
+            raise ValueError("batch_size and drop_last are the DataLoader's own: set them there, and not here as well")
+        kind, batch_size, drop_last = f"DataLoader of {type(data.dataset).__name__}", data.batch_size, data.drop_last
+    elif isinstance(data, Iterator):
+        raise TypeError(f"{name} is a {kind}, which can be read once, not in each epoch: give {SOURCES}")
+    elif isinstance(data, IterableDataset) or not isinstance(data, Dataset) or not hasattr(data, "__len__"):
+        hint = ": put it into a DataLoader" if isinstance(data, IterableDataset) else ""
+        raise TypeError(f"{name} must be {SOURCES}, not a {kind}{hint}")
+    if pair is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an array must not be written to
+            x, y = (torch.as_tensor(item) if isinstance(item, np.ndarray) else item for item in pair)
+        check_pair(f"x_{part}", x, f"y_{part}", y)
+        data = TensorDataset(x, y)
+    examples = Examples(data, _total(data), batch_size or 100, seed, drop_last, augment)
+    x, y = examples.known()
+    if pair is None:
+        check_pair(f"x_{part}", x, f"y_{part}", y)
+        examples.batch_size = batch_size or len(x)
+    n = "?" if examples.total is None else examples.total
+    examples.facts = f"{kind}, {n} examples of shape {tuple(x.shape[1:])}"
+    if not isinstance(data, DataLoader):  # whose first batch may be another each time
+        examples.facts += f", digest {digest(x[:: max(1, len(x) // 100)], y)}"
+    return examples
+
+
+def _total(data: Any) -> int | None:
+    if isinstance(data, DataLoader):
+        if data.batch_size is None:  # a batch_sampler, or a Dataset of batches
+            return None
+        data = data.dataset if isinstance(data.dataset, IterableDataset) else data.sampler
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def pair_of(batch: Any) -> Pair:
+    """Return a batch as two tensors, x and y. Raises TypeError if it is none."""
+    pair = tuple(batch) if isinstance(batch, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(item, Tensor | np.ndarray) for item in pair):
+        parts = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(pair)}" * bool(pair)
+        raise TypeError(
+            f"batches must be pairs (x, y) of tensors, got a {type(batch).__name__}{parts}: let the items be pairs, or "
+            "give a DataLoader with a collate_fn that makes pairs"
+        )
+    return torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
+
+
+def augmented(augment: Augment | None, x: Tensor, y: Tensor) -> Pair:
+    """Return x augmented, and y. Raises TypeError if that is not a batch of as many examples."""
+    if augment is None:
+        return x, y
+    n, x = len(x), augment(x)
+    if not isinstance(x, Tensor) or x.shape[:1] != (n,):
+        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TypeError(f"augment must take a batch x ({n}, ...) and return one of as many examples, got {given}")
+    return x, y
