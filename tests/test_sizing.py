@@ -15,6 +15,7 @@ from torch.cuda import _memory_viz
 
 import memdfa_lab as ml
 from memdfa_lab import cli
+from memdfa_lab.core.distributions import seconds_a_number
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.memory import sizing
 
@@ -68,7 +69,7 @@ def test_the_bytes_of_b_are_those_that_are_kept():
     make, shape, _ = NETS["mlp"]
     for rule, numbers in (("bp", 0), ("fa", 30 * 30 * 4 + 30 * 4), ("dfa", 4 * 30 * 5), ("memdfa", 4 * 30 * 5)):
         assert sizing.feedback_bytes(rule, make, shape, ml.feedback.Regenerated()) == 4 * numbers
-    assert 0 < sizing.seconds_a_number("he_normal") < 1e-5
+    assert 0 < seconds_a_number("he_normal") < 1e-5
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
             check_graph = transport and transport.check
             outputs = contract.rehearse(self.chain, x, loss, self.loss_fn, self.teaches_blocks, check_graph)
         if self.teaches_blocks:
-            self.feedback.class_dim(outputs[-1], *outputs[:-1])  # that it is plain
+            self.feedback.check(outputs[-1], *outputs[:-1])
         self._terms = None
         self._rehearsed |= {kind, shape}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memdfa_lab import memory
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.distributions import seconds_a_number
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import datasets, models
@@ -182,7 +183,7 @@ def sizes(
     """
     build, shape, how = _to_predict(network, optimizer, feedback_kind)
     B = sizing.feedback_bytes(rule, build, shape, **how)
-    seconds = sizing.seconds_a_number(how["feedback"].distribution) * B / 4
+    seconds = seconds_a_number(how["feedback"].distribution) * B / 4
     batch = sizing.largest(sizing.held_bytes(rule, build, shape, **how), memory.bytes_of(budget))
     return {"B": B, "s to draw B": seconds, "largest batch": batch}
 

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from memdfa_lab.memory.trace import Event, Trace
+from memdfa_lab.memory.events import Event
+from memdfa_lab.memory.trace import Trace
 
 LOWER = {
     "gradients": "update each weight within the backward pass, as ml.BASELINES['step_in_backward'] does",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memdfa_lab.memory.trace import Event, Trace
+from memdfa_lab.memory.events import Event
+from memdfa_lab.memory.trace import Trace
 
 
 class Visit(NamedTuple):

@@ -1,14 +1,12 @@
 """What fits into a budget of memory, and what a dense B costs, before anything runs."""
 
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
-from memdfa_lab.core.feedback import Feedback, Regenerated
+from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.memory.predict import Network, predict, without_data
 from memdfa_lab.memory.shapes import ShapesAlone
 from memdfa_lab.memory.trace import bytes_of, readable
@@ -115,14 +113,3 @@ def feedback_bytes(rule: Any, network: Network, shape: tuple[int, ...], feedback
     """Return the bytes of all matrices B of a rule if they are kept, 0 for one that has none."""
     kept = predict(rule, network, (2, *shape), feedback=feedback.reusable(), steps=0, **options)
     return kept.resting_by_category.get("feedback", 0)
-
-
-@cache
-def seconds_a_number(distribution: str, error_size: int = 1000) -> float:
-    """Return how long drawing one of B's numbers takes here, measured on a matrix of a million: the best of three."""
-    B, like, seconds = Regenerated(distribution=distribution), torch.empty(0), []
-    for _ in range(3):
-        started = time.perf_counter()
-        B.dense(0, error_size, 2**20 // error_size, like)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) / 2**20

@@ -5,14 +5,15 @@ import math
 import pickle
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from memdfa_lab.memory.events import Event
 from memdfa_lab.memory.files import write_text, write_whole
+from memdfa_lab.memory.viewer import snapshot
 
 CATEGORIES = (
     "parameters",
@@ -25,30 +26,6 @@ CATEGORIES = (
     "gradients",
     "workspace",
 )
-
-
-@dataclass(slots=True)
-class Storage:
-    """One piece of memory; `category` may become known only after its birth."""
-
-    category: str
-    size_bytes: int
-    shape: tuple[int, ...]  # of the first tensor seen on it
-    dtype: str
-    kind: str  # "born" in the step, "resting" before it, or from "outside", which is not counted
-
-
-@dataclass(slots=True)
-class Event:
-    """A storage is born, grows, shrinks or is freed."""
-
-    time_s: float
-    operation: int  # how many operations had run by then
-    name: str  # of the last of them
-    phase: str
-    block: int | None
-    change_bytes: int
-    storage: Storage
 
 
 class Trace:
@@ -145,9 +122,8 @@ class Trace:
 
         The step may be a predicted one, or have run on the CPU. Raises ValueError if the folder cannot be written to.
         """
-        from memdfa_lab.memory.viewer import snapshot  # which needs Trace
-
-        write_whole(path, lambda temporary: temporary.write_bytes(pickle.dumps(snapshot(self))))
+        data = pickle.dumps(snapshot(self.events, self.resting_by_category))
+        write_whole(path, lambda temporary: temporary.write_bytes(data))
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name} {readable(value)}" for name, value in self.peak_by_category.items())

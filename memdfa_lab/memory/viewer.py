@@ -1,8 +1,9 @@
 """A step's account in the form of CUDA's memory snapshots, which torch's memory viewer opens."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from memdfa_lab.memory.trace import Event, Trace
+from memdfa_lab.memory.events import Event
 
 START = 2**20  # the first address
 Frames = list[dict[str, Any]]
@@ -29,7 +30,7 @@ class _Addresses:
         self.taken = [block for block in self.taken if block[0] != address]
 
 
-def snapshot(trace: Trace) -> dict[str, Any]:
+def snapshot(events: Iterable[Event], resting_by_category: Mapping[str, int]) -> dict[str, Any]:
     """Return what torch.cuda.memory._snapshot returns of a step on a GPU.
 
     What rests is there from the start, a block a category. A tensor's frames are its operation, phase and block, and
@@ -41,9 +42,9 @@ def snapshot(trace: Trace) -> dict[str, Any]:
         about = {"stream": 0, "time_us": int(1e6 * event.time_s), "frames": frames}
         entries.append({"action": action, "addr": address, "size": size, **about})
 
-    for name, size in trace.resting_by_category.items():
+    for name, size in resting_by_category.items():
         addresses.take(size, [_frame(name, "at rest")])
-    for event in trace.events:
+    for event in events:
         key, frames = id(event.storage), _frames(event)
         address, size = alive.pop(key, (0, 0))
         if size:
