@@ -62,6 +62,18 @@ def test_the_peak_is_that_of_a_step_with_the_networks_own_loss():
         assert table["peak_bytes"][rule] == peaks[0] != peaks[1]
 
 
+def test_options_stand_beside_each_rule_without_them():
+    against = contenders(["memdfa"], ["regenerated"], {"precision": "bfloat16", "clip_global_norm": 1.0})
+    table = bench("fc_relu", 16, against, rounds=1, warm_up=1).set_index(["rule", "setting"])
+    setting = "precision=bfloat16, clip_global_norm=1.0"
+    assert list(table.index) == [("bp", ""), ("memdfa", ""), ("bp", setting), ("memdfa", setting)]
+    for rule in ("bp", "memdfa"):
+        options = {"precision": "bfloat16", "clip_global_norm": 1.0}
+        traces = [ml.experiments.profile(rule, "fc_relu", 16, **given) for given in ({}, options)]
+        assert [table["peak_bytes"][rule, with_it] for with_it in ("", setting)] == [t.peak_bytes for t in traces]
+        assert traces[0].peak_bytes != traces[1].peak_bytes
+
+
 @pytest.mark.parametrize(("network", "loss"), [("fc_sigmoid", "mse"), ("nokland_2x800", "bce")])
 def test_a_step_that_is_measured_has_the_networks_own_loss(network, loss):
     rule, x, y = example_step("bp", network, 4)

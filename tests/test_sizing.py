@@ -7,6 +7,7 @@ import pickle
 import sys
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from reference import refuses
@@ -19,6 +20,7 @@ from memdfa_lab.core.distributions import seconds_a_number
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.memory import sizing
 
+BOTH = "train --network fc_relu --model nets_of_mine:small --input 3x2x2"
 ADAM = partial(torch.optim.Adam, lr=0.1)
 NETS = {
     "mlp": (lambda: ml.models.mlp(20, [30] * 5, 4), (20,), ml.feedback.Stored()),
@@ -75,24 +77,32 @@ def test_the_bytes_of_b_are_those_that_are_kept():
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     text = "from torch.nn import *\ndef small():\n    return Sequential(Flatten(), Linear(12, 7), Linear(7, 3))\n"
+    text += "def images():\n    return Sequential(Conv2d(3, 2, 2), ReLU(), Conv2d(2, 3, 3), Flatten())\n"
     (tmp_path / "nets_of_mine.py").write_text(text + "def wide(n):\n    return n\nclass Net(dict): pass\n")
     (tmp_path / "broken_nets.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
 
 
-def test_a_model_of_ones_own_is_profiled_by_name(own, capsys):
-    call = ["profile", "--model", "nets_of_mine:small", "--input", "3x2x2", "--batch", "16", "--rules", "all"]
+@pytest.mark.parametrize("grid", [[], ["--grid", "1"]])
+def test_a_model_of_ones_own_is_profiled_by_name(own, capsys, grid):
+    call = ["profile", "--model", "nets_of_mine:images", "--input", "3x4x4", "--batch", "16", "--rules", "all", *grid]
     assert cli.main(call) == 0
     measured = capsys.readouterr().out
-    assert cli.main([*call, "--budget", "64KiB"]) == 0
+    assert cli.main([*call, "--budget", "64KiB", "--table", "table.csv"]) == 0
     predicted, _, sizes = capsys.readouterr().out.partition("\n\n")
     assert predicted.splitlines()[1:] == measured.splitlines()[1:]
-    rows = {line.split()[0]: line.split()[1:] for line in sizes.splitlines()[3:]}
-    assert rows.keys() == ALL_RULES.keys()
-    batch = ml.memory.largest_batch("dfa", ml.models.build("nets_of_mine:small"), (3, 2, 2), "64 KiB")
-    assert (rows["dfa"][0], rows["bp"][0]) == (str(4 * 7 * 3), "0")
-    assert abs(int(rows["memdfa"][2]) - batch) < batch  # feedback differs
+    table = pd.read_csv("table.csv", index_col="rule")
+    assert {line.split()[0] for line in sizes.splitlines()[3:]} == set(table.index) == ALL_RULES.keys()
+    feedback = ml.feedback.Regenerated(grid=1 if grid else None)
+    for rule in ("bp", "memdfa"):
+        build = partial(ml.models.build, "nets_of_mine:images")
+        found = ml.memory.largest_batch(rule, build, (3, 4, 4), "64 KiB", feedback=feedback)
+        assert table.loc[rule, "largest batch"] == found
+    assert dict(table["B"][["bp", "memdfa"]]) == {"bp": 0, "memdfa": 4 * 3 * 2 * (1 if grid else 9)}
+
+
+def test_a_seed_makes_the_same_model_of_ones_own(own):
     one, other = (ml.models.build("nets_of_mine:small", seed=seed)[0][1].weight for seed in (1, 1))
     assert torch.equal(one, other)
 
@@ -116,8 +126,9 @@ def test_what_is_no_model_is_refused_in_a_line(own, name, said):
 def test_the_shape_of_its_input_must_be_known(own, capsys):
     with refuses(ValueError, "the shape of nets_of_mine:small's input is not known"):
         ml.experiments.profile("bp", "nets_of_mine:small", 4)
-    assert cli.main(["profile", "--input", "3x2x2"]) == 2
-    assert "--input goes with --model" in capsys.readouterr().err
+    for call, said in {"profile --input 3x2x2": "--input goes with --model", BOTH: "leave one of them out"}.items():
+        assert cli.main(call.split()) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("measured", [True, False])

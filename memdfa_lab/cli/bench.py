@@ -6,7 +6,15 @@ from typing import Any
 
 import pandas as pd
 
-from memdfa_lab.cli.command import add_command, add_model, add_rules, chosen_rules, named_model
+from memdfa_lab.cli.command import (
+    add_command,
+    add_model,
+    add_rule_options,
+    add_rules,
+    chosen_rules,
+    named_network,
+    rule_options,
+)
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
@@ -24,26 +32,30 @@ def add_to(commands: Any) -> None:
         "time steps of the rules side by side, in turns, and give the peak beside each",
         "  memdfa bench\n"
         "  memdfa bench --network '784-[800]x32-10' --batch 128 --rules bp memdfa --rounds 21 --out bench\n"
+        "  memdfa bench --network mnist_conv --rules memdfa --precision bfloat16  # each without and with it\n"
         "  memdfa bench --network liao_cifar --frontier --out frontier\n"
         "  memdfa bench --model my_nets:small --input 3x32x32    # def small() in my_nets.py, here\n",
     )
     add_rules(command, "--rules", ["all"], "the four rules and the baselines")
-    add_model(command)
     add = command.add_argument
-    add("--network", nargs="+", metavar="NAME", help=f"default: {', '.join(NETWORKS)}")
+    add("--network", nargs="+", metavar="NAME", default=list(NETWORKS), help=f"default: {', '.join(NETWORKS)}")
+    add_model(command)
     add("--batch", type=int, help="batch size; default: 128, 2048, 512, 100, 100, 32 for these, else 128")
     add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help="one or more; default: regenerated")
     add("--frontier", action="store_true", help="instead of the rules: MEM-DFA's keep_bytes beside checkpointing")
+    add_rule_options(command)
     add("--channels-last", action="store_true", help="lay out images and filters so, for all of them")
     add("--rounds", type=int, default=9, help="steps of each that count; default: 9")
     add("--out", type=Path, help="write bench.csv and the figure (svg, png) into this folder")
 
 
 def _bench(options: argparse.Namespace) -> None:
-    if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1):
-        raise ValueError("--frontier has rules of its own, and one kind of feedback: leave out --rules, or --frontier")
-    own = named_model(options)
-    networks, tables = [*(options.network or []), *([own] if own else [])] or list(NETWORKS), []
+    if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1 or rule_options(options)):
+        raise ValueError(
+            "--frontier has rules and options of its own, one kind of feedback: leave out --frontier, or these"
+        )
+    named, tables = named_network(options), []
+    networks = [named] if isinstance(named, str) else named
     for network in networks:
         models.input_shape(network)  # an unknown name is refused before the first network takes its minutes
     for network in networks:
@@ -51,7 +63,8 @@ def _bench(options: argparse.Namespace) -> None:
         if options.frontier:
             against = frontier(network, batch, options.feedback[0])
         else:
-            against = contenders(chosen_rules(options.rules, list(ALL_RULES)), options.feedback)
+            rules = chosen_rules(options.rules, list(ALL_RULES))
+            against = contenders(rules, options.feedback, rule_options(options))
         tables.append(bench(network, batch, against, rounds=options.rounds, channels_last=options.channels_last))
         first = tables[0].iloc[0]
         if len(tables) == 1:

@@ -47,6 +47,17 @@ def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
         )
 
 
+def add_rule_options(command: Parser) -> None:
+    """Add the options that `rule_options` reads."""
+    add_settings(command, "precision", "clip_global_norm")
+
+
+def rule_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return those of the options of `add_rule_options` that were given, as a rule takes them."""
+    given = {name: getattr(options, name) for name in ("precision", "clip_global_norm")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def add_rules(command: Parser, name: str, default: list[str], all_of: str) -> None:
     """Add an option of one rule or more; `all` stands for all of them."""
     names = [*ALL_RULES, "all"]
@@ -60,14 +71,18 @@ def chosen_rules(names: list[str], every: list[str] | None = None) -> list[str]:
 
 
 def add_model(command: Parser) -> None:
-    """Add --model and --input: a network of the user's own."""
+    """Add --model and --input, a network of the user's own in place of --network."""
+    command.set_defaults(network=None, default_network=command.get_default("network"))
     help = "in place of --network: a function without arguments that returns a model"
     command.add_argument("--model", metavar="MODULE:FUNCTION", help=help)
     command.add_argument("--input", metavar="3x224x224", help="the shape of one example that --model takes")
 
 
-def named_model(options: argparse.Namespace) -> str | None:
-    """Return --model and --input as the name of a network; None without them. Raises ValueError for --input alone."""
+def named_network(options: argparse.Namespace) -> Any:
+    """Return --network, or --model and --input as one name. Raises ValueError for both, and for --input alone."""
+    if options.model and options.network:
+        raise ValueError("--model stands in place of --network: leave one of them out")
     if options.input and not options.model:
         raise ValueError("--input goes with --model: a network of the table has an input shape of its own")
-    return f"{options.model}@{options.input}" if options.input else options.model
+    own = f"{options.model}@{options.input}" if options.input else options.model
+    return own or options.network or options.default_network

@@ -7,7 +7,17 @@ from typing import Any
 import pandas as pd
 
 from memdfa_lab import memory
-from memdfa_lab.cli.command import add_command, add_model, add_rules, add_settings, chosen_rules, named_model
+from memdfa_lab.cli.command import (
+    add_command,
+    add_model,
+    add_rule_options,
+    add_rules,
+    add_settings,
+    chosen_rules,
+    named_network,
+    rule_options,
+)
+from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import experiments
 from memdfa_lab.lab.files import write_text
@@ -28,35 +38,45 @@ def add_to(commands: Any) -> None:
     )
     add_model(command)
     add_rules(command, "--rules", list(RULES), "the four rules and the baselines")
+    add_rule_options(command)
     add = command.add_argument
     add("--batch", type=int, default=128, help="batch size; default: 128")
     add("--predict", action="store_true", help="do not run the step: any size, in seconds")
     add("--budget", metavar="8GiB", help="do not run the step, and find the largest batch that fits: peak and rest")
+    add("--grid", type=int, metavar="G", help="B for G positions along each side of images; default: for all pixels")
+    add("--table", type=Path, help="write what is printed to this csv file")
     add("--csv", type=Path, help="write every birth and free to this file")
     add("--plot", type=Path, help="draw the profiles into this file (svg and png beside it)")
 
 
 def _profile(options: argparse.Namespace) -> None:
-    network, how = named_model(options) or options.network, (options.optimizer, options.feedback)
+    network, set_to = named_network(options), rule_options(options)
+    how = (options.optimizer, KINDS[options.feedback](grid=options.grid))
     budget = memory.bytes_of(options.budget) if options.budget else None
-    rules, predicted = chosen_rules(options.rules, list(ALL_RULES)), options.predict or budget is not None
-    traces = {rule: experiments.profile(rule, network, options.batch, *how, measured=not predicted) for rule in rules}
+    rules, measured = chosen_rules(options.rules, list(ALL_RULES)), not options.predict and budget is None
+    traces = {
+        rule: experiments.profile(rule, network, options.batch, *how, measured=measured, **set_to) for rule in rules
+    }
     rows = [
         {"rule": rule, "peak": trace.peak_bytes, **trace.peak_by_category, "at rest": trace.resting_bytes}
         for rule, trace in traces.items()
     ]
     table = pd.DataFrame(rows).fillna(0)
     table = table[[name for name in ("rule", "peak", *memory.CATEGORIES, "at rest") if name in table]]
-    seen = "predicted" if predicted else "measured"
-    print(f"{network}, batch {options.batch}, {options.optimizer}: bytes, {seen}; the peak is above rest")
+    seen = "measured" if measured else "predicted"
+    run = ", ".join([network, f"batch {options.batch}", options.optimizer, *map(str, set_to.values())])
+    print(f"{run}: bytes, {seen}; the peak is above rest")
     print(table.to_string(index=False, float_format="{:.0f}".format))
     if budget is not None:
-        fits = [{"rule": rule, **experiments.sizes(rule, network, budget, *how)} for rule in rules]
-        print(
-            f"\nlargest batch: peak and rest fit into {options.budget}; B: bytes of all its matrices, if they are kept"
+        fits = pd.DataFrame(
+            [{"rule": rule, **experiments.sizes(rule, network, budget, *how, **set_to)} for rule in rules]
         )
+        print(f"\nlargest batch: peak and rest fit into {options.budget}; B: bytes of all its matrices, kept or not")
         print("s to draw B: seconds that drawing all of B takes here, going by a matrix of a million numbers")
-        print(pd.DataFrame(fits).to_string(index=False, float_format="{:.3g}".format))
+        print(fits.to_string(index=False, float_format="{:.3g}".format))
+        table = table.merge(fits, on="rule")
+    if options.table:
+        write_text(options.table, table.to_csv(index=False))
     if options.csv:
         timelines = [trace.timeline.assign(rule=rule) for rule, trace in traces.items()]
         write_text(options.csv, pd.concat(timelines).to_csv(index=False))

@@ -14,7 +14,7 @@ from memdfa_lab.cli.command import (
     add_rules,
     add_settings,
     chosen_rules,
-    named_model,
+    named_network,
 )
 from memdfa_lab.lab import distributed, experiments
 from memdfa_lab.lab.settings import RunSettings
@@ -55,7 +55,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
-    options.network = named_model(options) or options.network
+    options.network = named_network(options)
     settings = {name: getattr(options, name) for name in NAMES} | {"device": group.device}
     runs = [RunSettings(rule=rule, **settings) for rule in chosen_rules(options.rule)]  # refused here, before any work
     with group.first_rank_first():  # one rank downloads, the others find the files

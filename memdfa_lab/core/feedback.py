@@ -44,7 +44,8 @@ class Feedback(ABC):
 
     `grid`: such a block has a B_i of fewer columns, for a grid of so many positions along each dimension of images
     (N, d, H, W) and words (N, T, d), (C, d grid grid) and (C, d grid): the signal is formed there, and interpolated.
-    With 1 it is the same at all positions. "classes first" and "classes last" say so of d, too.
+    With 1 it is the same at all positions. "classes first" and "classes last" say so of d, too. A block that ends in
+    nn.Flatten has no positions.
 
     Raises ValueError for an unknown distribution or name of positions, a seed that is not a whole number from 0 to
     2**64 - 1, a scale that is not a finite positive number, or a grid below 1.

@@ -7,7 +7,7 @@ and a ratio compares two steps of the same round. The median over rounds is repo
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,11 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
-    """Return BP and the rules, those that use feedback once with each kind. Raises ValueError for unknown names."""
+def contenders(rules: Sequence[str], kinds: Sequence[str], options: Mapping[str, Any] | None = None) -> list[Contender]:
+    """Return BP and the rules, those that use feedback once with each kind; each again with `options`, if given.
+
+    Raises ValueError for unknown names.
+    """
     found = [Contender("bp")]
     for kind in kinds:
         lookup("feedback", kind, feedback.KINDS)
@@ -53,7 +56,11 @@ def contenders(rules: Sequence[str], kinds: Sequence[str]) -> list[Contender]:
         find_rule(rule)
         uses_feedback = rule in RULES and rule != "bp"
         found += [Contender(rule, kind) for kind in (kinds if uses_feedback else ["none"])]
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    if options:
+        setting = ", ".join(f"{name}={value}" for name, value in options.items())
+        found += [Contender(one.rule, one.feedback, setting, dict(options)) for one in found]
+    return found
 
 
 def frontier(network: str, batch_size: int, kind: str = "regenerated", points: int = 5) -> list[Contender]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, lookup
-from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.feedback import KINDS, Feedback
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
@@ -22,7 +22,7 @@ def example_step(
     network: str | Sequence[int],
     batch_size: int,
     optimizer: Any = "sgd",
-    feedback: str = "regenerated",
+    feedback: str | Feedback = "regenerated",
     seed: int = 0,
     layout: torch.memory_format = torch.contiguous_format,
     **options: Any,
@@ -43,9 +43,14 @@ def example_step(
         shape = network[:1]
     named = isinstance(optimizer, str)
     factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6) if named else optimizer
-    B = lookup("feedback", feedback, KINDS)(seed)
+    B = named_feedback(feedback, seed)
     learner = find_rule(rule)(net.to(memory_format=layout), factory, LOSSES[loss], B, **options)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, *shape, generator=generator).to(memory_format=layout)
     classes = classes or forward_without_trace(learner.chain, x[:2]).shape[1]
     return learner, x, torch.randint(classes, (batch_size,), generator=generator)
+
+
+def named_feedback(feedback: str | Feedback, seed: int = 0) -> Feedback:
+    """Return feedback of this seed by the name of its kind, or feedback as it is."""
+    return feedback if isinstance(feedback, Feedback) else lookup("feedback", feedback, KINDS)(seed)
