@@ -81,22 +81,13 @@ class Trace:
         numbers the storages in order of birth; `shape` and `dtype` are those of the first tensor on it.
         """
         numbers: dict[int, int] = {}
-        rows = [
-            {
-                "time_s": event.time_s,
-                "operation": event.operation,
-                "name": event.name,
-                "phase": event.phase,
-                "block": event.block,
-                "category": event.storage.category,
-                "bytes": event.change_bytes,
-                "storage": numbers.setdefault(id(event.storage), len(numbers)),
-                "shape": "x".join(map(str, event.storage.shape)),
-                "dtype": event.storage.dtype,
-            }
-            for event in self.events
-        ]
         names = ["time_s", "operation", "name", "phase", "block", "category", "bytes", "storage", "shape", "dtype"]
+        rows = []
+        for event in self.events:
+            storage, place = event.storage, (event.time_s, event.operation, event.name, event.phase, event.block)
+            number = numbers.setdefault(id(storage), len(numbers))
+            shape = "x".join(map(str, storage.shape))
+            rows.append((*place, storage.category, event.change_bytes, number, shape, storage.dtype))
         return pd.DataFrame(rows, columns=names).astype({"block": "Int64"}).assign(total_bytes=self.totals[1:])
 
     @property
