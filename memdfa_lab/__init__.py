@@ -8,7 +8,7 @@ from memdfa_lab.core import feedback
 from memdfa_lab.core.blocks import as_blocks
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA
-from memdfa_lab.lab import alignment, datasets, distributed, experiments, losses, models, tasks
+from memdfa_lab.lab import alignment, blocks, datasets, distributed, experiments, losses, models, tasks
 from memdfa_lab.lab.check import check
 from memdfa_lab.lab.evaluation import accuracy, predict
 from memdfa_lab.lab.fit import fit
@@ -28,6 +28,7 @@ __all__ = [
     "accuracy",
     "alignment",
     "as_blocks",
+    "blocks",
     "check",
     "datasets",
     "distributed",

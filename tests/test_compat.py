@@ -303,3 +303,9 @@ def test_cuda_history_records_what_runs_and_stops_also_after_an_exception(monkey
     with pytest.raises(ZeroDivisionError):
         compat.cuda_history(lambda: 1 / 0)
     assert calls[2:] == [{"enabled": None}, {}, {"enabled": None}]
+
+
+def test_is_causal_mask_knows_the_mask_that_torch_makes():
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(3)
+    assert compat.is_causal_mask(mask)
+    assert not compat.is_causal_mask(mask.t())

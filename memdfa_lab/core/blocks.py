@@ -1,35 +1,47 @@
 """A model as a list of blocks: each weight layer with everything after it, up to the next one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from memdfa_lab.core.compat import ANY_CONVOLUTION, autocast_is_on, has_hooks, version
+from memdfa_lab.core.compat import autocast_is_on, has_hooks, version
+from memdfa_lab.core.cut import NOT_A_CHAIN, WEIGHT_LAYERS, Traced, traced_blocks
 from memdfa_lab.core.watcher import has_data
 
-WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
-NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
 
-
-def as_blocks(model: nn.Module | Iterable[nn.Module]) -> nn.Sequential:
+def as_blocks(
+    model: nn.Module | Iterable[nn.Module], cut: Sequence[str] | None = None, granularity: str | None = None
+) -> nn.Sequential:
     """Return the model's own modules, grouped into blocks that are cut before each weight layer.
 
-    An `nn.Sequential` is opened, also one inside another. Any other module is taken whole, so that a residual unit (or
-    a group of layers that you want to keep together) is one block. What stands before the first weight layer belongs to
-    the first block. The blocks hold the modules of `model`: nothing is copied, renamed or moved. Blocks of blocks are
-    the same blocks.
+    An `nn.Sequential`, or a list of modules, is opened, also one inside another. Any module in it is taken whole, so
+    that a residual unit (or a group of layers that you want to keep together) is one block. What stands before the
+    first weight layer belongs to the first block. The blocks hold the modules of `model`: nothing is copied, renamed or
+    moved. Blocks of blocks are the same blocks.
 
-    Raises TypeError if the model is not a chain of modules, or holds numbers that are not real; ValueError if it has no
+    Another model is traced by torch.fx, and cut between two weight layers where one tensor is all that is needed later.
+    `cut`: names of its modules; a block begins with each of them, and nowhere else. `granularity`: "unit" keeps each
+    module of an nn.Sequential or nn.ModuleList whole, "layer" opens these, also in an nn.Sequential.
+
+    Raises TypeError if the model cannot be traced, or holds numbers that are not real; ValueError if it has no
     weight layer, hooks of its own, or nothing that can be trained, or if two blocks share a parameter or a buffer.
     """
     if isinstance(model, nn.Module) and has_hooks(model):
         raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")
-    groups: list[list[nn.Module]] = []
     before_first_weight: list[nn.Module] = []
+    groups: list[list[nn.Module]] = []
+    if granularity not in (None, "layer", "unit"):
+        raise ValueError(f'granularity must be "layer" or "unit", not {granularity!r}')
+    if isinstance(model, nn.Module) and not isinstance(model, (torch.fx.GraphModule, Traced, *NOT_A_CHAIN)):
+        if cut is not None or granularity == "layer" or not _is_chain(model):
+            cut = [cut] if isinstance(cut, str) else cut
+            groups, model = [[block] for block in traced_blocks(model, cut, granularity)], []
+    elif cut is not None:
+        raise TypeError("cut= names the modules of one model: pass the model, not a list")
     for module in _chain(model):
-        if any(isinstance(part, WEIGHT_LAYERS) for part in module.modules()):
+        if isinstance(module, Traced) or any(isinstance(part, WEIGHT_LAYERS) for part in module.modules()):
             groups.append([*before_first_weight, module])
             before_first_weight = []
         else:
@@ -53,16 +65,22 @@ def parts_of(block: nn.Module) -> list[nn.Module]:
     return list(_chain(block)) if _is_chain(block) and not has_hooks(block) else [block]
 
 
+def describe(block: nn.Module) -> str:
+    """Return the kinds of modules that a block runs."""
+    parts = [] if isinstance(block, Traced) else parts_of(block)
+    return " + ".join(type(part).__name__ for part in parts or [*block.children()] or [block])
+
+
 def run_block(block: nn.Module, h: Tensor) -> Tensor:
     """Return block(h). Raises TypeError if that is not a tensor, RuntimeError if the block changed h in place."""
     forget_casts()
     before = version(h)
     out = block(h)
     if not isinstance(out, Tensor):
-        raise TypeError(f"a block maps a tensor to a tensor; {type(block).__name__} returned {type(out).__name__}")
+        raise TypeError(f"a block maps a tensor to a tensor; {describe(block)} returned {type(out).__name__}")
     if version(h) != before:
         raise RuntimeError(
-            f"{type(block).__name__} works in place on its input, which the block before it (or the caller) still "
+            f"{describe(block)} works in place on its input, which the block before it (or the caller) still "
             "needs: use inplace=False where it begins"
         )
     return out

@@ -7,14 +7,17 @@ others.
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch._C._profiler import _EventType, _ExperimentalConfig
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.transformer import _detect_is_causal_mask
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
 
@@ -86,6 +89,16 @@ def has_hooks(module: nn.Module) -> bool:
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     return any(kinds) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in own)
+
+
+def is_causal_mask(mask: Tensor) -> bool:
+    """Tell whether torch's encoder takes this mask of attention for a causal one."""
+    return _detect_is_causal_mask(mask)
+
+
+def record_also(tracer: torch.fx.Tracer, module: ModuleType) -> None:
+    """Let a tracer record calls of its `autowrap_functions` where code has them from this module, `torch.zeros` say."""
+    tracer._autowrap_search.append(module)
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core.blocks import parts_of as chained
-from memdfa_lab.core.blocks import run_block
+from memdfa_lab.core.blocks import describe, run_block
 from memdfa_lab.core.compat import parts_of, storage_id
 from memdfa_lab.core.local import ByAutograd, block_gradient
 from memdfa_lab.core.recompute import generators_restored, other_generators_restored, state_restored
@@ -167,11 +166,6 @@ def check_lengths(chain: Sequence[nn.Module], lengths: Sequence[int]) -> None:
             f"block {i}, {describe(chain[i])}, makes {lengths[i]} rows of {lengths[i - 1]}: a block's signal has e's "
             f"rows, {lengths[-1]}, so join or split examples in the first block or in the loss; no weight was changed"
         )
-
-
-def describe(block: nn.Module) -> str:
-    """Return the kinds of modules that a block runs."""
-    return " + ".join(type(part).__name__ for part in chained(block))
 
 
 def two_sums(logits: Tensor) -> tuple[float, float]:
