@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import sys
+import warnings
 from functools import partial
 
 import pandas as pd
@@ -153,3 +154,17 @@ def test_torchs_memory_viewer_opens_a_step(tmp_path, rule, measured):
             assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(places))
         most = max(most, sum(alive.values()))
     assert (most, sum(alive.values()), held) == (trace.held_bytes, trace.resting_bytes, trace.resting_bytes)
+
+
+def test_a_function_that_draws_again_while_values_are_out_of_range_is_predicted():
+    """nn.init.trunc_normal_ asks `while mask.any()`, of numbers that are not there."""
+
+    def make() -> nn.Module:
+        net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+        nn.init.trunc_normal_(net[0].weight)
+        return net
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no operation that makes a model is warned of
+        predicted = ml.memory.predict("memdfa", make, (6, 20))
+    assert predicted.peak_bytes == ml.memory.predict("memdfa", make(), (6, 20)).peak_bytes

@@ -8,7 +8,6 @@ from torch import nn
 
 from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.memory.predict import Network, predict, without_data
-from memdfa_lab.memory.shapes import ShapesAlone
 from memdfa_lab.memory.trace import bytes_of, readable
 
 DEEPEST = 10_000  # layers that are tried
@@ -61,8 +60,7 @@ def held_bytes(
 
     A network that does not take one example alone, as with BatchNorm, holds for it what it holds for two.
     """
-    with ShapesAlone():
-        model = without_data(network)
+    model = without_data(network)
 
     @cache
     def held(batch: int) -> int:
