@@ -387,7 +387,7 @@ COMMANDS = {
     "sweep two": (["sweep", "one.yaml", "two.yaml"], "invalid choice: 'one.yaml'"),
     "budget": (["reproduce", "--paper", "--budget", "soon"], "soon"),
     "bench": (["bench", "--network", "fc_rely"], "did you mean 'fc_relu'?"),
-    "bench frontier": (["bench", "--frontier", "--rules", "dfa"], "leave out --rules, or --frontier"),
+    "bench frontier": (["bench", "--frontier", "--rules", "dfa"], "leave out --frontier, or these"),
     "bench networks": (["bench", "--network", "fc_relu", "fc_rely", "--rounds", "-1"], "did you mean 'fc_relu'?"),
     "bench batch": (["bench", "--network", "fc_relu", "--batch", "0"], "batch size must be a whole number from 1 on"),
     "profile": (["profile", "--network", "784-[0]x3-10"], "must be a whole number from 1 on"),
