@@ -182,3 +182,34 @@ def transformers() -> None:
     order = {label: i for i, label in enumerate(LABELS.values())}
     rows.sort(key=lambda row: (row[0], order[row[1]]))
     show(["network", "rule", "learning rate", "test loss", "test error, %", "peak, MiB"], rows)
+
+
+def large_models() -> None:
+    """Predicted peaks above rest of torchvision's models, the largest batch in 8 GiB, and B, in GiB."""
+    models, rows = ("resnet50", "vit_b_16", "convnext_tiny"), []
+    tables = {name: pd.read_csv(REPORTS / "large_models" / f"{name}.csv", index_col="rule") for name in models}
+    coarse = {name: pd.read_csv(REPORTS / "large_models" / f"{name}_grid4.csv", index_col="rule") for name in models}
+    for rule in tables[models[0]].index:
+        rows.append([LABELS[rule], *(_sized(table.loc[rule]) for table in tables.values())])
+    rows.append(["MEM-DFA, grid=4", *(_sized(table.loc["memdfa"]) for table in coarse.values())])
+    for label, found in (("B", tables), ("B, grid=4", coarse)):
+        rows.append([label, *(f"{table.loc['memdfa', 'B'] / 2**30:.2f}" for table in found.values())])
+    show(["", *models], rows)
+
+
+def _sized(row: pd.Series) -> str:
+    return f"{row['peak'] / 2**30:.2f} ({row['largest batch']:.0f})"
+
+
+def grids() -> None:
+    """Test accuracy and angles of the first blocks with B on a grid, mean and standard deviation over seeds."""
+    rows = []
+    for network in ("mnist_conv", "liao_cifar_bn"):
+        table = pd.read_csv(REPORTS / "grid" / f"{network}.csv", keep_default_na=False)
+        for grid, runs in table.groupby("grid", sort=False):
+            accuracy = 100 * runs["test_accuracy"]
+            spread = f" ± {accuracy.std():.2f}" if len(runs) > 1 else ""
+            angles = [f"{runs[f'angle_{i}_deg'].mean():.0f}" for i in (1, 2, 3)]
+            size = f"{runs['B_bytes'].iloc[0]:,}"
+            rows.append([network, grid, size, f"{accuracy.mean():.2f}{spread} ({len(runs)})", *angles])
+    show(["network", "grid", "bytes of B", "test accuracy, % (seeds)", *(f"block {i}, °" for i in (1, 2, 3))], rows)

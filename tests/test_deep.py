@@ -12,7 +12,7 @@ import memdfa_lab as ml
 from memdfa_lab import widgets
 from memdfa_lab.core.rules import ALL_RULES, find_rule
 from memdfa_lab.lab.architectures import ACTIVATIONS
-from memdfa_lab.memory.deep import largest
+from memdfa_lab.memory.sizing import largest
 from memdfa_lab.widgets.explored import chain_of
 from memdfa_lab.widgets.setting import PRECISIONS
 

@@ -1,5 +1,7 @@
 """%%memory in a notebook's shell."""
 
+import re
+
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -54,3 +56,43 @@ def test_other_magics_may_stand_above_and_below(shell):
         with capture_output():
             assert shell.run_cell(cell).success
         assert shell.user_ns.pop("b") == 1
+
+
+PLAIN = """%%memory trace
+import torch
+net = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear({0}, {0}), torch.nn.ReLU()) for _ in range(6)])
+optimizer = torch.optim.{2}
+loss = net(torch.ones({1}, {0})).sum()
+loss.backward()
+optimizer.step()
+del loss"""
+SGD, ADAM = "SGD(net.parameters())", "Adam(net.parameters(), {})"
+
+
+@pytest.mark.parametrize(
+    ("width", "batch", "optimizer", "said"),
+    [
+        (8, 900, SGD, ["activations", "MEM-DFA"]),
+        (90, 2, SGD, ["gradients", "step_in_backward"]),
+        (90, 2, ADAM.format("foreach=True"), ["temporaries of the optimizer", "fused=True"]),
+        (90, 2, ADAM.format("fused=True"), ["stay"]),
+    ],
+)
+def test_a_plain_loop_is_told_what_its_peak_is_made_of(shell, width, batch, optimizer, said):
+    with capture_output() as shown:
+        shell.run_cell(PLAIN.format(width, batch, optimizer))
+    text = shown.stdout
+    assert all(part in text for part in said), text
+    assert ("fused=True" in text) == ("foreach" in optimizer)
+    shares = [int(share) for share in re.findall(r"(\d+)% ", text)]
+    assert 97 <= sum(shares) <= 103
+
+
+def test_a_rules_step_has_its_table_and_no_sentence(shell):
+    with capture_output() as shown:
+        shell.run_cell(
+            "import memdfa_lab as ml, torch\nrule = ml.BP(ml.models.mlp(8, [8], 3), torch.optim.SGD)\n"
+            "x, y = torch.ones(4, 8), torch.zeros(4, dtype=torch.long)"
+        )
+        shell.run_cell("%%memory trace\nrule.step(x, y)")
+    assert "The peak is" not in shown.stdout

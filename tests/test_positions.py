@@ -1,8 +1,10 @@
-"""Feedback at each position of words, signals and images: B_i is (V, d), the same at all positions."""
+"""Feedback at each position of words, signals and images, the same at all of them, or on a grid of a few."""
 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from functools import partial
 
 import numpy as np
@@ -177,3 +179,103 @@ def test_an_error_without_positions_has_none():
     e, out = torch.ones(4, V), torch.empty(4, 6, V)
     assert Signal(0, e, ml.feedback.Stored()).shaped_like(out).shape == (4, 6, V)
     assert ml.feedback.Stored().class_dim((4, V), (4, 6)) is None
+
+
+def pooled(kind: type[nn.Module] = nn.Conv2d) -> nn.Module:
+    """Return a network whose logits have no positions; every convolution but the first is taught by autograd."""
+    first, pool, skip = {nn.Conv2d: (nn.Conv2d, nn.AvgPool2d, nn.ReLU), Patches: (Patches, nn.MaxPool2d, nn.GELU)}[kind]
+    layers = [first(2, 6, 3, padding=1), skip(), first(6, 7, 3, padding=1), pool(2), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(7 * 6, 9), nn.ReLU(), nn.Linear(9, V))
+
+
+def words() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 7), nn.GELU(), nn.Flatten(), nn.Linear(63, V))
+
+
+# the network, the shape of x, and the columns of B_i on a grid of 2; where Flatten ends a block it has no positions
+COARSE = {
+    "images": (pooled, (2, 6, 4), [6 * 4, 7 * 6, 9]),
+    "images by autograd": (partial(pooled, Patches), (2, 6, 4), [6 * 4, 7 * 6, 9]),
+    "words": (words, (9, 3), [6 * 2, 7 * 9]),
+}
+
+
+def coarse(net: str, rule: str, storage: str = "stored", grid: int | None = 2, optimizer=SGD) -> ml.Rule:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return ml.RULES[rule](COARSE[net][0](), optimizer, feedback=STORAGES[storage](3, grid=grid))
+
+
+def labelled(net: str, n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, *COARSE[net][1], generator=torch.Generator().manual_seed(2)), torch.arange(n) % V
+
+
+@rotated("net storage grid", COARSE, STORAGES, [1, 2, 3], turns=6)
+def test_a_signal_on_a_grid_is_interpolated(net, storage, grid):
+    rule, (x, y), units = coarse(net, "memdfa", storage, grid), labelled(net, 6), -1 if net == "words" else 1
+    with torch.no_grad():
+        out, logits = rule.blocks[0](x), rule.blocks(x)
+    _, e = rule.error(logits, y)
+    signal, places = rule.signal(0, e).shaped_like(out), [min(grid, size) for size in out.movedim(units, 1).shape[2:]]
+    B = STORAGES[storage](3).dense(0, V, 6 * math.prod(places), e)
+    few = (e @ B).view(6, 6, *places)
+    mode = "linear" if net == "words" else "bilinear"
+    torch.testing.assert_close(signal.movedim(units, 1), F.interpolate(few, out.movedim(units, 1).shape[2:], mode=mode))
+    assert signal.stride() == out.stride()
+    halves = [rule.signal(0, e).reusable(out).of(half).shaped_like(out[half]) for half in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(torch.cat(halves), signal)
+
+
+@rotated("net storage optimizer", COARSE, STORAGES, [SGD, partial(torch.optim.Adam, lr=0.01)], turns=6)
+def test_on_a_grid_dfa_is_mem_dfa_and_a_state_goes_on(net, storage, optimizer):
+    rules = [coarse(net, rule, storage, optimizer=optimizer) for rule in ("dfa", "memdfa")]
+    losses = [[rule.step(*labelled(net, n)).item() for n in (6, 6, 3)] for rule in rules]
+    assert losses[0] == losses[1]
+    other = coarse(net, "memdfa", storage, grid=None, optimizer=optimizer)
+    other.load_state_dict(rules[1].state_dict())
+    assert other.feedback.grid == 2
+    assert "grid=2" in repr(other.feedback)
+    for rule in (*rules, other):
+        rule.step(*labelled(net, 6))
+    for rule in rules:
+        assert_identical(rule.state_dict()["blocks"], other.state_dict()["blocks"])
+
+
+@rotated("net rule storage", COARSE, ["dfa", "memdfa"], STORAGES, turns=6)
+def test_on_a_grid_predicted_is_measured(net, rule, storage):
+    x, y = labelled(net, 48)
+    measured = measure(coarse(net, rule, storage), x, y, warm_up=1)
+    feedback = STORAGES[storage](3, grid=2)
+    predicted = predict(rule, COARSE[net][0](), x.shape, SGD, feedback)
+    assert predicted.peak_by_category == measured.peak_by_category
+    assert (predicted.peak_bytes, predicted.resting_bytes) == (measured.peak_bytes, measured.resting_bytes)
+
+
+@pytest.mark.parametrize("net", COARSE)
+def test_the_matrices_have_the_grids_columns(net):
+    rule = coarse(net, "dfa")
+    rule.step(*labelled(net, 6))
+    assert [tuple(B.shape) for B in rule.feedback.matrices.values()] == [(n, V) for n in COARSE[net][2]]
+    with refuses(ValueError, "grid must be a whole number from 1"):
+        ml.feedback.Stored(grid=0)
+
+
+@rotated("net storage grid", COARSE, ["stored", "regenerated", "shared"], [None, 2], turns=6)
+def test_a_large_b_is_warned_of_before_it_is_drawn(net, storage, grid, monkeypatch):
+    stored = coarse(net, "dfa", "shared" if storage == "shared" else "stored", grid)
+    stored.step(*labelled(net, 6))
+    numbers = sum(B.numel() for B in stored.feedback.matrices.values())
+    verb = "draws in every step" if storage == "regenerated" else "draws once and keeps"
+    said = [f"B has {numbers:,} numbers", f"which {type(STORAGES[storage]()).__name__} {verb}", "grid=4 has"]
+    for large, warned in ((4 * numbers - 1, True), (4 * numbers, False)):
+        monkeypatch.setattr("memdfa_lab.core.feedback.LARGE_BYTES", large)
+        rule = coarse(net, "memdfa", storage, grid)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rule.step(*labelled(net, 6))
+            rule.step(*labelled(net, 6))
+        texts = [str(one.message) for one in caught if "B has" in str(one.message)]
+        assert len(texts) == warned
+        assert all(
+            part in text for text in texts for part in said[: 2 if grid or (net, storage) == ("words", "shared") else 3]
+        )

@@ -107,7 +107,7 @@ def test_the_numbers_as_html():
     [("8 GiB", 2**33), ("500MB", 5 * 10**8), ("1.5 kib", 1536), ("7", 7), ("2 TB", 2 * 10**12), (" 3 B ", 3)],
 )
 def test_sizes(text, size):
-    assert widgets.bytes_of(text) == size
+    assert ml.memory.bytes_of(text) == size
 
 
 @pytest.mark.parametrize(

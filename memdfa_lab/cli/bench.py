@@ -6,7 +6,15 @@ from typing import Any
 
 import pandas as pd
 
-from memdfa_lab.cli.command import add_command, add_rule_options, add_rules, chosen_rules, rule_options
+from memdfa_lab.cli.command import (
+    add_command,
+    add_model,
+    add_rule_options,
+    add_rules,
+    chosen_rules,
+    named_network,
+    rule_options,
+)
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
@@ -25,11 +33,13 @@ def add_to(commands: Any) -> None:
         "  memdfa bench\n"
         "  memdfa bench --network '784-[800]x32-10' --batch 128 --rules bp memdfa --rounds 21 --out bench\n"
         "  memdfa bench --network mnist_conv --rules memdfa --precision bfloat16  # each without and with it\n"
-        "  memdfa bench --network liao_cifar --frontier --out frontier\n",
+        "  memdfa bench --network liao_cifar --frontier --out frontier\n"
+        "  memdfa bench --model my_nets:small --input 3x32x32    # def small() in my_nets.py, here\n",
     )
     add_rules(command, "--rules", ["all"], "the four rules and the baselines")
     add = command.add_argument
-    add("--network", nargs="+", metavar="NAME", help=f"default: {', '.join(NETWORKS)}")
+    add("--network", nargs="+", metavar="NAME", default=list(NETWORKS), help=f"default: {', '.join(NETWORKS)}")
+    add_model(command)
     add("--batch", type=int, help="batch size; default: 128, 2048, 512, 100, 100, 32 for these, else 128")
     add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help="one or more; default: regenerated")
     add("--frontier", action="store_true", help="instead of the rules: MEM-DFA's keep_bytes beside checkpointing")
@@ -44,9 +54,10 @@ def _bench(options: argparse.Namespace) -> None:
         raise ValueError(
             "--frontier has rules and options of its own, one kind of feedback: leave out --frontier, or these"
         )
-    networks, tables = options.network or list(NETWORKS), []
+    named, tables = named_network(options), []
+    networks = [named] if isinstance(named, str) else named
     for network in networks:
-        models.get(network)  # an unknown name is refused before the first network takes its minutes
+        models.input_shape(network)  # an unknown name is refused before the first network takes its minutes
     for network in networks:
         batch = NETWORKS.get(network, 128) if options.batch is None else options.batch
         if options.frontier:

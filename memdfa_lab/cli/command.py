@@ -69,3 +69,21 @@ def add_rules(command: Parser, name: str, default: list[str], all_of: str) -> No
 def chosen_rules(names: list[str], every: list[str] | None = None) -> list[str]:
     """Return the rules that were asked for, each once; `all` stands for `every` rule, the four if not given."""
     return (every or list(RULES)) if "all" in names else list(dict.fromkeys(names))
+
+
+def add_model(command: Parser) -> None:
+    """Add --model and --input, a network of the user's own in place of --network."""
+    command.set_defaults(network=None, default_network=command.get_default("network"))
+    help = "in place of --network: a function without arguments that returns a model"
+    command.add_argument("--model", metavar="MODULE:FUNCTION", help=help)
+    command.add_argument("--input", metavar="3x224x224", help="the shape of one example that --model takes")
+
+
+def named_network(options: argparse.Namespace) -> Any:
+    """Return --network, or --model and --input as one name. Raises ValueError for both, and for --input alone."""
+    if options.model and options.network:
+        raise ValueError("--model stands in place of --network: leave one of them out")
+    if options.input and not options.model:
+        raise ValueError("--input goes with --model: a network of the table has an input shape of its own")
+    own = f"{options.model}@{options.input}" if options.input else options.model
+    return own or options.network or options.default_network

@@ -6,18 +6,21 @@ from typing import Any
 
 import pandas as pd
 
+from memdfa_lab import memory
 from memdfa_lab.cli.command import (
     add_command,
+    add_model,
     add_rule_options,
     add_rules,
     add_settings,
     chosen_rules,
+    named_network,
     rule_options,
 )
+from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import experiments
 from memdfa_lab.lab.files import write_text
-from memdfa_lab.memory import CATEGORIES
 
 
 def add_to(commands: Any) -> None:
@@ -27,35 +30,53 @@ def add_to(commands: Any) -> None:
         _profile,
         "tell what one training step holds in memory, rule by rule, measured or predicted",
         "  memdfa profile --network long_fc --batch 128 --rules all\n"
-        "  memdfa profile --network '784-[800]x32-10' --batch 10000 --predict --plot profile.svg\n",
+        "  memdfa profile --network '784-[800]x32-10' --batch 10000 --predict --plot profile.svg\n"
+        "  memdfa profile --model torchvision.models:alexnet --input 3x224x224 --batch 64 --budget 8GiB\n",
     )
     add_settings(
         command, "network", "optimizer", "feedback", network="long_fc", optimizer="sgd", feedback="regenerated"
     )
+    add_model(command)
     add_rules(command, "--rules", list(RULES), "the four rules and the baselines")
     add_rule_options(command)
     add = command.add_argument
     add("--batch", type=int, default=128, help="batch size; default: 128")
     add("--predict", action="store_true", help="do not run the step: any size, in seconds")
+    add("--budget", metavar="8GiB", help="do not run the step, and find the largest batch that fits: peak and rest")
+    add("--grid", type=int, metavar="G", help="B for G positions along each side of images; default: for all pixels")
+    add("--table", type=Path, help="write what is printed to this csv file")
     add("--csv", type=Path, help="write every birth and free to this file")
     add("--plot", type=Path, help="draw the profiles into this file (svg and png beside it)")
 
 
 def _profile(options: argparse.Namespace) -> None:
-    how = (options.network, options.batch, options.optimizer, options.feedback)
-    rules = chosen_rules(options.rules, list(ALL_RULES))
-    set_to = rule_options(options)
-    traces = {rule: experiments.profile(rule, *how, measured=not options.predict, **set_to) for rule in rules}
+    network, set_to = named_network(options), rule_options(options)
+    how = (options.optimizer, KINDS[options.feedback](grid=options.grid))
+    budget = memory.bytes_of(options.budget) if options.budget else None
+    rules, measured = chosen_rules(options.rules, list(ALL_RULES)), not options.predict and budget is None
+    traces = {
+        rule: experiments.profile(rule, network, options.batch, *how, measured=measured, **set_to) for rule in rules
+    }
     rows = [
         {"rule": rule, "peak": trace.peak_bytes, **trace.peak_by_category, "at rest": trace.resting_bytes}
         for rule, trace in traces.items()
     ]
     table = pd.DataFrame(rows).fillna(0)
-    table = table[[name for name in ("rule", "peak", *CATEGORIES, "at rest") if name in table]]
-    seen = "predicted" if options.predict else "measured"
-    run = ", ".join([options.network, f"batch {options.batch}", options.optimizer, *map(str, set_to.values())])
+    table = table[[name for name in ("rule", "peak", *memory.CATEGORIES, "at rest") if name in table]]
+    seen = "measured" if measured else "predicted"
+    run = ", ".join([network, f"batch {options.batch}", options.optimizer, *map(str, set_to.values())])
     print(f"{run}: bytes, {seen}; the peak is above rest")
     print(table.to_string(index=False, float_format="{:.0f}".format))
+    if budget is not None:
+        fits = pd.DataFrame(
+            [{"rule": rule, **experiments.sizes(rule, network, budget, *how, **set_to)} for rule in rules]
+        )
+        print(f"\nlargest batch: peak and rest fit into {options.budget}; B: bytes of all its matrices, kept or not")
+        print("s to draw B: seconds that drawing all of B takes here, going by a matrix of a million numbers")
+        print(fits.to_string(index=False, float_format="{:.3g}".format))
+        table = table.merge(fits, on="rule")
+    if options.table:
+        write_text(options.table, table.to_csv(index=False))
     if options.csv:
         timelines = [trace.timeline.assign(rule=rule) for rule, trace in traces.items()]
         write_text(options.csv, pd.concat(timelines).to_csv(index=False))

@@ -8,7 +8,15 @@ from typing import Any
 
 import pandas as pd
 
-from memdfa_lab.cli.command import INTERRUPTED, add_command, add_rules, add_settings, chosen_rules
+from memdfa_lab.cli.command import (
+    INTERRUPTED,
+    add_command,
+    add_model,
+    add_rules,
+    add_settings,
+    chosen_rules,
+    named_network,
+)
 from memdfa_lab.lab import distributed, experiments
 from memdfa_lab.lab.offload import Disk
 from memdfa_lab.lab.settings import RunSettings
@@ -24,10 +32,12 @@ def add_to(commands: Any) -> None:
         "train a network with one rule or several, from the same seeds",
         "  memdfa train --rule memdfa --network fc_relu --dataset mnist --epochs 3\n"
         "  memdfa train --rule all --network mnist_conv --epochs 5 --lr 0.05 --feedback regenerated\n"
+        "  memdfa train --model torchvision.models:alexnet --input 3x64x64 --epochs 1\n"
         "  torchrun --nproc-per-node 2 -m memdfa_lab train --rule memdfa    # two processes, half of each batch each\n",
     )
     add_rules(command, "--rule", ["memdfa"], "the four rules")
     add_settings(command, *NAMES)
+    add_model(command)
     add = command.add_argument
     add("--out", type=Path, help="run folder; default: reports/runs/NETWORK-DATASET-seedSEED")
     add("--overwrite", action="store_true", help="start anew instead of going on with the run in the folder")
@@ -51,6 +61,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
+    options.network = named_network(options)
     settings = {name: getattr(options, name) for name in NAMES} | {"device": group.device}
     runs = [RunSettings(rule=rule, **settings) for rule in chosen_rules(options.rule)]  # refused here, before any work
     alone = [run.rule for run in runs] == ["memdfa"] and group.size == 1 and group.device == "cpu"

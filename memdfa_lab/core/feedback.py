@@ -9,58 +9,26 @@ A matrix depends on the seed and its key alone. It is drawn in float32 on the CP
 so it is the same for every rule, kind of feedback and device, whatever the global generator has done before.
 """
 
+import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, check_number, lookup
+from memdfa_lab.core.distributions import DISTRIBUTIONS as DISTRIBUTIONS
+from memdfa_lab.core.distributions import seconds_a_number
 from memdfa_lab.core.phases import label
 from memdfa_lab.core.seeds import LARGEST_SEED, mix
 
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
 KEY_NUMBERS = {"block": 0, "weight": 1}
 POSITIONS = ("shared", "classes first", "classes last", "dense")
-
-
-def _unit_he_normal(B: Tensor, generator: torch.Generator) -> Tensor:
-    # One uniform number an entry, through the inverse of the distribution function: a larger matrix then begins with
-    # the smaller one. (torch's trunc_normal_ draws what falls outside again, at the end.) A normal cut at two standard
-    # deviations has a standard deviation of 0.8796, so we divide by it.
-    inside = math.erf(math.sqrt(2))  # how much of a normal lies within two standard deviations
-    return B.uniform_(-inside, inside, generator=generator).erfinv_().mul_(math.sqrt(2) / 0.87962566103423978)
-
-
-def _unit_normal(B: Tensor, generator: torch.Generator) -> Tensor:
-    inside = 1 - 2**-24  # the inverse is infinite at 1; this cuts the normal at 5.4 standard deviations
-    return B.uniform_(-inside, inside, generator=generator).erfinv_().mul_(math.sqrt(2))
-
-
-def _unit_uniform(B: Tensor, generator: torch.Generator) -> Tensor:
-    return B.uniform_(-1.0, 1.0, generator=generator)
-
-
-def _orthogonal(B: Tensor, generator: torch.Generator) -> Tensor:
-    # As torch.nn.init.orthogonal_, which draws nothing on the meta device: memory could not be predicted.
-    flat = torch.empty_like(B).flatten(1).normal_(generator=generator)
-    wide = flat.shape[0] < flat.shape[1]
-    q, r = torch.linalg.qr(flat.t() if wide else flat)
-    q *= r.diagonal().sign()
-    q = q.t() if wide else q
-    B.view(q.shape).copy_(q)
-    return B
-
-
-# name -> (draw with unit scale, scale from fan_in and fan_out of B seen as a layer)
-DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], Callable[[int, int], float]]] = {
-    "he_normal": (_unit_he_normal, lambda fan_in, fan_out: math.sqrt(2 / fan_in)),  # the authors' (truncated)
-    "normal": (_unit_normal, lambda fan_in, fan_out: math.sqrt(1 / fan_in)),
-    "uniform": (_unit_uniform, lambda fan_in, fan_out: math.sqrt(1 / fan_out)),  # Nøkland's bounds
-    "orthogonal": (_orthogonal, lambda fan_in, fan_out: 1.0),  # all singular values are equal
-}
+LARGE_BYTES = 2**30  # of B: more is warned of
 
 
 class Feedback(ABC):
@@ -74,18 +42,28 @@ class Feedback(ABC):
     allow one of the two, for networks whose shapes allow both. Other blocks have a dense B_i, of all their outputs by
     all of e; with "dense", every block has.
 
+    `grid`: such a block has a B_i of fewer columns, for a grid of so many positions along each dimension of images
+    (N, d, H, W) and words (N, T, d), (C, d grid grid) and (C, d grid): the signal is formed there, and interpolated.
+    With 1 it is the same at all positions. "classes first" and "classes last" say so of d, too. A block that ends in
+    nn.Flatten has no positions.
+
     Raises ValueError for an unknown distribution or name of positions, a seed that is not a whole number from 0 to
-    2**64 - 1, or a scale that is not a finite positive number.
+    2**64 - 1, a scale that is not a finite positive number, or a grid below 1.
     """
 
     def __init__(
-        self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0, positions: str = POSITIONS[0]
+        self,
+        seed: int = 0,
+        distribution: str = "he_normal",
+        scale: float = 1.0,
+        positions: str = POSITIONS[0],
+        grid: int | None = None,
     ):
         lookup("distribution", distribution, DISTRIBUTIONS)
         lookup("positions", positions, dict.fromkeys(POSITIONS))
         check_number("scale", scale, or_more=False)
         self.seed, self.distribution, self.scale = check_int("seed", seed, 0, LARGEST_SEED), distribution, float(scale)
-        self.positions = positions
+        self.positions, self.grid = positions, grid if grid is None else check_int("grid", grid)
         self.matrices: dict[Key, Tensor] = {}
 
     def class_dim(self, logits: Sequence[int], *outputs: Sequence[int]) -> int | None:
@@ -107,6 +85,38 @@ class Feedback(ABC):
                 'feedback=ml.feedback.Stored(positions="classes first") or "classes last"; no weight was changed'
             )
         return 1 if first else -1 if last else None
+
+    def on_grid(self, output: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """Return the dimension of the units in a block's output, and how many positions B_i has along each other."""
+        if self.grid is None or not 2 < len(output) < 6:
+            return 1, tuple(output[2:])
+        last = self.positions == "classes last" or (len(output) == 3 and self.positions != "classes first")
+        return -1 if last else 1, tuple(min(self.grid, size) for size in (output[1:-1] if last else output[2:]))
+
+    def matrix_shapes(self, logits: Sequence[int], *outputs: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the shapes of the matrices for blocks with these outputs, without drawing one."""
+        shapes = []
+        for out in outputs:
+            dim, (units, positions) = self.class_dim(logits, out), self.on_grid(out)
+            dense = math.prod(logits[1:]), math.prod([out[units] if len(out) > 1 else 1, *positions])
+            shapes.append(dense if dim is None else (logits[dim], out[dim]))
+        return shapes
+
+    def check(self, logits: Sequence[int], *outputs: Sequence[int]) -> None:
+        """Warn if the matrices for these outputs will take more than 1 GiB. Raises ValueError as `class_dim` does."""
+        self.class_dim(logits, *outputs)
+        coarse, again = copy.copy(self), isinstance(self, Regenerated)
+        coarse.grid = min(4, self.grid or 4)
+        numbers, fewer = (sum(map(math.prod, one.matrix_shapes(logits, *outputs))) for one in (self, coarse))
+        if self.matrices or 4 * numbers <= LARGE_BYTES:
+            return
+        second = seconds_a_number(self.distribution, min(math.prod(logits[1:]), 1000))
+        size, less = (f"{n:,} numbers ({n / 2**28:.2f} GiB, about {n * second:.2g} s here)" for n in (numbers, fewer))
+        ways = [f"feedback with grid=4 has {less}"] if fewer < numbers else []
+        ways += ['positions="shared" has fewer where logits have positions'] if self.positions == "dense" else []
+        ways += ["Stored draws it once" if again else "Regenerated keeps none of it, and draws it in every step"]
+        kept = "draws in every step" if again else "draws once and keeps"
+        warnings.warn(f"B has {size}, which {type(self).__name__} {kept}: {'; '.join(ways)}", stacklevel=2)
 
     def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
         """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), in the dtype and on the device of `like`.
@@ -137,7 +147,7 @@ class Feedback(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to have the same matrices elsewhere."""
-        settings = {name: getattr(self, name) for name in ("seed", "distribution", "scale", "positions")}
+        settings = {name: getattr(self, name) for name in ("seed", "distribution", "scale", "positions", "grid")}
         return {"kind": type(self).__name__, **settings, "matrices": dict(self.matrices)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,11 +158,12 @@ class Feedback(ABC):
                 f"feedback=ml.feedback.{state['kind']}()"
             )
         self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
-        self.positions = state.get("positions", "dense")  # as all were before
+        self.positions, self.grid = state.get("positions", "dense"), state.get("grid")  # as all were before
         self.matrices = {key: B.clone() for key, B in state["matrices"].items()}
 
     def __repr__(self) -> str:
         positions = "" if self.positions == POSITIONS[0] else f", positions={self.positions!r}"
+        positions += "" if self.grid is None else f", grid={self.grid}"
         settings = f"seed={self.seed}, distribution={self.distribution!r}, scale={self.scale}{positions}"
         return f"{type(self).__name__}({settings})"
 
@@ -199,7 +210,7 @@ class Regenerated(Feedback):
 
     def reusable(self) -> Feedback:
         """Return `Stored` feedback of the same matrices, each drawn at its first use."""
-        return Stored(self.seed, self.distribution, self.scale, self.positions)
+        return Stored(self.seed, self.distribution, self.scale, self.positions, self.grid)
 
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         return self._draw(self._generator(key), shape, factor, like)
@@ -212,12 +223,14 @@ class Shared(Feedback):
     slice is not orthogonal.
     """
 
-    def __init__(
-        self, seed: int = 0, distribution: str = "he_normal", scale: float = 1.0, positions: str = POSITIONS[0]
-    ):
+    def __init__(self, seed: int = 0, distribution: str = "he_normal", *settings: Any, **more: Any):
         if distribution == "orthogonal":
             raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
-        super().__init__(seed, distribution, scale, positions)
+        super().__init__(seed, distribution, *settings, **more)
+
+    def matrix_shapes(self, logits: Sequence[int], *outputs: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the shape of the matrix that the blocks share, one for each size of the error."""
+        return list(dict(sorted(super().matrix_shapes(logits, *outputs))).items())
 
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         columns = shape[1] if key[0] == "block" else 1

@@ -135,7 +135,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
             settings = (self.loss_fn, self.teaches_blocks, transport and transport.check, self.store)
             outputs = contract.rehearse(self.chain, x, loss, *settings)
         if self.teaches_blocks:
-            self.feedback.class_dim(outputs[-1], *outputs[:-1])  # that it is plain
+            self.feedback.check(outputs[-1], *outputs[:-1])
         self._terms = None
         self._rehearsed |= {kind, shape}
 

@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memdfa_lab.core.feedback import Feedback
 
 SMALL_BYTES = 2**16  # below this size, calling torch takes about as long as the work itself
+MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Signal:
@@ -36,7 +38,9 @@ class Signal:
 
     def shaped_like(self, out: Tensor) -> Tensor:
         """Return the whole signal in the shape (N, ...) and the memory layout of the block's output."""
-        return self.e.view(out.shape) if self.feedback is None else self._write_into(torch.empty_like(out))
+        if self.feedback is None:
+            return self.e.view(out.shape)
+        return self._write_into(torch.empty_like(out), self.feedback)
 
     def cast(self, dtype: torch.dtype) -> "Signal":
         """Return the signal in the dtype of the block's output."""
@@ -47,29 +51,33 @@ class Signal:
         return type(self)(self.i, self.e[examples], self.feedback)
 
     def reusable(self, out: Tensor) -> "Signal":
-        """Return the same signal, for parts of the output: B_i or e B_i, whichever is smaller, is then formed once."""
+        """Return the same signal, for parts of the output: B_i or e B_i, whichever is smaller, is then formed once.
+
+        On a grid, or at the positions of e, it is B_i, which is small.
+        """
         if self.feedback is None:
             return self
-        if self.e[0].numel() <= len(self.e) or self._class_dim(out) is not None:
+        compact = self.feedback.class_dim(self.e.shape, out.shape) is not None or self.feedback.grid is not None
+        if compact or self.e[0].numel() <= len(self.e):
             return type(self)(self.i, self.e, self.feedback.reusable())
-        return type(self)(self.i, self._write_into(self.e.new_empty(len(self.e), out[0].numel())), None)
+        whole = self._write_into(self.e.new_empty(len(self.e), out[0].numel()), self.feedback)
+        return type(self)(self.i, whole, None)
 
-    def _class_dim(self, out: Tensor) -> int | None:
-        return None if self.feedback is None else self.feedback.class_dim(self.e.shape, out.shape)
-
-    def _write_into(self, signal: Tensor) -> Tensor:
-        dim = self._class_dim(signal)
+    def _write_into(self, signal: Tensor, feedback: Feedback) -> Tensor:
+        dim = feedback.class_dim(self.e.shape, signal.shape)
         if dim is not None:  # each position is an example, to which one B_i belongs
             e, at = self.e.movedim(dim, -1), signal.movedim(dim, -1)  # (N, ..., C) and (N, ..., units)
-            rows = Signal(self.i, e.reshape(-1, e.shape[-1]), self.feedback)
+            rows = Signal(self.i, e.reshape(-1, e.shape[-1]), feedback)
             for part, s in rows.slices(at.shape[-1]):
                 at[..., part] = s.view(*at.shape[:-1], -1)
                 del s
             return signal
-        pixels = signal[0, 0].numel()
-        for part, s in self.slices(signal[0].numel(), pixels if pixels > 1 else 16):
+        units, grid = feedback.on_grid(signal.shape)
+        at, pixels = signal.movedim(units, 1), math.prod(grid)
+        for part, s in self.slices(at.shape[1] * pixels, pixels if pixels > 1 else 16):
             channels = slice(part.start // pixels, part.stop // pixels)
-            signal[:, channels] = s.view(len(s), -1, *signal.shape[2:])
+            s = s.view(len(s), -1, *grid)
+            at[:, channels] = s if grid == at.shape[2:] else F.interpolate(s, at.shape[2:], mode=MODES[len(grid)])
             del s  # before the next one is made
         return signal
 

@@ -74,7 +74,7 @@ def frontier(network: str, batch_size: int, kind: str = "regenerated", points: i
     blocks = models.build(network)
     check_int("batch size", batch_size)
     check_int("points", points, 2)
-    x = torch.empty(batch_size, *models.get(network).input_shape, device="meta")
+    x = torch.empty(batch_size, *models.input_shape(network), device="meta")
     everything = sum(kept_bytes(blocks, x))
     found = [Contender("bp")]
     for k in range(points):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, lookup
-from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.feedback import KINDS, Feedback
 from memdfa_lab.core.precision import check_pass1
+from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import models
@@ -22,7 +23,7 @@ def example_step(
     network: str | Sequence[int],
     batch_size: int,
     optimizer: Any = "sgd",
-    feedback: str = "regenerated",
+    feedback: str | Feedback = "regenerated",
     seed: int = 0,
     layout: torch.memory_format = torch.contiguous_format,
     **options: Any,
@@ -37,15 +38,21 @@ def example_step(
     check_pass1(find_rule(rule), options.get("pass1"))
     shape: Sequence[int]
     if isinstance(network, str):
-        setting = models.get(network)
-        net, loss, shape, classes = models.build(network), setting.loss, setting.input_shape, 10
+        setting, shape = models.get(network), models.input_shape(network)
+        net, loss, classes = models.build(network), setting.loss, 0 if setting.function else 10
     else:
         net, loss, classes = models.mlp(network[0], list(network[1:-1]), network[-1]), "cross_entropy", network[-1]
         shape = network[:1]
     named = isinstance(optimizer, str)
     factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6) if named else optimizer
-    B = lookup("feedback", feedback, KINDS)(seed)
+    B = named_feedback(feedback, seed)
     learner = find_rule(rule)(net.to(memory_format=layout), factory, LOSSES[loss], B, **options)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, *shape, generator=generator).to(memory_format=layout)
+    classes = classes or forward_without_trace(learner.chain, x[:2]).shape[1]
     return learner, x, torch.randint(classes, (batch_size,), generator=generator)
+
+
+def named_feedback(feedback: str | Feedback, seed: int = 0) -> Feedback:
+    """Return feedback of this seed by the name of its kind, or feedback as it is."""
+    return feedback if isinstance(feedback, Feedback) else lookup("feedback", feedback, KINDS)(seed)

@@ -1,6 +1,6 @@
 """Training runs from plain settings: names, numbers and a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memdfa_lab import memory
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.distributions import seconds_a_number
+from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.core.precision import check_pass1
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
@@ -20,7 +22,7 @@ from memdfa_lab.lab import datasets, models
 from memdfa_lab.lab.batchnorm import synchronise
 from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import Group
-from memdfa_lab.lab.example import example_step
+from memdfa_lab.lab.example import example_step, named_feedback
 from memdfa_lab.lab.fit import fit
 from memdfa_lab.lab.history import History
 from memdfa_lab.lab.losses import LOSSES
@@ -28,11 +30,13 @@ from memdfa_lab.lab.offload import Disk
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
 from memdfa_lab.lab.settings import RunSettings as RunSettings
+from memdfa_lab.memory import sizing
 
 
 def load_for(network: str, dataset: str, root: str | Path | None = None) -> Data:
-    """Return a data set as the network takes it: digits in the network's own shape, all else as it is."""
-    shape = models.get(network).input_shape if dataset in ("mnist5k", "mnist") else None
+    """Return a data set as the network takes it: in the shape of MODULE:FUNCTION@SHAPE, digits in the network's own."""
+    setting = models.get(network)
+    shape = setting.input_shape or None if setting.function or dataset in ("mnist5k", "mnist") else None
     flat = shape is not None and shape[:2] == (1, 1)  # 784-[...]: the network flattens what it is given
     return datasets.load(dataset, root=root, shape=None if flat else shape)
 
@@ -171,24 +175,55 @@ def profile(
     network: str,
     batch_size: int,
     optimizer: str = "sgd",
-    feedback_kind: str = "regenerated",
+    feedback_kind: str | Feedback = "regenerated",
     measured: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> memory.Trace:
     """Return what a step in the steady state holds, from names; predicted, or `measured` on random data.
 
-    The loss is the network's own; `options` go to the rule. Raises ValueError for unknown names and a batch size below
-    1.
+    The loss is the network's own. `feedback_kind` may be feedback itself, `options` go to the rule. Raises ValueError
+    for unknown names and a batch size below 1.
     """
     check_int("the batch size", batch_size)
     if measured:
         step = example_step(rule, network, batch_size, optimizer, feedback_kind, seed, **options)
         return memory.measure(*step, warm_up=1)
-    setting, storage = models.get(network), lookup("feedback", feedback_kind, feedback.KINDS)(seed)
-    factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6)
-    shape, build = (batch_size, *setting.input_shape), partial(models.build, network)
-    return memory.predict(rule, build, shape, factory, storage, loss_fn=LOSSES[setting.loss], **options)
+    build, shape, how = _to_predict(network, optimizer, feedback_kind, seed)
+    return memory.predict(rule, build, (batch_size, *shape), **how, **options)
+
+
+def sizes(
+    rule: str,
+    network: str,
+    budget: int | str,
+    optimizer: str = "sgd",
+    feedback_kind: str | Feedback = "regenerated",
+    **options: Any,
+) -> dict[str, float]:
+    """Return what can be said of a rule before it runs; the arguments are those of `profile`.
+
+    "B": the bytes of all its matrices, kept or not. "s to draw B": how long drawing them takes here, going by a matrix
+    of a million numbers. "largest batch": that which fits into the budget, 0 if not one example does. Raises ValueError
+    for unknown names and what is no size.
+    """
+    build, shape, how = _to_predict(network, optimizer, feedback_kind)
+    B = sizing.feedback_bytes(rule, build, shape, **how, **options)
+    seconds = seconds_a_number(how["feedback"].distribution) * B / 4
+    held = sizing.held_bytes(rule, build, shape, **how, **options)
+    return {"B": B, "s to draw B": seconds, "largest batch": sizing.largest(held, memory.bytes_of(budget))}
+
+
+def _to_predict(
+    network: str, optimizer: str, feedback_kind: str | Feedback, seed: int = 0
+) -> tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]:
+    """Return how to make a network, the shape of an example, and the other arguments of `memory.predict`."""
+    how = {
+        "optimizer": partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6),
+        "feedback": named_feedback(feedback_kind, seed),
+        "loss_fn": LOSSES[models.get(network).loss],
+    }
+    return partial(models.build, network), models.input_shape(network), how
 
 
 def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:

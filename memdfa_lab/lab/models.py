@@ -8,9 +8,10 @@ public code for MEM-DFA (repository chutney42/zpp-mem); a setting named in the c
 import csv
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,6 +21,7 @@ from memdfa_lab.core.blocks import as_blocks, parts_of
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
+from memdfa_lab.lab import own_models
 from memdfa_lab.lab.architectures import ACTIVATIONS, Shape, check_shape, layers
 from memdfa_lab.lab.transformers import gpt as gpt
 from memdfa_lab.lab.transformers import vit as vit
@@ -37,11 +39,12 @@ def _by_rule(cell: str) -> dict[str, str]:
 class Network:
     """A network and its setting; `lr` and `initialisation` hold a value a rule.
 
-    `layers` is written as in `lab.architectures`. `ours` names the settings that are not the source's.
+    `layers` is written as in `lab.architectures`. `ours` names the settings that are not the source's. `function`
+    makes a network that is not in the table, which may have no input shape, (), and no initialisation.
     """
 
     layers: str
-    input_shape: Shape
+    input_shape: Any
     dataset: str = "mnist"
     optimizer: str = "sgd"
     lr: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RULES, 0.01))
@@ -50,14 +53,17 @@ class Network:
     epochs: int = 1
     loss: str = "cross_entropy"
     distribution: str = "he_normal"
-    initialisation: dict[str, str] = field(default_factory=lambda: _by_rule("he_normal"))
+    initialisation: Mapping[str, str | None] = field(default_factory=lambda: _by_rule("he_normal"))
     source: str = "its name"
     ours: tuple[str, ...] = ()
     notes: str = ""
+    function: Callable[[], nn.Module] | None = None
 
 
 def _read(row: dict[str, str]) -> Network:
     channels, height, width = map(int, row["input"].split("x"))
+    names = ("layers", "dataset", "optimizer", "loss", "distribution", "source", "notes")
+    texts: dict[str, Any] = {name: row[name] for name in names}
     return Network(
         input_shape=(channels, height, width),
         lr={rule: float(lr) for rule, lr in _by_rule(row["lr"]).items()},
@@ -66,7 +72,7 @@ def _read(row: dict[str, str]) -> Network:
         epochs=int(row["epochs"]),
         initialisation=_by_rule(row["initialisation"]),
         ours=tuple(row["ours"].split()),
-        **{name: row[name] for name in ("layers", "dataset", "optimizer", "loss", "distribution", "source", "notes")},
+        **texts,
     )
 
 
@@ -75,7 +81,7 @@ with TABLE.open(encoding="utf-8", newline="") as _file:
 
 
 def names() -> list[str]:
-    """Return the names that `build` takes; a ReLU MLP has a name too, such as 784-[800]x32-10."""
+    """Return the names that `build` takes, and besides 784-[800]x32-10 for any ReLU MLP and MODULE:FUNCTION."""
     return list(NETWORKS)
 
 
@@ -86,11 +92,22 @@ def table() -> pd.DataFrame:
 
 def get(name: str) -> Network:
     """Return the network of that name. Raises ValueError, with the nearest name, if there is none."""
+    if ":" in str(name):
+        function, shape = own_models.find(name)
+        return Network(name, shape, initialisation=dict.fromkeys(RULES), function=function)
     spelt = re.fullmatch(r"(\d+)-\[(\d+)\]x(\d+)-10", str(name))
     if spelt is None:
         return lookup("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
     inputs, width, depth = (check_int(f"each size in {name}", int(size)) for size in spelt.groups())
     return Network(f"[{width} relu]x{depth} classes", (1, 1, inputs))
+
+
+def input_shape(name: str) -> tuple[int, ...]:
+    """Return the shape of one example that a network takes. Raises ValueError if that is not known."""
+    shape: tuple[int, ...] = get(name).input_shape
+    if not shape:
+        raise ValueError(f"the shape of {name}'s input is not known: add it, as in {own_models.EXAMPLE} (or --input)")
+    return shape
 
 
 def build(
@@ -103,29 +120,36 @@ def build(
     """Return a new network of that name as blocks, for images of `input_shape` (C, H, W), its own if not given.
 
     `initialisation` is one of INITIALISATIONS, the network's own for BP if not given. `seed` gives the weights,
-    whatever the state of the global generator. Raises ValueError for an unknown name, another shape, and numbers below
-    1.
+    whatever the state of the global generator. What MODULE:FUNCTION returns has its own shape, classes and weights.
+    Raises ValueError for an unknown name, another shape, and numbers below 1.
     """
     network = get(name)
+    if network.function is not None:
+        return _blocks(network.function, seed, initialisation)
     shape = network.input_shape if input_shape is None else check_shape(input_shape)
     return from_layers(network.layers, shape, classes, seed, initialisation or network.initialisation["bp"])
 
 
 def from_layers(
-    text: str, input_shape: Shape, classes: int, seed: int = 0, initialisation: str = "he_normal"
+    text: str, input_shape: Shape, classes: int, seed: int = 0, initialisation: str | None = "he_normal"
 ) -> nn.Sequential:
     """Return a new network as blocks, from its layers as `lab.architectures` writes them.
 
     The other arguments are those of `build`. Raises ValueError for a part that is unknown, and numbers below 1.
     """
     check_int("classes", classes)
-    initialise = lookup("initialisation", initialisation, INITIALISATIONS)
+    return _blocks(lambda: layers(text, input_shape, classes), seed, initialisation)
+
+
+def _blocks(make: Callable[[], Any], seed: int, initialisation: str | None) -> nn.Sequential:
+    """Return what `make` returns as blocks; the weights are its own if there is no `initialisation`."""
+    initialise = None if initialisation is None else lookup("initialisation", initialisation, INITIALISATIONS)
     check_int("seed", seed, 0, LARGEST_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blocks = as_blocks(layers(text, input_shape, classes))
+        blocks = as_blocks(make())
         for module in blocks.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if initialise and isinstance(module, (nn.Linear, nn.Conv2d)):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
                 initialise(module)

@@ -105,7 +105,9 @@ class RunSettings(Checked):
 
     rule: RuleName = Field("memdfa", description="the learning rule or baseline")
     network: Network = Field(
-        "fc_relu", description=f"one of {', '.join(models.names())}, or a ReLU MLP such as 784-[800]x32-10"
+        "fc_relu",
+        description=f"one of {', '.join(models.names())}, a ReLU MLP such as 784-[800]x32-10, or MODULE:FUNCTION, "
+        "which is imported (also from the current folder) and called without arguments",
     )
     dataset: str = Field(
         "mnist5k", description="mnist5k (needs no network), mnist, cifar10, the path of an .npz or a folder"

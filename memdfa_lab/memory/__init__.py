@@ -6,17 +6,21 @@ from typing import Any
 from memdfa_lab.memory.crosscheck import allocator_peak, compare, cuda_peak, cuda_snapshot
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.predict import predict
-from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
+from memdfa_lab.memory.sizing import deepest, largest_batch
+from memdfa_lab.memory.trace import CATEGORIES, Trace, bytes_of, readable
 
 __all__ = [
     "CATEGORIES",
     "Ledger",
     "Trace",
     "allocator_peak",
+    "bytes_of",
     "compare",
     "cuda_peak",
     "cuda_snapshot",
+    "deepest",
     "formula",
+    "largest_batch",
     "measure",
     "predict",
     "readable",

@@ -9,13 +9,11 @@ import gc
 import os
 import pickle
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -31,50 +29,32 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to s
 
 
 @dataclass
-class Allocation:
-    """What the allocator gave out, to which operation (its number, 0 for none).
+class AllocatorTrace:
+    """What torch's CPU allocator gave out and took back in a step, in order; bytes are above those before the step.
 
-    It is scratch if the same operation gave it back, or if there was none: a ledger of operations does not see it.
+    `timeline` has a row an event: time_s, operation (that took the memory), scratch, bytes (negative when freed),
+    total_bytes (alive after it). Memory is scratch if the operation that took it gave it back, or if there was none: a
+    ledger of operations does not see it.
     """
 
-    operation: str
-    number: int
-    size_bytes: int
-    scratch: bool = False
-
-
-@dataclass
-class AllocatorTrace:
-    """What torch's CPU allocator gave out and took back in a step, in order; bytes are above those before the step."""
-
-    changes: list[tuple[float, int, Allocation]]  # time_s, bytes (negative when freed), the allocation
-
-    @functools.cached_property
-    def timeline(self) -> pd.DataFrame:
-        """A row an event: time_s, operation (that took the memory), scratch, bytes, total_bytes (alive after it)."""
-        rows = [(time, allocation.operation, allocation.scratch, size) for time, size, allocation in self.changes]
-        table = pd.DataFrame(rows, columns=["time_s", "operation", "scratch", "bytes"])
-        return table.assign(total_bytes=table["bytes"].cumsum())
+    timeline: pd.DataFrame
 
     @property
     def peak_bytes(self) -> int:
         """The most bytes that were given out at once."""
-        return max(0, int(self.timeline["total_bytes"].max())) if self.changes else 0
+        return max([0, *self.timeline["total_bytes"]])
 
     @property
     def handed_on_bytes(self) -> int:
         """The same without scratch: what operations hand on to each other, as the ledger counts it."""
-        handed_on = self.timeline["bytes"][~self.timeline["scratch"].astype(bool)]
-        return max(0, int(handed_on.cumsum().max())) if len(handed_on) else 0
+        return max([0, *self.timeline["bytes"][~self.timeline["scratch"]].cumsum()])
 
     @property
     def scratch_at_peak(self) -> dict[str, int]:
         """Bytes of scratch at the peak, by operation, the largest first."""
-        until_peak = self.changes[: int(np.argmax(self.timeline["total_bytes"])) + 1] if self.changes else []
-        found: Counter[str] = Counter()
-        for _, size, allocation in until_peak:
-            found[allocation.operation] += size if allocation.scratch else 0
-        return {name: size for name, size in found.most_common() if size}
+        until_peak = self.timeline.head(int(self.timeline["total_bytes"].argmax()) + 1 if len(self.timeline) else 0)
+        sizes = until_peak[until_peak["scratch"]].groupby("operation")["bytes"].sum()
+        return {str(name): size for name, size in sizes.sort_values(ascending=False, kind="stable").items() if size}
 
 
 def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> AllocatorTrace:
@@ -175,20 +155,21 @@ def _read(results: Any) -> AllocatorTrace:
         elif not number and _is_dispatched(node.name, overloads.get((node.name, node.start_time_ns))):
             name, number = node.name, node.id
         todo += [(child, name, number) for child in node.children]
-    alive: dict[int, Allocation] = {}
-    changes = []
+    alive: dict[int, tuple[int, int]] = {}  # where in `rows` what is at an address was born, and in which operation
+    rows: list[list[Any]] = []
     for time, entry, name, number in sorted(entries, key=lambda entry: entry[0]):
-        size = entry.alloc_size
+        size, birth = entry.alloc_size, len(rows)
         if size > 0:
-            allocation = alive[entry.ptr] = Allocation(name or OUTSIDE, number, size, scratch=not number)
+            alive[entry.ptr] = birth, number
+            rows.append([time, name or OUTSIDE, not number, size])
         elif entry.ptr in alive:
-            allocation = alive.pop(entry.ptr)
-            allocation.scratch, size = allocation.scratch or number == allocation.number, -allocation.size_bytes
-        else:
-            continue
-        if time >= at_rest:
-            changes.append(((time - at_rest) / 1e9, size, allocation))
-    return AllocatorTrace(changes)
+            birth, taker = alive.pop(entry.ptr)
+            _, name, scratch, size = rows[birth]
+            rows[birth][2] = scratch or number == taker
+            rows.append([time, name, rows[birth][2], -size])
+    table = pd.DataFrame(rows, columns=["time_s", "operation", "scratch", "bytes"])
+    table = table.astype({"scratch": bool, "bytes": "int64"})[table["time_s"] >= at_rest].reset_index(drop=True)
+    return AllocatorTrace(table.assign(time_s=(table["time_s"] - at_rest) / 1e9, total_bytes=table["bytes"].cumsum()))
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memdfa_lab.memory.trace import Event, Trace
+from memdfa_lab.memory.events import Event
+from memdfa_lab.memory.trace import Trace
 
 
 class Visit(NamedTuple):
@@ -52,8 +53,7 @@ class Chain:
 
     def held_bytes(self, blocks: int) -> int:
         """Return the bytes in memory at the step's peak, with those between steps."""
-        trace = self.trace(blocks)
-        return trace.peak_bytes + trace.resting_bytes
+        return self.trace(blocks).held_bytes
 
     def _segment_sizes(self, blocks: int) -> list[int]:
         segments = round(math.sqrt(blocks)) if self.segmented else 1
@@ -94,27 +94,3 @@ def _visits(events: list[Event]) -> list[Visit]:
         else:
             visits.append(Visit(event.block, place, place + 1))
     return visits
-
-
-def largest(size: Callable[[int], int], budget: int, least: int = 1, most: int | None = None) -> int:
-    """Return an n from `least` to `most` for which size(n) <= budget < size(n + 1), or `most` if that fits; 0 if none.
-
-    size grows with n, nearly along lines, so the next n to try is where the line through the last two sizes meets the
-    budget. Every fourth time the interval is halved instead, or n doubled.
-    """
-    if size(least) > budget:
-        return 0
-    fits, too_much = least, None if most is None else most + 1
-    last, before, tried = least, least + 1, 0
-    while too_much is None or too_much - fits > 1:
-        tried += 1
-        slope = (size(last) - size(before)) / (last - before)
-        step = int((budget - size(fits)) / slope) if slope > 0 and tried % 4 else fits
-        if too_much is not None:
-            step = min(step, too_much - fits - 1) if tried % 4 else (too_much - fits) // 2
-        last, before = fits + max(step, 1), last
-        if size(last) <= budget:
-            fits = last
-        else:
-            too_much = last
-    return fits

@@ -21,8 +21,7 @@ from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.signal import SMALL_BYTES
-from memdfa_lab.memory.deep import largest
-from memdfa_lab.memory.trace import readable
+from memdfa_lab.memory.sizing import fitting, largest
 
 # s: the bytes of a number; k: those of a signal so small that it is formed in one piece.
 N, n, L, C, n_0, s, k = sp.symbols("N n L C n_0 s k", integer=True, positive=True)
@@ -157,10 +156,7 @@ def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: st
     alike = len(widths) > 3 and len(set(widths[1:-1])) == 1  # then a handful of moments is enough
     equal = {n_0: widths[0], n: widths[1], L: len(widths) - 2, C: widths[-1]} if alike else {}
     held = _held(N, rule, None if alike else widths, {s: 4, k: SMALL_BYTES, **equal}, how)
-    found = largest(held, budget_bytes)
-    if not found:
-        raise ValueError(f"not even one example fits into {readable(budget_bytes)}: it takes {readable(held(1))}")
-    return found
+    return fitting(held, budget_bytes, "one example")
 
 
 def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int, classes: int, **how: str) -> int:
@@ -168,11 +164,7 @@ def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int
 
     `how`: feedback and optimizer, as in `terms`. Raises ValueError if not even one hidden layer fits.
     """
-    held = _held_at_depth(rule, batch, width, inputs, classes, how)
-    found = largest(held, budget_bytes)
-    if not found:
-        raise ValueError(f"not even one hidden layer fits into {readable(budget_bytes)}: it takes {readable(held(1))}")
-    return found
+    return fitting(_held_at_depth(rule, batch, width, inputs, classes, how), budget_bytes, "one hidden layer")
 
 
 def depth_from_which(*, batch: int, width: int, inputs: int, classes: int, against: str = "bp", **how: str) -> int:

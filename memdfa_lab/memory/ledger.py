@@ -24,7 +24,8 @@ from memdfa_lab.core.checks import check_int
 from memdfa_lab.core.compat import SUM, current_node, next_node_number, node_number, storage_id
 from memdfa_lab.core.contract import tensors_in
 from memdfa_lab.core.watcher import Watcher, watchers
-from memdfa_lab.memory.trace import Event, Storage, Trace
+from memdfa_lab.memory.events import Event, Storage
+from memdfa_lab.memory.trace import Trace
 
 Tensors = Callable[[], Mapping[str, Iterable[Tensor]]]  # tensors by category
 Run = Callable[[Any, Any, Any], Any]  # runs an operation: (operation, args, kwargs) -> its output
@@ -214,6 +215,8 @@ class Ledger(Watcher):
         if change == 0 or storage.kind == "outside":
             return
         phase, block = self._phases[-1]
+        if node is not None and not phase:  # a plain loop, which announces nothing
+            phase = "backward"
         if block is None and node is not None and self._numbers:
             block = self._blocks[bisect_right(self._numbers, node_number(node)) - 1]
         seconds = time.perf_counter() - self._started

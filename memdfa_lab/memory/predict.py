@@ -63,8 +63,8 @@ def predict(
     shapes = ShapesAlone()
     feedback = copy.deepcopy(feedback)
     with without_collection(), _with_hints(y_shape is None):
+        model = without_data(network)
         with shapes:
-            model = _without_data(network)
             dtype = next(model.parameters()).dtype
             x = torch.empty(x_shape, dtype=x_dtype or dtype)
             labels = torch.long if y_shape is None else dtype
@@ -81,8 +81,9 @@ def kept_bytes(blocks: nn.Sequential, x: Tensor) -> list[int]:
     """Return, block by block, how many bytes a forward pass on x (N, ...) keeps for the gradients."""
     sizes, shapes = [], ShapesAlone()
     with unwatched():
+        alike = without_data(blocks)
         with shapes:
-            h, alike = torch.empty(x.shape, dtype=x.dtype), _without_data(blocks)
+            h = torch.empty(x.shape, dtype=x.dtype)
         for block in alike.children():
             with Ledger(run=shapes.watch) as ledger:
                 gradient = block_gradient(block, h)
@@ -128,16 +129,21 @@ def _with_hints(y_is_labels: bool) -> Iterator[None]:
         raise ValueError(f"the network does not take floats: {hint} ({problem})") from problem
 
 
-def _without_data(network: Network) -> nn.Module:
-    """Return a copy of a model whose tensors have no data, or the model that a function makes."""
-    if not isinstance(network, nn.Module):
+def without_data(network: Network) -> nn.Module:
+    """Return a copy of a model whose tensors have no data, or the model that a function makes, likewise."""
+    with ShapesAlone(truth=0):
+        if isinstance(network, nn.Module):
+            return _copy_without_data(network)
         model = network() if callable(network) else network
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                "network must be a model, or a function that makes one, such as "
-                f"lambda: ml.models.build('fc_relu'); got {model!r}"
-            )
-        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "network must be a model, or a function that makes one, such as "
+            f"lambda: ml.models.build('fc_relu'); got {model!r}"
+        )
+    return model
+
+
+def _copy_without_data(network: nn.Module) -> nn.Module:
     # deepcopy takes what its memo has: tensors made beforehand, so that no data are copied.
     memo: dict[int, Any] = {}
     plain = [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]

@@ -1,15 +1,19 @@
 """The account of a step's memory: when each storage was born and freed, what for, and what was alive at the peak."""
 
 import html
+import math
+import pickle
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from memdfa_lab.memory.files import write_text
+from memdfa_lab.memory.events import Event
+from memdfa_lab.memory.files import write_text, write_whole
+from memdfa_lab.memory.viewer import snapshot
 
 CATEGORIES = (
     "parameters",
@@ -22,30 +26,6 @@ CATEGORIES = (
     "gradients",
     "workspace",
 )
-
-
-@dataclass(slots=True)
-class Storage:
-    """One piece of memory; `category` may become known only after its birth."""
-
-    category: str
-    size_bytes: int
-    shape: tuple[int, ...]  # of the first tensor seen on it
-    dtype: str
-    kind: str  # "born" in the step, "resting" before it, or from "outside", which is not counted
-
-
-@dataclass(slots=True)
-class Event:
-    """A storage is born, grows, shrinks or is freed."""
-
-    time_s: float
-    operation: int  # how many operations had run by then
-    name: str  # of the last of them
-    phase: str
-    block: int | None
-    change_bytes: int
-    storage: Storage
 
 
 class Trace:
@@ -76,6 +56,11 @@ class Trace:
         return int(self.totals.max())
 
     @property
+    def held_bytes(self) -> int:
+        """The bytes in memory at the step's peak, with those between steps."""
+        return self.peak_bytes + self.resting_bytes
+
+    @property
     def end_bytes(self) -> int:
         """The bytes that the step leaves behind. Only a first step does: the optimizer's state and stored feedback."""
         return int(self.totals[-1])
@@ -96,22 +81,13 @@ class Trace:
         numbers the storages in order of birth; `shape` and `dtype` are those of the first tensor on it.
         """
         numbers: dict[int, int] = {}
-        rows = [
-            {
-                "time_s": event.time_s,
-                "operation": event.operation,
-                "name": event.name,
-                "phase": event.phase,
-                "block": event.block,
-                "category": event.storage.category,
-                "bytes": event.change_bytes,
-                "storage": numbers.setdefault(id(event.storage), len(numbers)),
-                "shape": "x".join(map(str, event.storage.shape)),
-                "dtype": event.storage.dtype,
-            }
-            for event in self.events
-        ]
         names = ["time_s", "operation", "name", "phase", "block", "category", "bytes", "storage", "shape", "dtype"]
+        rows = []
+        for event in self.events:
+            storage, place = event.storage, (event.time_s, event.operation, event.name, event.phase, event.block)
+            number = numbers.setdefault(id(storage), len(numbers))
+            shape = "x".join(map(str, storage.shape))
+            rows.append((*place, storage.category, event.change_bytes, number, shape, storage.dtype))
         return pd.DataFrame(rows, columns=names).astype({"block": "Int64"}).assign(total_bytes=self.totals[1:])
 
     @property
@@ -131,6 +107,14 @@ class Trace:
     def to_csv(self, path: str | Path) -> None:
         """Write the timeline, whole or not at all. Raises ValueError if the folder cannot be written to."""
         write_text(path, self.timeline.to_csv(index=False))
+
+    def to_memory_viz(self, path: str | Path) -> None:
+        """Write the step as a memory snapshot, for pytorch.org/memory_viz or `python -m torch.cuda._memory_viz`.
+
+        The step may be a predicted one, or have run on the CPU. Raises ValueError if the folder cannot be written to.
+        """
+        data = pickle.dumps(snapshot(self.events, self.resting_by_category))
+        write_whole(path, lambda temporary: temporary.write_bytes(data))
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name} {readable(value)}" for name, value in self.peak_by_category.items())
@@ -162,3 +146,12 @@ def readable(size_bytes: float) -> str:
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.2f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.2f} GiB"
+
+
+def bytes_of(size: int | str) -> int:
+    """Return how many bytes "8 GiB" or "500 MB" are; a number is one of bytes. Raises ValueError if it is no size."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    value = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
+    if not 1 <= value < math.inf:
+        raise ValueError(f"the budget must be a size such as 8 GiB, 500 MB or 640 KiB, got {size!r}")
+    return int(value)

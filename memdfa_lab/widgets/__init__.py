@@ -12,7 +12,7 @@ from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.widgets.explored import Explored, explore
 from memdfa_lab.widgets.feedback import FeedbackExplorer, Matrix, feedback_explorer
 from memdfa_lab.widgets.memory import MemoryExplorer, memory_explorer
-from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, PRECISIONS, Setting, bytes_of
+from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, PRECISIONS, Setting
 from memdfa_lab.widgets.step import FilmSetting, StepPlayer, film, step_player
 from memdfa_lab.widgets.training import LiveTraining, Race, RaceSetting, live_training
 
@@ -31,7 +31,6 @@ __all__ = [
     "RaceSetting",
     "Setting",
     "StepPlayer",
-    "bytes_of",
     "explore",
     "feedback_explorer",
     "film",

@@ -16,11 +16,12 @@ from memdfa_lab import figures, memory
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.lab import models
 from memdfa_lab.lab.settings import OPTIMIZERS
-from memdfa_lab.memory.deep import Chain, largest
-from memdfa_lab.memory.trace import CATEGORIES, Trace, readable
+from memdfa_lab.memory.deep import Chain
+from memdfa_lab.memory.sizing import largest
+from memdfa_lab.memory.trace import CATEGORIES, Trace, bytes_of, readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import table
-from memdfa_lab.widgets.setting import ALL_RULES, PRECISIONS, Setting, bytes_of
+from memdfa_lab.widgets.setting import ALL_RULES, PRECISIONS, Setting
 
 CURVE = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
 DEEPEST = 10_000  # hidden layers that are tried against the budget

@@ -6,6 +6,7 @@ from IPython.core.magic import Magics, cell_magic, magics_class
 from IPython.display import SVG, display
 
 from memdfa_lab.memory import Ledger
+from memdfa_lab.memory.advice import advice
 from memdfa_lab.widgets.pictures import sparkline
 
 
@@ -17,6 +18,7 @@ class MemoryMagic(Magics):
     def memory(self, line: str, cell: str) -> None:
         """Run the cell, then show the peak of the tensors it makes, by category, and a small timeline.
 
+        For a plain training loop, a sentence says what the peak is made of, and what would lower it.
         `%%memory name` also leaves the Trace in that variable. A cell that fails is accounted for, too, and fails.
         Raises ValueError for what is not a name, and for a cell with await.
         """
@@ -32,6 +34,8 @@ class MemoryMagic(Magics):
         if name:
             shell.user_ns[name] = trace
         display(trace)
+        if advice(trace):
+            print(advice(trace))
         display(SVG(sparkline(list(trace.totals), trace.peak_bytes)))
         problem = result.error_before_exec or result.error_in_exec
         if problem is not None:  # so that the cells after it do not run

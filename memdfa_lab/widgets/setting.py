@@ -1,7 +1,5 @@
 """The limits of what a user chooses, and the memory explorer's setting."""
 
-import math
-import re
 from typing import Annotated, Self
 
 import torch
@@ -12,6 +10,7 @@ from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.lab.settings import Checked, FeedbackName, NameOf, OptimizerName
+from memdfa_lab.memory.trace import bytes_of
 from memdfa_lab.rivals import BASELINES
 
 ALL_RULES = {rule: figures.STYLES[rule][0] for rule in (*RULES, *BASELINES)}  # name -> label
@@ -19,15 +18,6 @@ FAMILIES = {"mlp": "MLP", "convnet": "3x3 convolutions"}  # of equal hidden laye
 IMAGES = {784: (1, 28, 28), 3072: (3, 32, 32), 150_528: (3, 224, 224)}  # number of inputs -> (C, H, W)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 MOST_LAYERS = 1000
-
-
-def bytes_of(text: str) -> int:
-    """Return how many bytes "8 GiB" or "500 MB" are. Raises ValueError if it is not a size."""
-    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
-    if not 1 <= size < math.inf:
-        raise ValueError(f"the budget must be a size such as 8 GiB, 500 MB or 640 KiB, got {text!r}")
-    return int(size)
 
 
 def _size(text: str) -> str:
