@@ -4,6 +4,7 @@ Each function prints a Markdown table. cog puts it in place: `python -m cogapp -
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -57,10 +58,10 @@ def other_models() -> None:
     table = pd.read_csv(REPORTS / "other_models.csv").astype(object).fillna("")
     signs = {True: "✓", False: "✗", "": ""}
     rows = [
-        [row["model"], row["blocks"] and int(row["blocks"]), *(signs[row[name]] for name in ASKED), row["problem"].partition(": sym")[0]]
+        [row["model"], row["blocks"] and int(row["blocks"]), *(signs[row[name]] for name in ASKED), "".join(re.findall("`.*`", row["problem"]))]
         for row in table.to_dict("records")
     ]
-    show(["model", "blocks", *ASKED.values(), "what stops it"], rows)
+    show(["model", "blocks", *ASKED.values(), "the line that stops it"], rows)
 
 
 def peaks() -> None:
@@ -121,6 +122,20 @@ def depth() -> None:
         times = [f"{by['us_a_block'][rule]:,.0f}" for rule in ("bp", "memdfa")]
         rows.append([network, *times, *(f"{by['mib'][rule]:,.3f}" for rule in ("bp", "memdfa"))])
     show(["MLP", "BP, µs a block", "MEM-DFA, µs a block", "BP, peak in MiB", "MEM-DFA, peak in MiB"], rows)
+
+
+def resident() -> None:
+    """Peak resident memory of a process against depth, in MiB: BP, MEM-DFA in memory, MEM-DFA with weights on disk."""
+    table = pd.read_csv(REPORTS / "offload" / "resident.csv")
+    kinds = {"bp": "BP", "memdfa": "MEM-DFA", "offloaded": "MEM-DFA, offloaded"}
+    rows = []
+    for (kind, optimizer), runs in table.groupby(["kind", "optimizer"], sort=False):
+        last = runs.iloc[-1]
+        moved = [f"{last[name]:,.0f}" if kind == "offloaded" else "" for name in ("read_mib_a_step", "written_mib_a_step")]
+        rows.append([kinds[kind], optimizer, *(f"{peak:,.0f}" for peak in runs["peak_resident_mib"]), *moved])
+    depths = runs[["depth", "weights_mib"]].to_numpy()
+    head = [f"{depth:.0f} layers ({weights:,.0f} MiB)" for depth, weights in depths]
+    show(["", "optimizer", *head, "read, most layers", "written"], rows)
 
 
 def claims() -> None:

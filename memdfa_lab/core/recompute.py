@@ -53,7 +53,8 @@ def forward_without_trace(
                 stack.enter_context(others.pop())
 
         for i, block in enumerate(blocks, first):
-            way, h = without_trace(i, block, h, store, use, learn, draws, narrow)
+            with phase("forward", i), store.block(i, use):  # the input is freed within
+                way, h = without_trace(i, block, h, learn, draws, narrow)
             see(way, h)
     return h
 
@@ -76,8 +77,6 @@ def without_trace(
     i: int,
     block: nn.Module,
     h: Tensor,
-    store: Store,
-    use: str = FORWARD,
     learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
     draws: Callable[[], object] = lambda: None,
     narrow: Callable[[], AbstractContextManager[Any]] | None = None,
@@ -86,16 +85,15 @@ def without_trace(
 
     `draws` is called before it may draw from generators of other libraries, whose state is not restored here.
     """
-    with phase("forward", i), store.block(i, use):
-        gradient = block_gradient(block, h)
-        by_autograd = isinstance(gradient, ByAutograd)
-        if by_autograd:  # by hand, nothing draws from other libraries
-            draws()
-        # By block: copies of all buffers would grow with depth.
-        with state_restored(block) if by_autograd else buffers_restored(block):
-            learn(i, gradient)
-            out = gradient.output() if narrow is None else _narrow_output(block, gradient, h, narrow)
-        return type(gradient), out
+    gradient = block_gradient(block, h)
+    by_autograd = isinstance(gradient, ByAutograd)
+    if by_autograd:  # by hand, nothing draws from other libraries
+        draws()
+    # By block: copies of all buffers would grow with depth.
+    with state_restored(block) if by_autograd else buffers_restored(block):
+        learn(i, gradient)
+        out = gradient.output() if narrow is None else _narrow_output(block, gradient, h, narrow)
+    return type(gradient), out
 
 
 def generators_restored(device: torch.device) -> AbstractContextManager[None]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from memdfa_lab.core.contract import check_lengths, rows, two_sums, warn_if_other
 from memdfa_lab.core.local import ByAutograd
+from memdfa_lab.core.phases import phase
 from memdfa_lab.core.recompute import state_of, without_trace
-from memdfa_lab.core.store import FORWARD, IN_MEMORY, TEACH
+from memdfa_lab.core.store import FORWARD, TEACH
 
 
 def sweep(rule: Any, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
@@ -80,8 +81,8 @@ class _Batch:
         now = _generators(self.rule)
         self.end()
         try:
-            with torch.no_grad():
-                way, self.h = without_trace(i, self.rule.chain[i], self.h, IN_MEMORY)
+            with torch.no_grad(), phase("forward", i):
+                way, self.h = without_trace(i, self.rule.chain[i], self.h)
             self.end = _generators(self.rule)
         finally:
             now()

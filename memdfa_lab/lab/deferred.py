@@ -4,11 +4,10 @@ While it is made, what gives each tensor its value is noted: how it was created,
 and operations of one tensor did to it. Later the same is done with memory.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -37,9 +36,8 @@ USE_LOAD = "make the model in memory, save its state_dict, and give store.load(m
 class Deferred(ShapesAlone):
     """Within `make` tensors have no data. `draw` gives them the values that they would have had."""
 
-    warned: ClassVar[set[str]] = set()
-
     def __init__(self) -> None:
+        super().__init__(truth=0)
         self._steps: dict[int, list[Step] | None] = {}  # by storage; None if they are not known
         self._alive: list[Tensor] = []  # so that no two storages have one number
 
@@ -50,8 +48,7 @@ class Deferred(ShapesAlone):
                 f"make must be a function that makes the model, such as lambda: Net(), not a {type(make).__name__}"
             )
         try:
-            with self, warnings.catch_warnings(), ExitStack() as stack:
-                warnings.filterwarnings("ignore", "no test has shown")  # how much memory an operation would take
+            with self, ExitStack() as stack:
                 for name, function in INITIALISERS.items():
                     stack.enter_context(patch.object(nn.init, name, self._noting(function)))
                 return make()
