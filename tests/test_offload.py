@@ -369,7 +369,7 @@ def test_a_disk_that_fills_up_in_earnest(tmp_path):
             advance(rule, range(9))
         shutil.copytree(small / "w", tmp_path / "w")
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)
     assert assert_goes_on(tmp_path / "w") == 0
 
 

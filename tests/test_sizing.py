@@ -111,7 +111,7 @@ def test_a_seed_makes_the_same_model_of_ones_own(own):
 @pytest.mark.parametrize(
     ("name", "said"),
     {
-        "nets_of_mine:smll": "did you mean 'small'?",
+        "nets_of_mine:smal_l": "did you mean 'small'?",
         "nets_of_mine:wide": "missing a required argument: 'n'",
         "broken_nets:small": "ZeroDivisionError",
         "no_nets:small": "cannot import no_nets",
