@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.models as zoo
 from problems import EVERY_RULE, Problem, make_rule, rotated, train
-from reference import assert_close_training, assert_identical, refuses
+from reference import assert_close_training, assert_identical, refuses, refuses_and_keeps
 from test_transport import train_by_oracle
 from torch import Tensor, nn
 from torchvision_models import row
@@ -143,6 +143,28 @@ def test_a_mode_for_which_there_is_no_code_is_refused():
     model[0].eval()
     with refuses(RuntimeError, "other modes", "train()"):
         blocks(torch.randn(2, 3, 14, 14))
+
+
+class AsksUnseen(nn.Module):
+    """A model that asks something of x that torch.fx does not see, and takes the other way with it."""
+
+    def __init__(self, much):
+        super().__init__()
+        self.first, self.second, self.much = nn.Linear(8, 8), nn.Linear(8, 5), much
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        return self.second(h * self.much if x.dtype is torch.float32 else h)
+
+
+@pytest.mark.parametrize("rule", ml.RULES)
+@pytest.mark.parametrize("given", [lambda model: model, ml.as_blocks])
+def test_blocks_that_compute_something_else_than_the_model_are_refused_at_the_first_step(rule, given):
+    x, y = torch.randn(6, 8), torch.arange(6) % 5
+    learner = ml.RULES[rule](given(AsksUnseen(3.0)), SLOWLY)
+    with refuses_and_keeps(learner, ValueError, "AsksUnseen", "something else than the model"):
+        learner.step(x, y)
+    assert ml.RULES[rule](given(AsksUnseen(1.0)), SLOWLY).step(x, y).isfinite()
 
 
 def test_what_is_there_for_chains_takes_traced_models(tmp_path):

@@ -24,7 +24,7 @@ def as_blocks(
     Another model is traced by torch.fx, and cut between two weight layers where one tensor is all that is needed later.
     `cut`: names of its modules; a block begins with each of them, and nowhere else. `granularity`: "unit" keeps each
     module of an nn.Sequential or nn.ModuleList whole, "layer" opens these, also in an nn.Sequential. torch.fx does not
-    notice what `forward` asks by `is`, such as `x.dtype is torch.long`: the answer is that of the trace.
+    notice what `forward` asks by `is`, such as `x.dtype is torch.long`: a rule's first step compares with the model.
 
     Raises TypeError if the model cannot be traced, or holds numbers that are not real; ValueError if it has no
     weight layer, hooks of its own, or nothing that can be trained, or if two blocks share a parameter or a buffer.

@@ -1,9 +1,8 @@
 """What a step asks of the network and the loss, seen before anything is taught.
 
-A rule takes the network as it is at the start of each step: `Watched` notices what has been replaced since the rule was
-made. The first step with a batch of a new shape is rehearsed: all blocks and the loss run on a copy of the batch, and
-what they change is restored. So what cannot be trained is refused while weights, buffers, the optimizer's state,
-generators and the caller's batch are as they were.
+The first step with a batch of a new shape is rehearsed: all blocks and the loss run on a copy of the batch, and what
+they change is restored. So what cannot be trained is refused while weights, buffers, the optimizer's state, generators
+and the caller's batch are as they were.
 """
 
 import warnings
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import describe, run_block
-from memdfa_lab.core.compat import parts_of, storage_id
+from memdfa_lab.core.compat import storage_id
+from memdfa_lab.core.cut import Traced
 from memdfa_lab.core.local import ByAutograd, block_gradient
 from memdfa_lab.core.recompute import (
     attributes_restored,
@@ -26,44 +26,32 @@ from memdfa_lab.core.recompute import (
     state_restored,
 )
 from memdfa_lab.core.store import IN_MEMORY, Store
-from memdfa_lab.core.watcher import Watcher, unwatched
+from memdfa_lab.core.watcher import Watcher, has_data, unwatched
 
 
-class Watched:
-    """The modules and parameters of models, to notice when one has been replaced, frozen or unfrozen."""
+def check_traced(chain: Sequence[nn.Module], x: Tensor) -> None:
+    """Raise ValueError if the blocks of a traced model put out something else on x (N, ...) than the model does.
 
-    def __init__(self, *models: nn.Module):
-        self._models = models
-        parts = [held for model in models for part in model.modules() for held in parts_of(part)]
-        self._held = list({id(held): held for held in parts}.values())
-        self._sizes = list(map(len, self._held))
-        self._parts = [(held, name, part) for held in self._held for name, part in held.items()]
-        self._parameters = list(models[0].parameters())
-        self._learn = [parameter.requires_grad for parameter in self._parameters]
-
-    def check(self) -> bool:
-        """Return whether a parameter has been frozen or unfrozen since the last look.
-
-        Raises ValueError if a module or a parameter is another one than before.
-        """
-        same = [held.get(name) is part for held, name, part in self._parts]  # a list, since all() of it is fast
-        if not all(same) or list(map(len, self._held)) != self._sizes:
-            raise ValueError(
-                f"the model has changed since the rule was made: {self._first_change()}; make the rule again after "
-                "changing the model, or change weights in place"
-            )
-        learn = [parameter.requires_grad for parameter in self._parameters]
-        changed, self._learn = learn != self._learn, learn
-        return changed
-
-    def _first_change(self) -> str:
-        before = {(id(held), name): part for held, name, part in self._parts}
-        now = {(id(held), name): part for held in self._held for name, part in held.items()}
-        key = next(key for key in {**before, **now} if now.get(key) is not before.get(key))
-        named = [pair for model in self._models for pair in model.named_modules()]
-        where = [path for path, part in named if key[0] in map(id, parts_of(part))]
-        what = "is gone" if key not in now else "is new" if key not in before else "is another one"
-        return f"{'.'.join(filter(None, [*where[:1], key[1]]))} {what}"
+    torch.fx does not notice all that code asks, such as `x.dtype is torch.long`, and may have taken the other branch.
+    """
+    model = next((block.model for block in chain if isinstance(block, Traced)), None)
+    weights = {id(p) for block in chain for p in block.parameters()}
+    if model is None or {id(p) for p in model.parameters()} != weights or not all(map(has_data, model.parameters())):
+        return  # blocks of several models, or a prediction
+    found = []
+    for modules in ([model], chain):
+        with unwatched(), torch.no_grad(), generators_restored(x.device), other_generators_restored():
+            h = x.detach().clone()
+            with state_restored(model):
+                for module in modules:
+                    h = module(h)
+            found.append(h.double())
+    wanted, out = found
+    if wanted.shape != out.shape or (out - wanted).norm() > 0.01 * wanted.norm():
+        raise ValueError(
+            f"the blocks of {type(model).__name__} put out something else than the model does: its code asks something "
+            "of x that tracing has not seen (such as `x.dtype is ...`); pass a list of modules"
+        )
 
 
 def rehearse(

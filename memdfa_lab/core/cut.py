@@ -181,6 +181,11 @@ class Traced(nn.Module):
         self._codes: dict[_Mode, _Code] = {(): codes[parts[0][0]]} if alike else codes
 
     @property
+    def model(self) -> nn.Module:
+        """The model that was traced."""
+        return self._opened[0]
+
+    @property
     def training(self) -> bool:
         return self._opened[0].training
 

@@ -77,7 +77,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         self.loss_fn = loss_fn
         self.feedback = feedback
         self.precision, self.pass1 = precision, pass1
-        self._watched = contract.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
+        self._watched = state.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
         self._rehearsed: set[Any] = set()
         self._make_optimizer = partial(state.make_optimizer, optimizer)
         self.parameters = [state.learning(block) for block in self.blocks]
@@ -129,6 +129,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         tried = shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed)
         if tried or not has_data(x):  # a prediction has no data to try
             return
+        contract.check_traced(self.chain, x)
         alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
         with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
@@ -219,8 +220,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
             block.begin()
             self.group.finish_sum()  # of the block before, whose gradients were exchanged meanwhile
             penalised = self._terms is not None and i in self._terms.leaves
-            clips = self.clip_norm is not None or self.clip_global_norm is not None
-            alone = not clips and self.group.size == 1 and not penalised
+            alone = not (self.clip_norm or self.clip_global_norm or self.group.size > 1 or penalised)
             with phase("local gradient", i):
                 block.learn(self.signal(i, e), self.optimizers[i] if alone else None)
                 self._unscale(i)

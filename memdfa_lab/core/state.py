@@ -1,4 +1,7 @@
-"""A rule's optimizers, one a block, and its state as a dictionary that can be saved and loaded."""
+"""A rule's optimizers, one a block, what is replaced or frozen in its model, and its state, saved and loaded.
+
+A rule takes the network as it is at the start of each step: `Watched` notices what has been replaced since it was made.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core.checks import first_difference
+from memdfa_lab.core.compat import parts_of
 
 Optimizer = torch.optim.Optimizer
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -55,6 +59,43 @@ def follow_freezing(
         first, *others = (group["params"] for group in optimizer.param_groups)
         here = {id(p) for p in [*first, *parameters[i]]} - {id(p) for params in others for p in params}
         first[:] = [p for p in block.parameters() if id(p) in here]
+
+
+class Watched:
+    """The modules and parameters of models, to notice when one has been replaced, frozen or unfrozen."""
+
+    def __init__(self, *models: nn.Module):
+        self._models = models
+        parts = [held for model in models for part in model.modules() for held in parts_of(part)]
+        self._held = list({id(held): held for held in parts}.values())
+        self._sizes = list(map(len, self._held))
+        self._parts = [(held, name, part) for held in self._held for name, part in held.items()]
+        self._parameters = list(models[0].parameters())
+        self._learn = [parameter.requires_grad for parameter in self._parameters]
+
+    def check(self) -> bool:
+        """Return whether a parameter has been frozen or unfrozen since the last look.
+
+        Raises ValueError if a module or a parameter is another one than before.
+        """
+        same = [held.get(name) is part for held, name, part in self._parts]  # a list, since all() of it is fast
+        if not all(same) or list(map(len, self._held)) != self._sizes:
+            raise ValueError(
+                f"the model has changed since the rule was made: {self._first_change()}; make the rule again after "
+                "changing the model, or change weights in place"
+            )
+        learn = [parameter.requires_grad for parameter in self._parameters]
+        changed, self._learn = learn != self._learn, learn
+        return changed
+
+    def _first_change(self) -> str:
+        before = {(id(held), name): part for held, name, part in self._parts}
+        now = {(id(held), name): part for held in self._held for name, part in held.items()}
+        key = next(key for key in {**before, **now} if now.get(key) is not before.get(key))
+        named = [pair for model in self._models for pair in model.named_modules()]
+        where = [path for path, part in named if key[0] in map(id, parts_of(part))]
+        what = "is gone" if key not in now else "is new" if key not in before else "is another one"
+        return f"{'.'.join(filter(None, [*where[:1], key[1]]))} {what}"
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer | None]) -> list[Tensor]:
