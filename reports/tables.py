@@ -212,6 +212,21 @@ def large_models() -> None:
     show(["", *models], rows)
 
 
+def model_times() -> None:
+    """Step time over BP's, median and quartiles, and measured peak of two of torchvision's models."""
+    table = pd.read_csv(REPORTS / "large_models" / "times" / "bench.csv", keep_default_na=False)
+    rows = []
+    for (rule, feedback), runs in table.groupby(["rule", "feedback"], sort=False):
+        label = LABELS[rule] + ("" if feedback == "none" else f", B {feedback}")
+        cells = [
+            f"{run['ratio']:.2f} ({run['ratio_low']:.2f} to {run['ratio_high']:.2f}), {run['peak_bytes'] / 2**20:.1f} MiB"
+            for run in runs.to_dict("records")
+        ]
+        rows.append([label, *cells])
+    names = [network.partition(":")[2].partition("@")[0] for network in table["network"].unique()]
+    show(["step time / BP's, peak", *names], rows)
+
+
 def _sized(row: pd.Series) -> str:
     return f"{row['peak'] / 2**30:.2f} ({row['largest batch']:.0f})"
 
