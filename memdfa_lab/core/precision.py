@@ -56,12 +56,6 @@ def check(precision: str | None, device: str, teaches_blocks: bool) -> None:
         raise ValueError(f"float16 is for a GPU, and the model is on the {device}: take precision='bfloat16'")
 
 
-def check_pass1(rule: Any, pass1: object) -> None:
-    """Raise ValueError if this class of rules has no first pass of its own."""
-    if pass1 is not None and not rule.teaches_blocks:
-        raise ValueError("pass1 is for DFA and MEM-DFA, which need no more of it than e: leave it out")
-
-
 def first_pass(pass1: Any, x: Tensor) -> Callable[[], AbstractContextManager[Any]] | None:
     """Return what makes the context in which each block of pass 1 on x (N, ...) runs; None if it is as pass 2.
 
@@ -118,7 +112,8 @@ class InPrecision:
             self.scalers = [torch.amp.GradScaler(self.device) for _ in self.blocks]
 
     def _check_pass1(self, pass1: Any, first: bool) -> None:
-        check_pass1(type(self), pass1)
+        if not self.teaches_blocks:
+            raise ValueError("pass1 is for DFA and MEM-DFA, which need no more of it than e: leave it out")
         if not isinstance(pass1, BlockFloat):
             lookup("pass1", pass1, PASS1)
         dtypes = {parameter.dtype for parameter in self.blocks.parameters()} - {torch.float32}

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.feedback import KINDS, Feedback
-from memdfa_lab.core.precision import check_pass1
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
@@ -35,7 +34,6 @@ def example_step(
     filters lie in memory; `options` go to the rule. Raises ValueError for unknown names and numbers below 1.
     """
     check_int("the batch size", batch_size)
-    check_pass1(find_rule(rule), options.get("pass1"))
     shape: Sequence[int]
     if isinstance(network, str):
         setting, shape = models.get(network), models.input_shape(network)

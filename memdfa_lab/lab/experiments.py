@@ -15,7 +15,6 @@ from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.distributions import seconds_a_number
 from memdfa_lab.core.feedback import Feedback
-from memdfa_lab.core.precision import check_pass1
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import datasets, models
@@ -59,7 +58,6 @@ def make_rule(
     run = RunSettings(rule=rule, network=network, **settings).completed()
     if run.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {run.device!r} is not there: use cpu, or install a torch that finds your GPU")
-    check_pass1(find_rule(rule), run.pass1)
     decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
     make = partial(models.build, network, data.input_shape, data.classes, run.seed, run.initialisation)
     model = make().to(run.device) if offload is None else offload.build(make, run.seed)
@@ -73,7 +71,7 @@ def make_rule(
         clip_norm=run.clip_norm,
         clip_global_norm=run.clip_global_norm,
         precision=run.precision,
-        **({"pass1": run.pass1} if run.pass1 else {}),
+        pass1=run.pass1,
         offload=offload,
     )
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from memdfa_lab.core.block_float import BlockFloat
 from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.checks import check_int
 from memdfa_lab.core.feedback import Feedback
@@ -54,11 +55,12 @@ class LeanBP(Rule):
         *,
         clip_global_norm: float | None = None,
         precision: str | None = None,
+        pass1: str | BlockFloat | None = None,
         offload: Store | None = None,
         segments: int | None = None,
     ):
-        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "offload": offload}
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **options)
+        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1}
+        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, offload=offload, **options)
         if clip_global_norm is not None and self.updates_in_backward:
             raise ValueError("a step in backward has no norm over all gradients: use clip_norm, BP or CheckpointBP")
         if segments is not None and not self.checkpoints:
