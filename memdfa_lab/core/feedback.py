@@ -14,7 +14,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class Feedback(ABC):
     2**64 - 1, a scale that is not a finite positive number, or a grid below 1.
     """
 
+    slices: ClassVar[bool] = False  # whether a block's matrix is a part of another
+
     def __init__(
         self,
         seed: int = 0,
@@ -60,6 +62,8 @@ class Feedback(ABC):
         grid: int | None = None,
     ):
         lookup("distribution", distribution, DISTRIBUTIONS)
+        if self.slices and distribution == "orthogonal":
+            raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
         lookup("positions", positions, dict.fromkeys(POSITIONS))
         check_number("scale", scale, or_more=False)
         self.seed, self.distribution, self.scale = check_int("seed", seed, 0, LARGEST_SEED), distribution, float(scale)
@@ -152,11 +156,9 @@ class Feedback(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the settings and copies of the matrices. Raises ValueError if the state is of another kind."""
-        if state["kind"] != type(self).__name__:
-            raise ValueError(
-                f"this state has {state['kind']} feedback, not {type(self).__name__}: build the rule with "
-                f"feedback=ml.feedback.{state['kind']}()"
-            )
+        kind, own = state["kind"], type(self).__name__
+        if kind != own:
+            raise ValueError(f"this state has {kind} feedback, not {own}: give the rule feedback=ml.feedback.{kind}()")
         self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
         self.positions, self.grid = state.get("positions", "dense"), state.get("grid")  # as all were before
         self.matrices = {key: B.clone() for key, B in state["matrices"].items()}
@@ -223,10 +225,7 @@ class Shared(Feedback):
     slice is not orthogonal.
     """
 
-    def __init__(self, seed: int = 0, distribution: str = "he_normal", *settings: Any, **more: Any):
-        if distribution == "orthogonal":
-            raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
-        super().__init__(seed, distribution, *settings, **more)
+    slices = True
 
     def matrix_shapes(self, logits: Sequence[int], *outputs: Sequence[int]) -> list[tuple[int, int]]:
         """Return the shape of the matrix that the blocks share, one for each size of the error."""
