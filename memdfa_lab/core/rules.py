@@ -174,9 +174,9 @@ class MemDFA(Rule):
         Pass 2 of a batch and pass 1 of the next go through the blocks side by side, so that what rests in a store is
         read and written once a step. The next batch is taken before a loss is yielded: between losses weights must not
         change, and no random numbers be drawn. Raises what `step` raises, when the batch before has been learned from;
-        ValueError with keep_bytes, clip_global_norm, pass1 or ranks; RuntimeError if the loss draws random numbers.
+        ValueError with keep_bytes, clip_global_norm or ranks; RuntimeError if the loss draws random numbers.
         """
-        others = {"keep_bytes": self.keep_bytes, "clip_global_norm": self.clip_global_norm, "pass1": self.pass1}
+        others = {"keep_bytes": self.keep_bytes, "clip_global_norm": self.clip_global_norm}
         if any(others.values()) or self.group.size > 1:
             raise ValueError(f"a sweep visits each block once: take step with {', '.join(others)}, more ranks")
         self.sweeps = True

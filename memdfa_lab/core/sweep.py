@@ -17,6 +17,7 @@ from torch import Tensor
 from memdfa_lab.core.contract import check_lengths, rows, two_sums, warn_if_other
 from memdfa_lab.core.local import ByAutograd
 from memdfa_lab.core.phases import phase
+from memdfa_lab.core.precision import first_pass
 from memdfa_lab.core.recompute import state_of, without_trace
 from memdfa_lab.core.store import FORWARD, TEACH
 
@@ -32,12 +33,12 @@ def sweep(rule: Any, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
                     batch.pass_block(i)
     while batch is not None:
         with rule.autocast():
-            batch.find_error()
             problem, after = None, None
             try:
                 after = _next(rule, coming, batch)
             except Exception as given:  # this batch is taught all the same
                 problem = given
+            batch.find_error()
             h = batch.x
             for i in range(len(rule.chain)):
                 with rule.store.block(i, TEACH):
@@ -54,7 +55,7 @@ def sweep(rule: Any, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
 
 def _next(rule: Any, batches: Iterator[tuple[Tensor, Any]], before: "_Batch | None" = None) -> "_Batch | None":
     """Return the next batch, which is drawn, and begun, as it would be after the one before."""
-    now, terms = _generators(rule), rule._terms
+    now = _generators(rule)
     if before is not None:
         before.end()
     try:
@@ -63,7 +64,6 @@ def _next(rule: Any, batches: Iterator[tuple[Tensor, Any]], before: "_Batch | No
     finally:
         if before is not None:
             now()
-        rule._terms = terms  # of the batch before, which is yet to be taught
 
 
 class _Batch:
@@ -72,6 +72,7 @@ class _Batch:
     def __init__(self, rule: Any, x: Tensor, y: Any):
         self.rule, self.y = rule, y
         self.x = self.h = rule.begin(x, y)
+        self.narrow = first_pass(rule.pass1, self.x)
         self.lengths: list[int] = []
         self.by_hand = True
         self.begin = self.end = _generators(rule)  # put the generators into the state before and after the pass
@@ -82,7 +83,7 @@ class _Batch:
         self.end()
         try:
             with torch.no_grad(), phase("forward", i):
-                way, self.h = without_trace(i, self.rule.chain[i], self.h)
+                way, self.h = without_trace(i, self.rule.chain[i], self.h, narrow=self.narrow)
             self.end = _generators(self.rule)
         finally:
             now()
@@ -95,16 +96,19 @@ class _Batch:
         logits, rule = self.h, self.rule
         del self.h
         check_lengths(rule.chain, self.lengths)
-        self.sums = None if self.by_hand else two_sums(logits)
+        self.sums = None if self.by_hand or self.narrow else two_sums(logits)
         before = _states(rule)
         self.loss, self.e = rule.error(logits, self.y)
         if not all(map(_same, before, _states(rule))):
             raise RuntimeError("the loss draws random numbers, so that what comes after is not known: use step")
+        self.first_e = self.e.clone() if self.narrow and not rule._has_warned else None  # the last block may change e
 
     def check(self, logits: Tensor) -> None:
-        """Warn, once, if pass 2 ended with other logits."""
+        """Warn, once, if pass 2 ended with other logits, or after a cheap pass 1 with another e."""
         if self.sums is not None and not self.rule._has_warned:
             self.rule._has_warned = warn_if_other(self.sums, logits)
+        if self.first_e is not None:
+            self.rule.warn_if_turned(self.first_e, logits, self.y)
 
 
 def _sources(rule: Any) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:

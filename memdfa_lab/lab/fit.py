@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,12 @@ from memdfa_lab.lab import checkpoints
 from memdfa_lab.lab.ahead import look_ahead
 from memdfa_lab.lab.best import Best
 from memdfa_lab.lab.checkpoints import Scheduler
-from memdfa_lab.lab.datasets import as_input, as_target
-from memdfa_lab.lab.distributed import Group, digest
-from memdfa_lab.lab.evaluation import evaluate
-from memdfa_lab.lab.examples import Batches, Examples, examples_of
+from memdfa_lab.lab.distributed import digest
+from memdfa_lab.lab.examples import examples_of
 from memdfa_lab.lab.history import History
-from memdfa_lab.lab.schedules import schedulers_of, step_all
-from memdfa_lab.lab.tasks import Task
+from memdfa_lab.lab.run import Run
+from memdfa_lab.lab.schedules import schedulers_of
 from memdfa_lab.lab.terminal import LoadingInterrupted, ctrl_c_noted, progress_bar
-
-TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the metrics of training
 
 
 def fit(
@@ -111,7 +106,7 @@ def fit(
     check_type("metrics", metrics or {}, Mapping, 'a dict such as {"name": metric}')
     train = examples_of(data, batch_size, seed, drop_last, augment)
     held_out = data if test is None and hasattr(data, "x_test") else test
-    run = _Run(rule, train, None if held_out is None else examples_of(held_out, batch_size, part="test"))
+    run = Run(rule, train, None if held_out is None else examples_of(held_out, batch_size, part="test"))
     run.each_batch, steps = scheduler_each == "batch", epochs * (run.batches or 0)
     run.schedulers = schedulers_of(scheduler, rule, scheduler_each, steps if run.each_batch else epochs)
     settings = checkpoints.settings_of(rule, run.schedulers, train)
@@ -160,89 +155,3 @@ def fit(
     if run.best is not None and run.best.weights:
         rule.blocks.load_state_dict(run.best.weights)
     return History(run.rows)
-
-
-class _Run:
-    """A training run: where it is, its next step, and all that it takes to go on from there."""
-
-    PROGRESS = ("epoch", "batch", "examples", "loss_sum", "seconds", "rows")
-
-    def __init__(self, rule: Rule, train: Examples, test: Examples | None):
-        self.rule, self.train, self.test = rule, train, test
-        self.group = rule.group if isinstance(rule.group, Group) else Group()
-        self.batches = train.batches_in_epoch
-        self.coming: Batches | None = None  # the rest of this epoch's batches
-        self.task: Task | None = None
-        self.metrics: dict[str, Any] = {}
-        self.best: Best | None = None
-        self.schedulers: list[Scheduler] = []
-        self.each_batch = False  # whether the schedulers step so
-        self.epoch = self.batch = self.examples = 0
-        self.loss_sum = self.seconds = 0.0
-        self.rows: list[dict[str, float]] = []
-
-    def step(self) -> bool:
-        """Take the next batch of this epoch; return False if there is none."""
-        started, group, like = time.perf_counter(), self.group, next(self.rule.blocks.parameters())
-        if self.coming is None:
-            self.coming = self.train.batches(self.epoch, self.batch)
-        try:
-            x, y = next(self.coming)
-        except StopIteration:
-            return False
-        n = len(x)
-        if group.size > 1 and self.batch == 0:
-            group.agree(**{"the first batch": self.train.last})
-        group.draw_apart(self.train.seed, self.epoch, self.batch)
-        if group.size > 1:
-            mine = group.part(torch.arange(n))
-            x, y = x[mine], y[mine]
-        x, y = as_input(x, like), as_target(y, like)
-        loss = self.rule.step(x, y)
-        group.idle = False
-        self.loss_sum += loss.item() * n
-        self.examples += n
-        if self.each_batch:
-            step_all(self.schedulers, loss.item())
-        self.seconds += time.perf_counter() - started
-        self.batch += 1
-        return True
-
-    def close(self) -> None:
-        """End the processes that load batches."""
-        if self.coming is not None:
-            self.coming.close()
-            self.coming = None
-
-    def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None) -> None:
-        """Evaluate, which may be interrupted; then step the schedulers and add a row to the history."""
-        loss = self.loss_sum / self.examples
-        self.group.share_buffers(self.rule.blocks)
-        row = {"epoch": self.epoch + 1, "loss": loss}
-        batches = {"train": self.train.first(TRAIN_ACCURACY_ON), "test": () if self.test is None else self.test.first()}
-        score = partial(evaluate, self.rule, self.metrics, self.task, self.group)
-        scores = {part: score(of_part) for part, of_part in batches.items()}
-        row |= {f"{part}_{name}": scores[part][name] for name in self.metrics for part in scores}
-        if not self.each_batch:
-            step_all(self.schedulers, loss)
-        self.epoch += 1
-        row["seconds"] = self.seconds
-        if on_epoch is not None:
-            row |= {name: float(value) for name, value in (on_epoch(self.rule, self.epoch) or {}).items()}
-        self.rows.append(row)
-        if self.best is not None:
-            self.best.see(row, self.rule.blocks)
-        self.batch, self.examples, self.loss_sum, self.seconds, self.coming = 0, 0, 0.0, 0.0, None
-
-    def save(self, path: Path, settings: dict[str, Any]) -> None:
-        progress = {name: getattr(self, name) for name in self.PROGRESS}
-        progress |= {"last": self.train.last, "best": vars(self.best) if self.best is not None else None}
-        checkpoints.write(path, settings, self.rule, self.schedulers, progress)
-
-    def load(self, path: Path, settings: dict[str, Any], epochs: int) -> None:
-        progress = checkpoints.restore(path, settings, self.rule, self.schedulers, epochs)
-        self.train.last, best = progress.pop("last"), progress.pop("best")
-        if self.best is not None:
-            self.best = Best(**best)
-        for name, value in progress.items():
-            setattr(self, name, value)

@@ -6,6 +6,7 @@ and the numbers, in logical order.
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[
         entries, _, start = _header(file)
         for name, entry in entries.items():
             if wanted(name):
-                found[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+                found[name] = _memory_for(entry["shape"], DTYPES[entry["dtype"]])
                 _read_at(file, start + entry["data_offsets"][0], _bytes_of(found[name]))
     return found
 
@@ -122,6 +123,14 @@ def _header(file: int) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
     _read_at(file, 8, memoryview(text))
     entries = json.loads(text)
     return entries, entries.pop(METADATA, {}), 8 + length
+
+
+def _memory_for(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor whose memory goes back to the system as soon as it is freed, in whichever thread."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < mmap.PAGESIZE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
