@@ -39,8 +39,9 @@ def measured(*setting, **how) -> Trace:
     return measure(*learner_and_batch(*setting, **how), warm_up=1)
 
 
-def predicted(rule, widths, batch, feedback="stored", optimizer="sgd") -> Trace:
-    return predict(rule, lambda: net(widths), (batch, widths[0]), OPTIMIZERS[optimizer], FEEDBACK[feedback]())
+def predicted(rule, widths, batch, feedback="stored", optimizer="sgd", offloaded=False) -> Trace:
+    more = {"offload": ml.offload.Host("cpu", ahead=0)} if offloaded else {}
+    return predict(rule, lambda: net(widths), (batch, widths[0]), OPTIMIZERS[optimizer], FEEDBACK[feedback](), **more)
 
 
 def total(*setting, **how) -> int:
@@ -116,16 +117,17 @@ def test_the_peak_grows_by_the_slope(rule, seen, batch):
     assert {depth: value - peaks[4] for depth, value in peaks.items()} == {4: 0, 8: 4 * slope, 64: 60 * slope}
 
 
-@rotated("rule how batch", RULE_NAMES, HOW, [2, 200], turns=3)
+@rotated("rule how batch", [*RULE_NAMES, "offloaded"], HOW, [2, 200], turns=3)
 def test_the_peak_is_the_largest_of_the_moments(rule, how, batch):
+    rule, how = ("memdfa", {**HOW[how], "offloaded": True}) if rule == "offloaded" else (rule, HOW[how])
     for widths in EQUAL if batch == 2 else [EQUAL[-1], *UNEQUAL]:
-        trace = predicted(rule, widths, batch, **HOW[how])
-        assert max(value(size, batch=batch) for size in moments(rule, widths, **HOW[how]).values()) == trace.peak_bytes
-        assert value(formula.resting(rule, widths, **HOW[how]), batch=batch) == trace.resting_bytes
+        trace = predicted(rule, widths, batch, **how)
+        assert max(value(size, batch=batch) for size in moments(rule, widths, **how).values()) == trace.peak_bytes
+        assert value(formula.resting(rule, widths, **how), batch=batch) == trace.resting_bytes
         if widths in EQUAL and len(widths) > 3:
-            symbolic = moments(rule, None, **HOW[how]).values()
+            symbolic = moments(rule, None, **how).values()
             assert max(value(size, widths, batch=batch) for size in symbolic) == trace.peak_bytes
-            assert value(formula.resting(rule, **HOW[how]), widths, batch=batch) == trace.resting_bytes
+            assert value(formula.resting(rule, **how), widths, batch=batch) == trace.resting_bytes
 
 
 def test_widths_can_be_symbols():

@@ -27,6 +27,7 @@ from problems import BY_NAME, OPTIMIZERS, STORAGES, Problem, Record, make_rule, 
 from reference import assert_identical, assert_same_training, refuses
 from torch import Tensor, nn
 
+import memdfa_lab as ml
 from memdfa_lab import cli
 from memdfa_lab.core.feedback import Regenerated, Stored
 from memdfa_lab.core.rules import MemDFA
@@ -37,7 +38,7 @@ from memdfa_lab.lab import models, tensor_files
 from memdfa_lab.lab.check import check
 from memdfa_lab.lab.evaluation import predict
 from memdfa_lab.lab.fit import fit
-from memdfa_lab.lab.offload import Disk
+from memdfa_lab.lab.offload import Disk, Host
 from memdfa_lab.memory.ledger import measure
 
 MLP, ADAMW = BY_NAME["mlp_relu"], OPTIMIZERS["adamw"]
@@ -65,6 +66,12 @@ def test_offloaded_training_is_that_in_memory_bit_for_bit(problem, optimizer, st
     with Disk(tmp_path, ahead=ahead, commit_every=(2, 3, None)[ahead]) as store:
         rule = make_rule("memdfa", problem, optimizer, storage, offload=store)
         assert_same_training(train(rule, problem), train(make_rule("memdfa", problem, optimizer, storage), problem))
+
+
+@rotated("problem optimizer storage", params(), OPTIMIZERS, STORAGES)
+def test_so_is_training_from_host_memory(problem, optimizer, storage):
+    rules = [make_rule("memdfa", problem, optimizer, storage, **more) for more in ({"offload": Host("cpu")}, {})]
+    assert_same_training(*(train(rule, problem) for rule in rules))
 
 
 class OwnLoss(nn.Module):
@@ -217,6 +224,16 @@ def test_a_model_that_cannot_be_made_block_by_block_is_refused_in_a_line(make, h
         with refuses(TypeError if isinstance(make, nn.Module) else ValueError, *hints):
             store.build(make)
         assert [path.name for path in tmp_path.iterdir()] == [".network.json.lock"]
+
+
+def test_the_optimizers_state_counts_when_the_disk_is_looked_at(tmp_path, monkeypatch):
+    with Disk(tmp_path) as store:
+        blocks = store.build(MLP.make)
+        weights = sum(4 * p.numel() for p in blocks.parameters())
+        monkeypatch.setattr(Disk, "free_bytes", 4 * weights)  # state twice is what Adam needs, and its numbers of steps
+        with refuses(ValueError, "the optimizer's state takes", "bytes free"):
+            MemDFA(blocks, ADAMW, offload=store)
+        MemDFA(blocks, SGD, offload=store)
 
 
 # ------------------------------------------------------------------------------------------- never half a network
@@ -577,8 +594,33 @@ def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_
         assert store.steps == 8
 
 
-def test_the_counter_refuses_a_rule_whose_blocks_it_would_not_see_come_in(tmp_path):
-    with opened(tmp_path)[0] as store, refuses(ValueError, "without offload"):
+COUNTED = {
+    "mlp": (partial(models.mlp, 20, [300, 300, 30], 5), (20,)),
+    "conv": (partial(models.build, "mnist_conv"), (1, 28, 28)),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "storage"), list(zip(OPTIMIZERS, STORAGES, strict=True)))
+@pytest.mark.parametrize("net", COUNTED)
+def test_a_prediction_counts_what_comes_in_as_a_measured_step_does(net, optimizer, storage, tmp_path):
+    (make, shape), optimizer, kind = COUNTED[net], OPTIMIZERS[optimizer], STORAGES[storage]
+    with Disk(tmp_path, ahead=0, commit_every=None) as store:
+        rule = MemDFA(store.build(make), optimizer, feedback=kind(), offload=store)
+        traces = [measure(rule, torch.randn(6, *shape), torch.arange(6) % 5, warm_up=1)]
+    traces.append(ml.memory.predict("memdfa", make, (6, *shape), optimizer, kind(), offload=Host("cpu", ahead=0)))
+    for trace in traces:
+        assert set(trace.resting_by_category) == {"input"} | ({"feedback"} if storage == "shared" else set())
+        assert {"parameters"} <= set(trace.timeline["category"])
+    values = [(t.peak_bytes, t.held_bytes, t.offloaded_bytes, sorted(t.changes.tolist())) for t in traces]
+    assert values[0] == values[1]
+    in_memory = ml.memory.predict("memdfa", make, (6, *shape), optimizer, kind())
+    rests = in_memory.resting_bytes - traces[0].resting_bytes
+    assert values[0][2] == rests
+    assert f"{ml.memory.trace.readable(rests)} in a store" in repr(traces[0])
+
+
+def test_a_step_that_reads_ahead_is_not_counted(tmp_path):
+    with opened(tmp_path)[0] as store, refuses(ValueError, "ahead=0"):
         measure(store._network().rule, torch.ones(3, 8), torch.arange(3))
 
 

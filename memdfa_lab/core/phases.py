@@ -37,7 +37,7 @@ class phase:
 
 
 def label(category: str, tensor: Tensor) -> Tensor:
-    """Announce what a tensor is for (feedback, error, gradients, ...), and return it."""
+    """Announce what a tensor is for (feedback, error, gradients, ...), also one from a file, and return it."""
     for listener in tuple(listeners):
         listener.label(category, tensor)
     return tensor

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.checks import check_number, lookup
 from memdfa_lab.core.contract import check_lengths, rows, two_sums, warn_if_other
-from memdfa_lab.core.feedback import Feedback
+from memdfa_lab.core.feedback import Feedback, Stored
 from memdfa_lab.core.local import BlockGradient, ByAutograd
 from memdfa_lab.core.precision import BlockFloat, first_pass
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Loss, Rule
-from memdfa_lab.core.state import OptimizerFactory
+from memdfa_lab.core.state import OptimizerFactory, learning, optimizer_tensors
 from memdfa_lab.core.store import TEACH, Store
 from memdfa_lab.core.sweep import sweep
 from memdfa_lab.core.transport import FeedbackTransport
@@ -184,6 +184,17 @@ class MemDFA(Rule):
             yield from sweep(self, batches)
         finally:
             self.sweeps = False
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Return what the rule keeps between steps, by category; what rests in a store is "offloaded"."""
+        found = super().tensors()
+        if not self.store.offloads:
+            return found
+        stays = {id(t) for t in [*learning(self.loss_fn), *optimizer_tensors([self.loss_optimizer])]}
+        if not isinstance(self.feedback, Stored):
+            stays |= {id(B) for B in found["feedback"]}
+        parts = {name: [t for t in tensors if id(t) in stays] for name, tensors in found.items()}
+        return {**parts, "offloaded": [t for tensors in found.values() for t in tensors if id(t) not in stays]}
 
     def _how_many_fit(self, x: Tensor) -> int:
         """Return how many of the first blocks fit into `keep_bytes`; counted once for each shape of x."""

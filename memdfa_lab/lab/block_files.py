@@ -25,9 +25,10 @@ from torch import Tensor
 from memdfa_lab.core.checks import first_difference
 from memdfa_lab.lab import tensor_files
 from memdfa_lab.lab.files import locked, write_text, write_whole
+from memdfa_lab.lab.resting import FEEDBACK
 
 MANIFEST, FORMAT = "network.json", 1
-FEEDBACK = "feedback"
+GIVE_BACK_EACH = 2**28  # bytes that were read
 MOST_WAITING = 2  # to be written: they are in memory
 T = TypeVar("T")
 Wanted = Callable[[str], bool]
@@ -40,10 +41,13 @@ class BlockFiles:
     `sync`: whether each block is brought onto the disk as soon as it is written, and not when it is committed.
 
     Attributes:
+        device: On which the blocks compute.
         committed: What the manifest says; None if there is none yet.
 
     Raises ValueError if the folder is in use, cannot be written to, or holds no whole network.
     """
+
+    device = "cpu"
 
     def __init__(self, folder: Path, twice: bool, thread: bool, sync: bool):
         self.folder, self.twice, self.sync = folder, twice, sync
@@ -59,7 +63,15 @@ class BlockFiles:
             raise
         self.names: list[str] = list(self.committed["blocks"]) if self.committed else []  # of the newest files
         self._to_sync: set[str] = set()
+        self._read_bytes = 0  # since memory was last given back
         self._writing: deque[Future[Any]] = deque()
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def is_filled(self) -> bool:
+        return self.committed is not None
 
     def close(self) -> None:
         """Let other processes have the folder, once the thread has ended."""
@@ -95,7 +107,16 @@ class BlockFiles:
     def read(self, i: int, wanted: Wanted, feedback: bool = False) -> Future[dict[str, Tensor]]:
         """Read the tensors of block i whose names are wanted, and B_i as FEEDBACK."""
         path, more = self.folder / self.names[i], self._feedback(i) if feedback else None
-        return self._start(lambda: {**tensor_files.read(path, wanted), **(tensor_files.read(more) if more else {})})
+
+        def load() -> dict[str, Tensor]:
+            found = {**tensor_files.read(path, wanted), **(tensor_files.read(more) if more else {})}
+            self._read_bytes += sum(tensor.nbytes for tensor in found.values())
+            if self._read_bytes > GIVE_BACK_EACH:
+                self._read_bytes = 0
+                tensor_files.give_back()
+            return found
+
+        return self._start(load)
 
     def _feedback(self, i: int) -> Path:
         return self.folder / f"feedback_{i:05d}.safetensors"

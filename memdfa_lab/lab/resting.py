@@ -1,31 +1,65 @@
-"""The blocks of a network whose tensors rest in files, and how they come into memory and go out again.
+"""The blocks of a network whose tensors rest elsewhere, and how they come into memory and go out again.
 
 A tensor that rests is the same object, of the same shape, and has no data.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from memdfa_lab.core.compat import storage_id
 from memdfa_lab.core.feedback import Stored
+from memdfa_lab.core.phases import label
+from memdfa_lab.core.state import optimizer_tensors
 from memdfa_lab.core.store import FORWARD, NORM, TEACH
-from memdfa_lab.core.watcher import empty_of_shape, has_data
-from memdfa_lab.lab.block_files import FEEDBACK, BlockFiles
+from memdfa_lab.core.watcher import empty_of_shape, unwatched
 from memdfa_lab.lab.checkpoints import without_addresses
 from memdfa_lab.lab.tensor_files import DTYPES, NAMES
+from memdfa_lab.memory.shapes import ShapesAlone
 
 WHERE = "this tensor rests in {}: only MemDFA(..., offload=store) and what is given that rule bring it in"
 OPTIMIZER = "optimizer."  # how the names of its state begin
+FEEDBACK = "feedback"  # the name of a block's B
 ORDER = (FORWARD, NORM, TEACH)
 
 
+class Coming(Protocol):
+    """Tensors that are on their way into memory."""
+
+    def result(self) -> dict[str, Tensor]: ...
+
+
+class Place(Protocol):
+    """Where the tensors of blocks rest, by block and name; `str` of it says so in messages."""
+
+    device: str  # on which blocks compute
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether it has a network."""
+
+    def check(self, network: str) -> object:
+        """Raise ValueError if the network that is there is damaged, or another one."""
+
+    def write(self, i: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Take over the tensors and texts of block i."""
+
+    def write_feedback(self, i: int, B: Tensor) -> None:
+        """Take over B_i, which never changes."""
+
+    def header(self, i: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Return dtype and shape of each tensor of block i as it was when the network was last used, and its texts."""
+
+    def read(self, i: int, wanted: Callable[[str], bool], feedback: bool = False) -> Coming:
+        """Begin to read the tensors of block i whose names are wanted, and B_i as FEEDBACK."""
+
+
 class Resting:
-    """The blocks of `chain`, whose tensors `files` has. `ahead`: so many blocks are read before they are needed.
+    """The blocks of `chain`, whose tensors are in `place`. `ahead`: so many blocks are read before they are needed.
 
     Attributes:
         network: What the network is, in words, by which another one is told apart.
@@ -33,14 +67,14 @@ class Resting:
     Raises ValueError for tensors that cannot be written and read back as they are.
     """
 
-    def __init__(self, chain: Sequence[nn.Module], files: BlockFiles, ahead: int):
-        self.chain, self.files, self.ahead = list(chain), files, min(ahead, len(chain) - 1)
+    def __init__(self, chain: Sequence[nn.Module], place: Place, ahead: int):
+        self.chain, self.place, self.ahead = list(chain), place, min(ahead, len(chain) - 1)
         self.rule: Any = None
-        self._coming: dict[int, tuple[str, Future[dict[str, Tensor]]]] = {}  # what is read ahead, by block
-        self._stored: dict[int, Tensor] = {}  # the B that is in a file, by block
+        self._coming: dict[int, tuple[str, Coming]] = {}  # what is read ahead, by block
+        self._stored: dict[int, Tensor] = {}  # the B that rests there, by block
         lines = []
         for i, block in enumerate(self.chain):
-            _check(i, block)
+            _check(i, block, place.device)
             lines.append(without_addresses(block))
             lines += [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in weights(i, block).items()]
         self.network = "\n".join(lines)
@@ -63,7 +97,7 @@ class Resting:
         """Take over a rule, and give its optimizers the state that is in the files, without data."""
         self.rule = rule
         for i, optimizer in enumerate(rule.optimizers):
-            entries, texts = self.files.header(i)
+            entries, texts = self.place.header(i)
             parameters = list(self.chain[i].parameters())
             for k, values in json.loads(texts.get(OPTIMIZER, "{}")).items() if optimizer is not None else ():
                 optimizer.state[parameters[int(k)]].update(values)
@@ -74,6 +108,19 @@ class Resting:
                     stride = like.stride() if like.shape == shape else torch.empty(shape, device="meta").stride()
                     optimizer.state[like][key] = self._absent(shape, stride, DTYPES[entry["dtype"]])
 
+    def state_bytes(self, rule: Any) -> int:
+        """Return how many bytes the rule's optimizers will keep, by steps of theirs on shapes alone."""
+        total = 0
+        for parameters in filter(None, rule.parameters):
+            with ShapesAlone(), suppress(RuntimeError, NotImplementedError):  # a step may ask for values
+                alike = [nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)) for p in parameters]
+                for parameter in alike:
+                    parameter.grad = torch.empty_like(parameter)
+                optimizer = rule._make_optimizer(alike)
+                optimizer.step()
+                total += sum(tensor.numel() * tensor.itemsize for tensor in optimizer_tensors([optimizer]))
+        return total
+
     def bring_in(self, i: int, use: str) -> None:
         """Give block i's tensors the data that this use needs, and begin to read the blocks after it."""
         read_for, coming = self._coming.pop(i, (FORWARD, None))
@@ -82,11 +129,14 @@ class Resting:
         fetched = coming.result()
         for name, tensor in self.tensors(i).items():
             if name in fetched:
-                value = fetched[name]
-                as_before = value.stride() == tensor.stride()
-                tensor.data = value if as_before else torch.empty_strided(value.shape, tensor.stride()).copy_(value)
+                state, parameter = name.startswith(OPTIMIZER), isinstance(tensor, nn.Parameter)
+                kind = "optimizer state" if state else "parameters" if parameter else "buffers"
+                value = label(kind, fetched.pop(name))
+                if value.stride() != tensor.stride():
+                    value = label(kind, value.new_empty_strided(value.shape, tensor.stride()).copy_(value))
+                tensor.data = value
         if FEEDBACK in fetched:
-            self._stored[i].data = fetched[FEEDBACK]
+            self._stored[i].data = label("feedback", fetched[FEEDBACK])
         for j in range(i + 1, i + 1 + self.ahead):
             later, j = use if j < len(self.chain) else self._after(use), j % len(self.chain)
             if j not in self._coming or ORDER.index(self._coming[j][0]) < ORDER.index(later):
@@ -101,19 +151,19 @@ class Resting:
                 k: {name: value for name, value in state.items() if not isinstance(value, Tensor)}
                 for k, state in self._states(i).items()
             }
-            values = {name: tensor.detach() for name, tensor in self.tensors(i).items()}
+            values = {name: tensor.detach().contiguous() for name, tensor in self.tensors(i).items()}
             self._coming.pop(i, None)
-            self.files.write(i, values, {OPTIMIZER: json.dumps(plain)})
+            self.place.write(i, values, {OPTIMIZER: json.dumps(plain)})
         if B is not None and self._stored.get(i) is not B:
-            self.files.write_feedback(i, B.detach())
+            self.place.write_feedback(i, B.detach())
             self._stored[i] = B
         self.take_out(i)
 
-    def take_out(self, i: int, all_of_it: bool = False) -> None:
-        """Take block i's data out of memory; with `all_of_it` also what has none says from now on where it rests."""
+    def take_out(self, i: int) -> None:
+        """Take block i's data out of memory."""
         stored = [self._stored[i]] if i in self._stored else []
-        for tensor in [*self.tensors(i).values(), *stored]:
-            if all_of_it or has_data(tensor):
+        with unwatched():
+            for tensor in [*self.tensors(i).values(), *stored]:
                 tensor.data = self._absent(tensor.shape, tensor.stride(), tensor.dtype)
 
     def _states(self, i: int) -> dict[int, dict[str, Any]]:
@@ -129,22 +179,26 @@ class Resting:
         norm = self.rule is not None and self.rule.clip_global_norm is not None
         return NORM if norm and use == FORWARD else TEACH
 
-    def _read(self, i: int, use: str) -> Future[dict[str, Tensor]]:
+    def _read(self, i: int, use: str) -> Coming:
         def wanted(name: str) -> bool:
             return use == TEACH or not name.startswith(OPTIMIZER)
 
-        return self.files.read(i, wanted, feedback=use != FORWARD and i in self._stored)
+        return self.place.read(i, wanted, feedback=use != FORWARD and i in self._stored)
 
     def _absent(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.place.device != "cpu":
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=self.place.device)
+            tensor.untyped_storage().resize_(0)
+            return tensor
         size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        return empty_of_shape(shape, stride, dtype, size * dtype.itemsize, WHERE.format(self.files.folder))
+        return empty_of_shape(shape, stride, dtype, size * dtype.itemsize, WHERE.format(self.place))
 
 
 class Saved(Mapping[str, Tensor]):
     """The state_dict of resting blocks; each tensor is read when it is asked for."""
 
     def __init__(self, resting: Resting):
-        self._files = resting.files
+        self._place = resting.place
         self._where: dict[str, tuple[int, str | None, Tensor]] = {}
         for i, block in enumerate(resting.chain):
             names = {id(tensor): name for name, tensor in weights(i, block).items()}
@@ -156,7 +210,7 @@ class Saved(Mapping[str, Tensor]):
         i, stored, tensor = self._where[name]
         if stored is None:
             return tensor.detach()
-        return self._files.read(i, lambda other: other == stored).result()[stored]
+        return self._place.read(i, lambda other: other == stored).result()[stored]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -171,15 +225,21 @@ def weights(i: int, block: nn.Module) -> dict[str, Tensor]:
     return {f"{i}.{name}": tensor for name, tensor in named if tensor.numel() and 0 not in tensor.stride()}
 
 
-def _check(i: int, block: nn.Module) -> None:
+def _check(i: int, block: nn.Module, device: str) -> None:
     """Raise ValueError if a tensor of the block cannot be written and read back, or others share its memory."""
     held: dict[int, str] = {}
     for name, tensor in weights(i, block).items():
-        if tensor.device.type != "cpu" or tensor.dtype not in NAMES or type(tensor) not in (Tensor, nn.Parameter):
+        if (
+            tensor.device.type not in ("cpu", device)
+            or tensor.dtype not in NAMES
+            or type(tensor) not in (Tensor, nn.Parameter)
+        ):
             kind = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name} is {kind}, and what rests in files is a plain tensor on the CPU: take memory")
+            raise ValueError(f"{name} is {kind}, and what rests in a store is a plain tensor on the CPU: take memory")
         if held.setdefault(storage_id(tensor), name) != name:
-            raise ValueError(f"{held[storage_id(tensor)]} and {name} share memory, which files do not: make them one")
+            raise ValueError(
+                f"{held[storage_id(tensor)]} and {name} share memory, which they do not in a store: make them one"
+            )
     for part in block.modules():
         for name, value in vars(part).items():
             if isinstance(value, Tensor) and storage_id(value) in held:

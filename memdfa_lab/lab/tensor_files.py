@@ -4,10 +4,12 @@ A file has the length of its header in eight bytes, the header in JSON (dtype, s
 and the numbers, in logical order.
 """
 
+import ctypes
 import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from memdfa_lab.core.watcher import unwatched
 
 DTYPES = {
     "F64": torch.float64,
@@ -68,7 +72,7 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Return the tensors whose names are wanted, contiguous. Raises OSError if the file has been cut."""
     found = {}
-    with opened(path, os.O_RDONLY) as file:
+    with unwatched(), opened(path, os.O_RDONLY) as file:  # profilers are told of it later, as of memory of ours
         entries, _, start = _header(file)
         for name, entry in entries.items():
             if wanted(name):
@@ -131,6 +135,13 @@ def _memory_for(shape: list[int], dtype: torch.dtype) -> Tensor:
     if size < mmap.PAGESIZE:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+
+
+def give_back() -> None:
+    """Let the C library give memory that is free back to the system, where it would keep it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

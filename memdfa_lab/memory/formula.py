@@ -114,15 +114,29 @@ def teaching(block: Block, classes: Any, feedback: str = "stored", optimizer: st
     return found
 
 
-def moments(rule: str, widths: Sequence[Any] | None = None, feedback: str = "stored", optimizer: str = "sgd") -> Terms:
-    """Return the bytes held above rest at each instant at which the peak can be, by what is done then."""
+def moments(
+    rule: str,
+    widths: Sequence[Any] | None = None,
+    feedback: str = "stored",
+    optimizer: str = "sgd",
+    offloaded: bool = False,
+) -> Terms:
+    """Return the bytes held above rest at each instant at which the peak can be, by what is done then.
+
+    `offloaded`, for MEM-DFA: weights, optimizer state and stored B rest in a store (`ml.offload`), and are in memory
+    while their block is in use. Raises ValueError for another rule.
+    """
+    if offloaded and rule != "memdfa":
+        raise ValueError(f"{rule} cannot offload: it comes back through blocks that it has left; ask for memdfa")
     total, every = terms(rule, widths, feedback, optimizer)["activations"], blocks(widths)
     classes = every[-1].h_out
+    per_parameter, per_tensor, _ = OPTIMIZERS[optimizer]
     e, found = s * (N * classes + 1), {"error": total + s * (3 * N * classes + 2)}  # e with the loss
     for b in every:
         below = b.h_in if rule == "memdfa" else b.before
         twice = rule in ("bp", "fa") and not b.last  # before and behind the activation
-        found[f"forward {b.name}"] = s * N * (below + b.h_out * (1 + twice))
+        weights = s * b.parameters if offloaded else 0
+        found[f"forward {b.name}"] = s * N * (below + b.h_out * (1 + twice)) + weights
         if rule in ("bp", "fa"):
             held, signal = e + s * (N * classes + b.parameters_after), 0 if b.last else N * b.h_out
             if signal:
@@ -131,26 +145,34 @@ def moments(rule: str, widths: Sequence[Any] | None = None, feedback: str = "sto
             found[f"update {b.name}"] = held + s * (b.parameters + OPTIMIZERS[optimizer][2] * b.weight)
         else:
             above = 0 if rule == "memdfa" or b.last else b.after + classes
+            inside = weights * (1 + per_parameter) + (8 * per_tensor if offloaded else 0)
+            inside += s * classes * b.h_out if offloaded and feedback == "stored" and not b.last else 0
             for name, needed in teaching(b, classes, feedback, optimizer).items():
-                found[f"{name} {b.name}"] = e + s * N * (b.h_in + b.h_out + above) + needed
+                found[f"{name} {b.name}"] = e + s * N * (b.h_in + b.h_out + above) + needed + inside
     return {name: sp.expand(value) for name, value in found.items()}
 
 
-def peak(rule: str, widths: Sequence[Any] | None = None, **how: str) -> sp.Expr:
-    """Return the most that a step holds above rest: the largest of `moments`."""
+def peak(rule: str, widths: Sequence[Any] | None = None, **how: Any) -> sp.Expr:
+    """Return the most that a step holds above rest: the largest of `moments`, which has the arguments."""
     return sp.Max(*moments(rule, widths, **how).values())
 
 
-def resting(rule: str, widths: Sequence[Any] | None = None, **how: str) -> sp.Expr:
-    """Return what rests: parameters, optimizer state, feedback, and the batch with its labels (8 bytes each)."""
+def resting(rule: str, widths: Sequence[Any] | None = None, *, offloaded: bool = False, **how: str) -> sp.Expr:
+    """Return what rests in memory: parameters, optimizer state, feedback, and the batch with its labels (8 bytes each).
+
+    `offloaded`: of these, the batch and a shared B alone.
+    """
     kept, inputs = terms(rule, widths, **how), n_0 if widths is None else widths[0]
-    return sp.expand(kept["parameters"] + kept["optimizer state"] + kept["feedback"] + N * (s * inputs + 8))
+    names = ["parameters", "optimizer state", "feedback"] if not offloaded else []
+    names += ["feedback"] if offloaded and how.get("feedback") == "shared" else []
+    return sp.expand(sum(kept[name] for name in names) + N * (s * inputs + 8))
 
 
-def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: str) -> int:
+def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: Any) -> int:
     """Return the largest N for which peak and rest fit into the budget, in float32.
 
-    `how`: feedback and optimizer, as in `terms`. Raises ValueError if not even one example fits.
+    `how`: feedback and optimizer, as in `terms`, and offloaded, as in `moments`. Raises ValueError if not even
+    one example fits.
     """
     widths = [check_int("a width", width) for width in widths]
     alike = len(widths) > 3 and len(set(widths[1:-1])) == 1  # then a handful of moments is enough
@@ -159,20 +181,22 @@ def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: st
     return fitting(held, budget_bytes, "one example")
 
 
-def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int, classes: int, **how: str) -> int:
+def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int, classes: int, **how: Any) -> int:
     """Return the largest L for which peak and rest fit into the budget, in float32.
 
-    `how`: feedback and optimizer, as in `terms`. Raises ValueError if not even one hidden layer fits.
+    `how`: feedback and optimizer, as in `terms`, and offloaded, as in `moments`. Raises ValueError if not even
+    one hidden layer fits.
     """
     return fitting(_held_at_depth(rule, batch, width, inputs, classes, how), budget_bytes, "one hidden layer")
 
 
-def depth_from_which(*, batch: int, width: int, inputs: int, classes: int, against: str = "bp", **how: str) -> int:
+def depth_from_which(*, batch: int, width: int, inputs: int, classes: int, against: str = "bp", **how: Any) -> int:
     """Return the L from which on MEM-DFA holds less than another rule, peak and rest together, in float32.
 
-    `how`: feedback and optimizer, as in `terms`. Raises ValueError if that is never so.
+    `how`: feedback and optimizer, as in `terms`, and offloaded, as in `moments`. Raises ValueError if that is never so.
     """
-    ours, theirs = (_held_at_depth(rule, batch, width, inputs, classes, how) for rule in ("memdfa", against))
+    ours = _held_at_depth("memdfa", batch, width, inputs, classes, how)
+    theirs = _held_at_depth(against, batch, width, inputs, classes, {k: v for k, v in how.items() if k != "offloaded"})
     last = largest(lambda depth: theirs(depth) - ours(depth), 0, least=2, most=DEEPEST)  # where it does not hold less
     if last == DEEPEST:
         raise ValueError(f"MEM-DFA never holds less than {against} here: kept feedback grows as fast; regenerate it")
@@ -180,7 +204,7 @@ def depth_from_which(*, batch: int, width: int, inputs: int, classes: int, again
 
 
 def _held_at_depth(
-    rule: str, batch: int, width: int, inputs: int, classes: int, how: dict[str, str]
+    rule: str, batch: int, width: int, inputs: int, classes: int, how: dict[str, Any]
 ) -> Callable[[int], int]:
     """Return peak and rest together as a function of L; one hidden layer has widths of its own."""
     sizes = {N: ("batch", batch), n: ("width", width), n_0: ("inputs", inputs), C: ("classes", classes)}
@@ -189,7 +213,7 @@ def _held_at_depth(
     return lambda depth: one(1) if depth == 1 else more(depth)
 
 
-def _held(symbol: sp.Symbol, rule: str, widths: Any, values: Any, how: dict[str, str]) -> Callable[[int], int]:
+def _held(symbol: sp.Symbol, rule: str, widths: Any, values: Any, how: dict[str, Any]) -> Callable[[int], int]:
     """Return peak and rest together as a function of one symbol, the others having these values."""
     rest, symbols = resting(rule, widths, **how), (N, n, L, C, n_0, s, k)
     totals = [rest + held for held in moments(rule, widths, **how).values()]

@@ -25,7 +25,7 @@ from memdfa_lab.core.compat import SUM, current_node, next_node_number, node_num
 from memdfa_lab.core.contract import tensors_in
 from memdfa_lab.core.watcher import Watcher, watchers
 from memdfa_lab.memory.events import Event, Storage
-from memdfa_lab.memory.trace import Trace
+from memdfa_lab.memory.trace import OFFLOADED, Trace
 
 Tensors = Callable[[], Mapping[str, Iterable[Tensor]]]  # tensors by category
 Run = Callable[[Any, Any, Any], Any]  # runs an operation: (operation, args, kwargs) -> its output
@@ -64,8 +64,8 @@ def measure(
     if not all(isinstance(tensor, Tensor) for tensor in batch):
         raise TypeError(f"a batch is tensors, such as x and y; got {', '.join(type(item).__name__ for item in batch)}")
     take_step = as_function(step)
-    if getattr(getattr(step, "store", None), "offloads", False):
-        raise ValueError("blocks that rest in a store come in by a thread that is not counted: measure without offload")
+    if getattr(getattr(step, "store", None), "ahead", 0):
+        raise ValueError("blocks that are read ahead come in by a thread that is not counted: measure with ahead=0")
     resting: Tensors = getattr(step, "tensors", dict) if tensors is None else tensors
     for _ in range(warm_up):
         take_step(*batch)
@@ -109,7 +109,7 @@ class Ledger(Watcher):
         for category, tensors in self.resting().items():
             for tensor in tensors:
                 if storage_id(tensor) not in self._storages:
-                    storage = self._watch(tensor, category, "resting")
+                    storage = self._watch(tensor, category, "outside" if category == OFFLOADED else "resting")
                     self.resting_bytes[category] = self.resting_bytes.get(category, 0) + storage.size_bytes
         phases.listeners.append(self)
         super().__enter__()
@@ -145,6 +145,8 @@ class Ledger(Watcher):
 
     def label(self, category: str, tensor: Tensor) -> None:
         if self._is_ours():
+            if storage_id(tensor) not in self._storages:  # it has been read from a file
+                self._note(tensor.untyped_storage().nbytes(), self._watch(tensor, category, "born"), None)
             self._set_category(category, tensor)
 
     def _note_block(self, block: int | None) -> None:

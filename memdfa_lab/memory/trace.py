@@ -26,14 +26,19 @@ CATEGORIES = (
     "gradients",
     "workspace",
 )
+OFFLOADED = "offloaded"  # what rests in a store, and not in memory
 
 
 class Trace:
-    """What a step held, event by event. Bytes are above what was in memory before the step, unless said otherwise."""
+    """What a step held, event by event. Bytes are above what was in memory before the step, unless said otherwise.
+
+    `offloaded_bytes`: weights, buffers, optimizer state and B that rest in a store (`ml.offload`), and not in memory.
+    """
 
     def __init__(self, events: Sequence[Event], resting: dict[str, int]):
         self.events = list(events)
         self.resting_by_category = {name: resting[name] for name in CATEGORIES if resting.get(name)}
+        self.offloaded_bytes = resting.get(OFFLOADED, 0)
 
     @property
     def resting_bytes(self) -> int:
@@ -119,9 +124,9 @@ class Trace:
     def __repr__(self) -> str:
         parts = ", ".join(f"{name} {readable(value)}" for name, value in self.peak_by_category.items())
         events = f"{len(self.events)} events, {self.events[-1].operation if self.events else 0} operations"
-        return (
-            f"Trace(peak {readable(self.peak_bytes)} ({parts}) above {readable(self.resting_bytes)} at rest; {events})"
-        )
+        rest = f"{readable(self.resting_bytes)} at rest"
+        rest += f" and {readable(self.offloaded_bytes)} in a store" if self.offloaded_bytes else ""
+        return f"Trace(peak {readable(self.peak_bytes)} ({parts}) above {rest}; {events})"
 
     def _repr_html_(self) -> str:
         total = max(self.peak_bytes, 1)
