@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ class Run:
     loss: Callable[[nn.Module], Callable[..., Tensor]] = lambda net: F.cross_entropy
     context: Callable[[], Any] = nullcontext
     resumed: bool = False
+    offload: bool = False
 
 
 class Temperature(nn.Module):
@@ -92,6 +94,7 @@ OPTIONS: dict[str, Option] = {
     "stored B": Option("feedback", {"feedback": "stored"}, {}),
     "shared B": Option("feedback", {"feedback": "shared"}),
     "keep_bytes": Option("keep", of_rule(keep_bytes=1500), {}),
+    "offload": Option("offload", {"offload": True}, {}),
     "clip_norm": Option("clip", of_rule(clip_norm=0.05)),
     "clip_global_norm": Option("clip", of_rule(clip_global_norm=0.05)),
     "bfloat16": Option("precision", of_rule(precision="bfloat16")),
@@ -127,7 +130,7 @@ def changed(run: Run, changes: dict[str, Any]) -> Run:
 def stand_in(alone: Run, same_as: dict[str, Any]) -> Run:
     """Return the run whose results are expected: without the options that only the rule in question has."""
     of_all = {name: value for name, value in alone.of_rule.items() if name not in ("keep_bytes", "segments")}
-    return replace(alone, **same_as, of_rule=of_all) if same_as else alone
+    return replace(alone, **same_as, of_rule=of_all, offload=False) if same_as else alone
 
 
 def train(run: Run, group: Any = None) -> Tensor:
@@ -145,27 +148,31 @@ def train(run: Run, group: Any = None) -> Tensor:
     kinds = {"stored": ml.feedback.Stored, "regenerated": ml.feedback.Regenerated, "shared": ml.feedback.Shared}
     kind = {**ml.RULES, **ml.BASELINES}[run.rule]
 
-    def made() -> ml.Rule:
-        model = copy.deepcopy(net)
-        rule = kind(model, run.optimizer, run.loss(model), kinds[run.feedback](seed=1), **run.of_rule)
+    def made(folder: Path) -> ml.Rule:
+        model, more = copy.deepcopy(net), {}
+        if run.offload:
+            more = {"offload": ml.offload.Disk(folder)}
+            model = more["offload"].build(partial(nn.Sequential, *model))
+        rule = kind(model, run.optimizer, run.loss(model), kinds[run.feedback](seed=1), **run.of_rule, **more)
         if group is not None:
             rule.group = group
         return rule
 
-    rule = made()
-    with run.context(), tempfile.TemporaryDirectory() as folder:
+    with run.context(), tempfile.TemporaryDirectory() as own:
+        folder = Path(own)
+        rule = made(folder)
         if run.resumed:
-            how = {
-                **run.of_fit,
-                "checkpoint": Path(folder if group is None else os.environ["SHARED_FOLDER"]) / "run.pt",
-                "progress": False,
-            }
-            ml.fit(rule, data, 2, 8, overwrite=True, **how)
-            rule = made()
+            file = (folder if group is None else Path(os.environ["SHARED_FOLDER"])) / "run.pt"
+            how = {**run.of_fit, "checkpoint": folder if run.offload else file, "progress": False}
+            ml.fit(rule, data, 2, 8, overwrite=not run.offload, **how)
+            if run.offload:
+                rule.store.close()
+            rule = made(folder)
             ml.fit(rule, data, 3, 8, **how)
         else:
             ml.fit(rule, data, 3, 8, progress=False, **run.of_fit)
-    return torch.cat([tensor.detach().double().flatten() for tensor in rule.blocks.state_dict().values()])
+        found = rule.store.state_dict() if run.offload else rule.blocks.state_dict()
+        return torch.cat([tensor.detach().double().flatten() for tensor in found.values()])
 
 
 def far(one: Tensor, other: Tensor) -> float:
@@ -181,7 +188,7 @@ def outcome(one: str, other: str) -> str:
     try:
         found = train(without)
     except REFUSALS as problem:
-        return f"refused: {problem}"
+        return "refused: " + re.sub(rf"{re.escape(tempfile.gettempdir())}\S*?(?=[:,])", "FOLDER", str(problem))
     idle = []
     for name, beside in ((one, other), (other, one)):
         option, alone = OPTIONS[name], changed(Run(), OPTIONS[beside].changes)

@@ -30,9 +30,13 @@ def checked(checkpoint: str | Path | None, rule: Rule, stop_after: int | None) -
     What rests in a store is kept there, with all else that the run needs.
     """
     store, path = rule.store, None if checkpoint is None else Path(checkpoint)
+    if store.offloads and rule.group.size > 1:
+        raise ValueError("offload is for one process: leave it out on several")
     if store.offloads and stop_after is not None:
         raise ValueError("stop_after keeps the weights of the best epoch in memory: leave it out with offload")
     folder = getattr(store, "folder", None)
+    if store.offloads and path is not None and folder is None:
+        raise ValueError("what rests in the machine's memory ends with the process: take ml.offload.Disk(folder)")
     if store.offloads and path is not None and path.resolve() != Path(folder or "").resolve():
         raise ValueError(f"the network rests in {folder}, and its checkpoint with it: give checkpoint={str(folder)!r}")
     if path is not None and path.is_dir() and not store.offloads:

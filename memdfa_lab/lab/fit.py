@@ -21,7 +21,7 @@ from memdfa_lab.lab.examples import examples_of
 from memdfa_lab.lab.history import History
 from memdfa_lab.lab.run import Run
 from memdfa_lab.lab.schedules import schedulers_of
-from memdfa_lab.lab.terminal import LoadingInterrupted, ctrl_c_noted, progress_bar
+from memdfa_lab.lab.terminal import BlockShown, LoadingInterrupted, ctrl_c_noted, progress_bar
 
 
 def fit(
@@ -126,8 +126,8 @@ def fit(
     written = path if group.rank == 0 else None
 
     saved_at = time.monotonic()
-    kept = checkpoints.kept(written, rule)
-    with kept, ctrl_c_noted() as ctrl_c, progress_bar(steps or None, progress and group.rank == 0) as bar, closing(run):
+    kept, bar = checkpoints.kept(written, rule), progress_bar(steps or None, progress and group.rank == 0)
+    with kept, ctrl_c_noted() as ctrl_c, bar, BlockShown(bar, len(rule.chain)), closing(run):
         bar.update(run.epoch * (run.batches or 0) + run.batch)
         for examples in (train, train if run.test is None else run.test):
             examples.ctrl_c = ctrl_c

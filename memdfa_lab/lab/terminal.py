@@ -4,9 +4,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
+
+from memdfa_lab.core.phases import listeners
 
 
 @contextmanager
@@ -42,6 +45,32 @@ def loading(asked: Sized) -> Iterator[None]:
         if asked:
             raise LoadingInterrupted from problem
         raise
+
+
+class BlockShown:
+    """Within it, a bar says which block a step is at, at most twice a second: such steps may take minutes."""
+
+    def __init__(self, bar: Any, blocks: int):
+        self.bar, self.blocks, self.shown_at = bar, blocks, time.monotonic()
+
+    def __enter__(self) -> None:
+        if not self.bar.disable:
+            listeners.append(self)
+
+    def __exit__(self, *problem: object) -> None:
+        if self in listeners:
+            listeners.remove(self)
+
+    def enter(self, name: str, block: int | None) -> None:
+        if block is not None and time.monotonic() - self.shown_at > 0.5:
+            self.shown_at = time.monotonic()
+            self.bar.set_postfix_str(f"{name}, block {block + 1} of {self.blocks}")
+
+    def leave(self) -> None:
+        """A phase ended."""
+
+    def label(self, category: str, tensor: object) -> None:
+        """A tensor was made."""
 
 
 def progress_bar(total: int | None, wanted: bool) -> Any:

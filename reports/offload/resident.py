@@ -70,16 +70,12 @@ def main() -> None:
             for depth in DEPTHS:
                 with tempfile.TemporaryDirectory() as folder:
                     call = [sys.executable, __file__, kind, optimizer, str(depth), folder]
-                    ran = subprocess.run(call, capture_output=True, text=True, check=True, env={**os.environ, **MALLOC})
+                    ran = subprocess.run(call, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
                 rows.append(ran.stdout.strip().splitlines()[-1].split(","))
                 print(*rows[-1])
                 with Path(__file__).with_name("resident.csv").open("w", newline="") as file:
                     csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
-
-# glibc's malloc then gives freed memory back to the system
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1",
-          "OMP_NUM_THREADS": "1"}
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
