@@ -138,6 +138,27 @@ def resident() -> None:
     show(["", "optimizer", *head, "read, most layers", "written"], rows)
 
 
+def large() -> None:
+    """Training of networks that do not fit into memory: a row a batch."""
+    table = pd.read_csv(REPORTS / "offload" / "large.csv")
+    head = ["weights, GiB", "memory, GiB", "layers", "batch number", "s", "read, GiB", "written, GiB",
+            "process's own memory, MiB", "loss"]
+    names = ["weights_gib", "limit_gib", "layers", "step", "seconds", "read_gib", "written_gib", "peak_anonymous_mib", "loss"]
+    digits = [1, 1, 0, 0, 0, 1, 1, 0, 3]
+    show(head, [[f"{value:.{n}f}" for value, n in zip(row, digits)] for row in table[names].to_numpy()])
+
+
+def speed() -> None:
+    """The time of a step with weights on the disk beside that in memory, against the batch."""
+    table = pd.read_csv(REPORTS / "offload" / "speed.csv")
+    names = {"batch": "batch", "in_memory_s": "in memory, s", "offloaded_s": "offloaded, s",
+             "committed_each_step_s": "committed each step, s", "disk_read_gib_s": "disk reads, GiB/s",
+             "disk_write_gib_s": "writes", "disk_alone_s": "disk alone, s", "offloaded_over_memory": "over memory",
+             "offloaded_over_larger": "over the larger"}
+    rows = [[f"{v:.2f}" if name != "batch" else f"{v:.0f}" for name, v in zip(names, row)] for row in table[list(names)].to_numpy()]
+    show(list(names.values()), rows)
+
+
 def claims() -> None:
     """The abstract's four claims and what the tables have of each."""
     table = paper.claims(paper.load(REPORTS / "paper")).drop(columns="figure")

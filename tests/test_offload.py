@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -34,7 +36,7 @@ from memdfa_lab.core.rules import MemDFA
 from memdfa_lab.core.seeds import mix
 from memdfa_lab.core.store import TEACH
 from memdfa_lab.core.watcher import has_data
-from memdfa_lab.lab import models, tensor_files
+from memdfa_lab.lab import models, tensor_files, terminal
 from memdfa_lab.lab.check import check
 from memdfa_lab.lab.evaluation import predict
 from memdfa_lab.lab.fit import fit
@@ -586,7 +588,10 @@ def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_
         text = capsys.readouterr()
         return text.err if status else text.out
 
-    assert "and begins" in run("--epochs", "1")
+    begun = run("--epochs", "1")
+    takes = 2 * sum(4 * p.numel() for p in models.build("784-[8]x2-10").parameters()) / 2**10
+    found = re.search(r"and begins; it takes about ([\d.]+) KiB; free there: \S+ GiB", begun)
+    assert takes <= float(found[1]) < 1.2 * takes, begun  # with B
     assert "goes on from step 4;" in run("--epochs", "2", "--commit-every", "1")
     for more in (["--rule", "all"], ["--overwrite"]):
         assert "--offload is for --rule memdfa in one process" in run("--epochs", "2", *more)
@@ -622,6 +627,21 @@ def test_a_prediction_counts_what_comes_in_as_a_measured_step_does(net, optimize
 def test_a_step_that_reads_ahead_is_not_counted(tmp_path):
     with opened(tmp_path)[0] as store, refuses(ValueError, "ahead=0"):
         measure(store._network().rule, torch.ones(3, 8), torch.arange(3))
+
+
+def test_a_long_step_says_which_block_it_is_at(monkeypatch):
+    shown: list[str] = []
+    bar = SimpleNamespace(disable=False, set_postfix_str=shown.append)
+    rule = make_rule("memdfa", MLP)
+    monkeypatch.setattr(terminal.time, "monotonic", itertools.count().__next__)
+    with terminal.BlockShown(bar, len(rule.chain)):
+        rule.step(MLP.x, MLP.y)
+    rule.step(MLP.x, MLP.y)
+    n = len(rule.chain)
+    for name in ("forward", "local gradient"):
+        assert [text for text in shown if text.startswith(name)] == [
+            f"{name}, block {i} of {n}" for i in range(1, n + 1)
+        ]
 
 
 # ------------------------------------------------------------------------------------------------- one sweep a step

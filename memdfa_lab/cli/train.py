@@ -18,8 +18,9 @@ from memdfa_lab.cli.command import (
     named_network,
 )
 from memdfa_lab.lab import distributed, experiments
-from memdfa_lab.lab.offload import Disk
+from memdfa_lab.lab.offload import Disk, Host
 from memdfa_lab.lab.settings import RunSettings
+from memdfa_lab.memory.trace import readable
 
 NAMES = [name for name in RunSettings.model_fields if name != "rule"]
 
@@ -73,7 +74,7 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
     how = {"overwrite": options.overwrite, "group": group, "sync_batchnorm": options.sync_batchnorm}
     rows = []
     for run in runs:
-        with nullcontext() if options.offload is None else _store(options) as store:
+        with nullcontext() if options.offload is None else _store(options, run) as store:
             more = how if store is None else how | {"offload": store}
             _, history = experiments.train(data=data, folder=out / run.rule, **dict(run), **more)
         rows.append({"rule": run.rule, **history.table.iloc[-1], "seconds": history.table["seconds"].sum()})
@@ -82,8 +83,12 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
         print(f"histories and checkpoints are in {out}/")
 
 
-def _store(options: argparse.Namespace) -> Disk:
+def _store(options: argparse.Namespace, run: RunSettings) -> Disk:
     store = Disk(options.offload, commit_every=options.commit_every or None)
+    run, elsewhere = run.completed(), Host("cpu", ahead=0)
+    trace = experiments.profile("memdfa", run.network, 2, str(run.optimizer), run.feedback, offload=elsewhere)
+    takes = trace.offloaded_bytes * (2 if options.commit_every else 1)  # B is there once
     where = f"goes on from step {store.steps}" if store.steps else "begins"
-    print(f"{options.network} rests in {options.offload}/, and {where}; free there: {store.free_bytes / 2**30:.1f} GiB")
+    disk = f"takes about {readable(takes)}; free there: {readable(store.free_bytes)}"
+    print(f"{options.network} rests in {options.offload}/, and {where}; it {disk}")
     return store

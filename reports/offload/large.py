@@ -79,7 +79,7 @@ def main() -> None:
     with ml.offload.Disk(options.folder / "network", commit_every=None) as store:
         blocks = store.build(make)
         print(f"built in {time.perf_counter() - began:.0f} s: {weights / 2**30:.2f} GiB in {layers} layers", flush=True)
-        rule = ml.MemDFA(blocks, partial(torch.optim.SGD, lr=0.01), feedback=ml.feedback.Regenerated(), offload=store)
+        rule = ml.MemDFA(blocks, partial(torch.optim.SGD, lr=1e-6), feedback=ml.feedback.Regenerated(), offload=store)
         torch.manual_seed(0)
         x, y = torch.randn(BATCH, options.width), torch.arange(BATCH) % 10
         moved, now, anonymous = io(), time.perf_counter(), 0
