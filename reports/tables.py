@@ -151,7 +151,7 @@ def large() -> None:
 def speed() -> None:
     """The time of a step with weights on the disk beside that in memory, against the batch."""
     table = pd.read_csv(REPORTS / "offload" / "speed.csv")
-    names = {"batch": "batch", "in_memory_s": "in memory, s", "offloaded_s": "offloaded, s",
+    names = {"batch": "batch", "in_memory_s": "in memory, s", "in_memory_sweep_s": "by a sweep, s", "offloaded_s": "offloaded, s",
              "committed_each_step_s": "committed each step, s", "disk_read_gib_s": "disk reads, GiB/s",
              "disk_write_gib_s": "writes", "disk_alone_s": "disk alone, s", "offloaded_over_memory": "over memory",
              "offloaded_over_larger": "over the larger"}

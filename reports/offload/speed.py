@@ -19,12 +19,12 @@ from pathlib import Path
 from large import disk_speed, in_cgroup
 
 WIDTH, LAYERS, STEPS, BATCHES = 2048, 128, 4, (16, 64, 256, 1024)
-COLUMNS = ("batch", "threads", "in_memory_s", "offloaded_s", "committed_each_step_s", "disk_read_gib_s",
+COLUMNS = ("batch", "threads", "in_memory_s", "in_memory_sweep_s", "offloaded_s", "committed_each_step_s", "disk_read_gib_s",
            "disk_write_gib_s", "disk_alone_s", "offloaded_over_memory", "offloaded_over_larger")
 
 
 def one(kind: str, batch: int, folder: str) -> None:
-    if kind != "memory":
+    if not kind.startswith("memory"):
         in_cgroup(2**30)
     import torch
 
@@ -32,17 +32,18 @@ def one(kind: str, batch: int, folder: str) -> None:
 
     make, factory = partial(ml.models.mlp, WIDTH, [WIDTH] * (LAYERS - 1), 10), partial(torch.optim.SGD, lr=1e-6)
     how, B = {}, ml.feedback.Regenerated()
-    if kind == "memory":
+    if kind.startswith("memory"):
         model = make()
     else:
         how["offload"] = ml.offload.Disk(folder, commit_every=1 if kind == "committed" else None)
         model = how["offload"].build(make)
     rule = ml.MemDFA(model, factory, feedback=B, **how)
     x, y, times, now = torch.randn(batch, WIDTH), torch.arange(batch) % 10, [], time.perf_counter()
-    for _ in rule.sweep((x, y) for _ in range(STEPS)) if how else (rule.step(x, y) for _ in range(STEPS)):
+    sweeps = kind != "memory"
+    for _ in rule.sweep((x, y) for _ in range(STEPS)) if sweeps else (rule.step(x, y) for _ in range(STEPS)):
         times.append(time.perf_counter() - now)
         now = time.perf_counter()
-    print(statistics.median(times[1:-1] if how else times[1:]))  # in the last one no batch follows
+    print(statistics.median(times[1:-1] if sweeps else times[1:]))  # in the last one no batch follows
 
 
 def main(folder: Path) -> None:
@@ -51,7 +52,7 @@ def main(folder: Path) -> None:
         folder.mkdir()
         reads, writes = disk_speed(folder)
         seconds = []
-        for kind in ("memory", "offloaded", "committed"):
+        for kind in ("memory", "memory sweep", "offloaded", "committed"):
             call = [sys.executable, __file__, kind, str(batch), str(folder / kind)]
             ran = subprocess.run(call, capture_output=True, text=True, check=True)
             seconds.append(float(ran.stdout))
@@ -59,7 +60,7 @@ def main(folder: Path) -> None:
         shutil.rmtree(folder)
         weights = 4 * WIDTH * (WIDTH + 1) * LAYERS
         disk = weights / reads + weights / writes
-        ratios = seconds[1] / seconds[0], seconds[1] / max(disk, seconds[0])
+        ratios = seconds[2] / seconds[0], seconds[2] / max(disk, seconds[0])
         numbers = *seconds, reads / 2**30, writes / 2**30, disk, *ratios
         rows.append([batch, threads, *(f"{number:.3f}" for number in numbers)])
         print(*rows[-1], flush=True)
