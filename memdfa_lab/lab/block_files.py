@@ -28,7 +28,7 @@ from memdfa_lab.lab.files import locked, write_text, write_whole
 from memdfa_lab.lab.resting import FEEDBACK
 
 MANIFEST, FORMAT = "network.json", 1
-GIVE_BACK_EACH = 2**28  # bytes that were read
+GIVE_BACK_EACH = 2**26  # bytes that were read
 MOST_WAITING = 2  # to be written: they are in memory
 T = TypeVar("T")
 Wanted = Callable[[str], bool]
