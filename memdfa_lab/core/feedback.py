@@ -67,7 +67,7 @@ class Learned(Stored):
         """Move B_i along e^T h_i, from the error e (N, C) and block i's output h (N, ...), over all ranks."""
         key = ("block", i)
         B = self.matrices[key]
-        optimizer = self._optimizer_of(key)
+        optimizer = self.optimizer_of(key)
         with phase("learn B", i), torch.no_grad():
             B.grad = label("feedback", torch.empty_like(B))
             dim = self.class_dim(e.shape, h.shape)
@@ -88,22 +88,29 @@ class Learned(Stored):
         """Return B and what its optimizers keep."""
         return [*super().tensors(), *optimizer_tensors([*self.optimizers.values()])]
 
+    def settings(self) -> dict[str, Any]:
+        """Return what tells this feedback from others, without its matrices."""
+        return {**super().settings(), "lr": self.lr, "optimizer": _name(self._make), "decay": self.decay}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what it takes to go on with the same matrices elsewhere."""
-        states = {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()}
-        return {**super().state_dict(), "lr": self.lr, "decay": self.decay, "optimizers": states}
+        """Return what it takes to go on with the same matrices elsewhere; tensors are not copied."""
+        states = {key: optimizer.state_dict()["state"] for key, optimizer in self.optimizers.items()}
+        return {**super().state_dict(), "states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over settings, copies of the matrices, and their optimizers' state."""
         super().load_state_dict(state)
         self.lr, self.decay, self.optimizers = state["lr"], state["decay"], {}
-        for key, saved in state["optimizers"].items():
-            self._optimizer_of(key).load_state_dict(copy.deepcopy(saved))
+        for key, saved in state["states"].items():
+            optimizer = self.optimizer_of(key)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(saved)})
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, lr={self.lr}, optimizer={_name(self._make)}, decay={self.decay})"
+        own = {name: value for name, value in self.settings().items() if name in ("lr", "optimizer", "decay")}
+        return f"{super().__repr__()[:-1]}, {', '.join(f'{name}={value}' for name, value in own.items())})"
 
-    def _optimizer_of(self, key: Key) -> torch.optim.Optimizer:
+    def optimizer_of(self, key: Key) -> torch.optim.Optimizer:
+        """Return the optimizer of a matrix that is there."""
         if key not in self.optimizers:
             self.optimizers[key] = self._make([self.matrices[key]], lr=self.lr, weight_decay=self.decay)
         return self.optimizers[key]

@@ -151,10 +151,14 @@ class Feedback(ABC):
         """Return a family of the same matrices that forms none of them twice, for several uses of one."""
         return self
 
+    def settings(self) -> dict[str, Any]:
+        """Return what tells this feedback from others, without its matrices."""
+        names = ("seed", "distribution", "scale", "positions", "grid")
+        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to have the same matrices elsewhere."""
-        settings = {name: getattr(self, name) for name in ("seed", "distribution", "scale", "positions", "grid")}
-        return {"kind": type(self).__name__, **settings, "matrices": dict(self.matrices)}
+        return {**self.settings(), "matrices": dict(self.matrices)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the settings and copies of the matrices. Raises ValueError if the state is of another kind."""

@@ -228,6 +228,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
             if self.clip_global_norm is None or self._norm is not None:
                 self.group.start_sum(self.parameters[i], partial(self.update, i))
             if self.feedback.learns and i < len(self.chain) - 1:
+                self.group.finish_sum()
                 self.feedback.learn(i, e, block.output(), self.group)
         if i == len(self.chain) - 1:
             self.group.finish_sum()
