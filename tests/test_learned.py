@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from problems import BY_NAME, OPTIMIZERS, make_rule, params, record, rotated
@@ -137,6 +140,38 @@ def test_offloaded_it_is_as_in_memory(problem, ahead, tmp_path):
                 if key in twin.feedback.matrices:
                     assert torch.equal(rule.feedback.matrices[key], twin.feedback.matrices[key])
         assert all(map(torch.equal, losses, wanted[0].losses))
+
+
+def test_angles_leave_b_and_its_optimizer_as_they_are():
+    problem = BY_NAME["conv_pool"]
+    rule, twin = (make_rule("memdfa", problem, SGD, learned()) for _ in range(2))
+    before = trained(rule, problem, 2)
+    for measure in (ml.alignment.angles, ml.alignment.responses, ml.check):
+        measure(rule, problem.x, problem.y)
+    ml.alignment.feedback_angles(rule, problem.x)
+    assert all(map(torch.equal, before[1], rule.feedback.tensors()))
+    assert_same(trained(rule, problem), (trained(twin, problem, 2), trained(twin, problem))[1])
+
+
+def test_b_comes_to_agree_with_what_it_stands_for_and_linear_blocks_have_it_exactly():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 4))
+    x, teacher = torch.randn(64, 8), torch.randn(8, 4)
+    y = (x @ teacher).argmax(1)
+    rule = MemDFA(
+        net, partial(torch.optim.SGD, lr=0.2), feedback=Learned(3, lr=0.2, optimizer=torch.optim.SGD, decay=0.01)
+    )
+    start = ml.alignment.feedback_angles(rule, x)
+    for _ in range(300):
+        rule.step(x, y)
+    end = ml.alignment.feedback_angles(rule, x)
+    W = (net[2].weight @ net[1].weight).detach()
+    B = rule.feedback.matrices["block", 0].t()
+    cosine = nn.functional.cosine_similarity(B.flatten(), W.flatten(), 0)
+    assert math.degrees(math.acos(cosine)) == pytest.approx(end[0], abs=0.01)
+    assert end[1] < 45 < min(start[:2])
+    assert end[0] < start[0] - 20
+    assert math.isnan(end[2])
 
 
 def test_what_does_not_fit_is_refused_in_a_line():

@@ -135,7 +135,7 @@ class RunSettings(Checked):
     scale: Positive = Field(1.0, description="multiplies the random matrices")
     feedback_lr: Positive | None = Field(
         None,
-        description="DFA and MEM-DFA: learn the stored matrices, with Adam at this rate; default: they are fixed",
+        description="DFA and MEM-DFA: keep the matrices and learn them, with Adam at this rate; default: fixed",
         exclude_if=operator.not_,
     )
     clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; default: no clipping")
@@ -155,8 +155,10 @@ class RunSettings(Checked):
 
     @model_validator(mode="after")
     def _learned(self) -> Self:
-        if self.feedback_lr is not None and (self.feedback != "stored" or self.rule not in ("dfa", "memdfa")):
-            raise ValueError("feedback_lr is for stored feedback of DFA and MEM-DFA: leave it out, or change these")
+        if self.feedback_lr is not None and self.rule not in ("dfa", "memdfa"):
+            raise ValueError(
+                f"feedback_lr is for DFA and MEM-DFA, whose B can learn, not for {self.rule}: leave it out"
+            )
         return self
 
     def completed(self) -> Self:
