@@ -73,8 +73,9 @@ def outcome(rule, **more):
     return {"state": state, **more}
 
 
-def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, **options):
+def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, B_lr=None, **options):
     """Learn from batches of these sizes, this rank's part of each, with BatchNorm's statistics over all if `sync`."""
+    options |= {"feedback": ml.feedback.Learned(lr=B_lr)} if B_lr else {}
     options |= {"clip_norm": 0.3} if optimizer == "clipped" else {}
     trained = learner(group, rule, NETS[net], OPTIMIZERS[optimizer], dtype, sync=sync, **options)
     losses = []
@@ -335,6 +336,13 @@ for rule, optimizer in zip(ml.BASELINES, ["adamw", "sgd", "clipped", "adamw"], s
     EQUAL[rule] = {"rule": rule, "optimizer": optimizer, "net": "mlp", "sizes": [12, 13]}
 # 2 images on rank 0 outweigh the filters, 1 on rank 1 does not: their gradients come in two layouts.
 EQUAL["layouts"] = {"rule": "dfa", "optimizer": "sgd", "net": "conv", "sizes": [3, 5], "dtype": torch.float32}
+EQUAL["learned B"] = {
+    "rule": "memdfa",
+    "optimizer": "adamw",
+    "net": "conv_batchnorm",
+    "sizes": [12, 13, 1],
+    "B_lr": 0.01,
+}
 EQUAL["some kept"] = {"rule": "memdfa", "optimizer": "adamw", "net": "mlp", "sizes": [12, 13], "keep_bytes": 3000}
 
 

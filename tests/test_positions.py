@@ -268,7 +268,7 @@ def test_a_large_b_is_warned_of_before_it_is_drawn(net, storage, grid, monkeypat
     verb = "draws in every step" if storage == "regenerated" else "draws once and keeps"
     said = [f"B has {numbers:,} numbers", f"which {type(STORAGES[storage]()).__name__} {verb}", "grid=4 has"]
     for large, warned in ((4 * numbers - 1, True), (4 * numbers, False)):
-        monkeypatch.setattr("memdfa_lab.core.feedback.LARGE_BYTES", large)
+        monkeypatch.setattr("memdfa_lab.core.matrices.LARGE_BYTES", large)
         rule = coarse(net, "memdfa", storage, grid)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -16,7 +16,7 @@ OTHERS = {
     "drop_last": True, "augment": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce",
     "feedback": "shared",
     "distribution": "normal", "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
-    "clip_global_norm": 2.0, "precision": "bfloat16", "pass1": "int8",
+    "clip_global_norm": 2.0, "precision": "bfloat16", "pass1": "int8", "feedback_lr": 0.01,
 }  # fmt: skip
 
 

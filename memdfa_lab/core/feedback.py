@@ -1,188 +1,21 @@
-"""The fixed random matrices B that carry the error to a block in place of the transposed weights.
-
-DFA and MEM-DFA (Nøkland 2016; Chu et al. 2020): B_i has shape (C, n_i), C the size of the error and n_i that of the
-block's output, both flattened in logical order; the signal is e B_i, (N, C) @ (C, n_i). Where e and the output have the
-same positions, as words (N, T, V) and (N, T, d) or pixels (N, V, H, W) and (N, d, H, W) do, B_i is (V, d), the same at
-all of them. FA (Lillicrap et al. 2016): one B a weight, of the weight's own shape.
-
-A matrix depends on the seed and its key alone. It is drawn in float32 on the CPU by a generator of its own, then moved,
-so it is the same for every rule, kind of feedback and device, whatever the global generator has done before.
-"""
+"""The kinds of feedback: matrices that are kept, drawn again, shared by all blocks, or learned."""
 
 import copy
 import math
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memdfa_lab.core.checks import check_int, check_number, lookup
+from memdfa_lab.core.checks import check_number
 from memdfa_lab.core.distributions import DISTRIBUTIONS as DISTRIBUTIONS
-from memdfa_lab.core.distributions import seconds_a_number
-from memdfa_lab.core.phases import label
-from memdfa_lab.core.seeds import LARGEST_SEED, mix
-
-Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
-KEY_NUMBERS = {"block": 0, "weight": 1}
-POSITIONS = ("shared", "classes first", "classes last", "dense")
-LARGE_BYTES = 2**30  # of B: more is warned of
-
-
-class Feedback(ABC):
-    """A family of fixed random matrices.
-
-    `seed` determines them, `distribution` is one of DISTRIBUTIONS, `scale` multiplies them. Subclasses differ in what
-    they keep between uses, not in the matrices (except for `Shared`).
-
-    `positions`: with "shared", B_i is (V, d) for logits (N, V, ...) and a block's output (N, d, ...) that agree from
-    dimension 2 on, and for (N, ..., V) and (N, ..., d) that agree up to the last; "classes first" and "classes last"
-    allow one of the two, for networks whose shapes allow both. Other blocks have a dense B_i, of all their outputs by
-    all of e; with "dense", every block has.
-
-    `grid`: such a block has a B_i of fewer columns, for a grid of so many positions along each dimension of images
-    (N, d, H, W) and words (N, T, d), (C, d grid grid) and (C, d grid): the signal is formed there, and interpolated.
-    With 1 it is the same at all positions. "classes first" and "classes last" say so of d, too. A block that ends in
-    nn.Flatten has no positions.
-
-    Raises ValueError for an unknown distribution or name of positions, a seed that is not a whole number from 0 to
-    2**64 - 1, a scale that is not a finite positive number, or a grid below 1.
-    """
-
-    slices: ClassVar[bool] = False  # whether a block's matrix is a part of another
-
-    def __init__(
-        self,
-        seed: int = 0,
-        distribution: str = "he_normal",
-        scale: float = 1.0,
-        positions: str = POSITIONS[0],
-        grid: int | None = None,
-    ):
-        lookup("distribution", distribution, DISTRIBUTIONS)
-        if self.slices and distribution == "orthogonal":
-            raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
-        lookup("positions", positions, dict.fromkeys(POSITIONS))
-        check_number("scale", scale, or_more=False)
-        self.seed, self.distribution, self.scale = check_int("seed", seed, 0, LARGEST_SEED), distribution, float(scale)
-        self.positions, self.grid = positions, grid if grid is None else check_int("grid", grid)
-        self.matrices: dict[Key, Tensor] = {}
-
-    def class_dim(self, logits: Sequence[int], *outputs: Sequence[int]) -> int | None:
-        """Return the dimension of the classes, 1 or -1, if the others are positions that a block's output has, too.
-
-        Given are the shapes of the logits and of one output or more; None if no output shares the positions, or B is
-        dense. Raises ValueError if both dimensions may be meant.
-        """
-        if self.positions == "dense" or len(logits) < 3:
-            return None
-        alike = [output for output in outputs if len(output) == len(logits)]
-        first = self.positions != "classes last" and any(output[2:] == logits[2:] for output in alike)
-        last = self.positions != "classes first" and any(output[1:-1] == logits[1:-1] for output in alike)
-        if first and last:
-            shapes = " and ".join(str(tuple(output)) for output in alike)
-            raise ValueError(
-                f"beside the outputs {shapes} of blocks, the classes may be dimension 1 of the logits {tuple(logits)}, "
-                "or the last: say which, as in "
-                'feedback=ml.feedback.Stored(positions="classes first") or "classes last"; no weight was changed'
-            )
-        return 1 if first else -1 if last else None
-
-    def on_grid(self, output: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        """Return the dimension of the units in a block's output, and how many positions B_i has along each other."""
-        if self.grid is None or not 2 < len(output) < 6:
-            return 1, tuple(output[2:])
-        last = self.positions == "classes last" or (len(output) == 3 and self.positions != "classes first")
-        return -1 if last else 1, tuple(min(self.grid, size) for size in (output[1:-1] if last else output[2:]))
-
-    def matrix_shapes(self, logits: Sequence[int], *outputs: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the shapes of the matrices for blocks with these outputs, without drawing one."""
-        shapes = []
-        for out in outputs:
-            dim, (units, positions) = self.class_dim(logits, out), self.on_grid(out)
-            dense = math.prod(logits[1:]), math.prod([out[units] if len(out) > 1 else 1, *positions])
-            shapes.append(dense if dim is None else (logits[dim], out[dim]))
-        return shapes
-
-    def check(self, logits: Sequence[int], *outputs: Sequence[int]) -> None:
-        """Warn if the matrices for these outputs will take more than 1 GiB. Raises ValueError as `class_dim` does."""
-        self.class_dim(logits, *outputs)
-        coarse, again = copy.copy(self), isinstance(self, Regenerated)
-        coarse.grid = min(4, self.grid or 4)
-        numbers, fewer = (sum(map(math.prod, one.matrix_shapes(logits, *outputs))) for one in (self, coarse))
-        if self.matrices or 4 * numbers <= LARGE_BYTES:
-            return
-        second = seconds_a_number(self.distribution, min(math.prod(logits[1:]), 1000))
-        size, less = (f"{n:,} numbers ({n / 2**28:.2f} GiB, about {n * second:.2g} s here)" for n in (numbers, fewer))
-        ways = [f"feedback with grid=4 has {less}"] if fewer < numbers else []
-        ways += ['positions="shared" has fewer where logits have positions'] if self.positions == "dense" else []
-        ways += ["Stored draws it once" if again else "Regenerated keeps none of it, and draws it in every step"]
-        kept = "draws in every step" if again else "draws once and keeps"
-        warnings.warn(f"B has {size}, which {type(self).__name__} {kept}: {'; '.join(ways)}", stacklevel=2)
-
-    def dense(self, i: int, error_size: int, output_size: int, like: Tensor) -> Tensor:
-        """Return B_i of DFA and MEM-DFA, shape (error_size, output_size), in the dtype and on the device of `like`.
-
-        The sizes are those of the whole error and output, or those at one position.
-        """
-        # Drawn transposed, one row an output, so that consecutive outputs are consecutive numbers of the generator.
-        return self._matrix(("block", i), (output_size, error_size), self._factor(error_size, output_size), like).t()
-
-    def columns(
-        self, i: int, parts: Sequence[slice], error_size: int, output_size: int, like: Tensor
-    ) -> Iterator[Tensor]:
-        """Yield B_i[:, part], shape (error_size, outputs of the part), for parts that follow one another."""
-        B = self.dense(i, error_size, output_size, like)
-        for part in parts:
-            yield B[:, part]
-
-    def weight(self, j: int, weight: Tensor) -> Tensor:
-        """Return FA's B for the network's j-th parameter, of its shape and dtype, on its device."""
-        fans = weight[0].numel(), weight.shape[0]
-        if weight.dim() == 2:  # dense: He's fan_in is the first dimension of W^T's stand-in, as in the authors' code
-            fans = fans[1], fans[0]
-        return self._matrix(("weight", j), tuple(weight.shape), self._factor(*fans), weight)
-
-    def reusable(self) -> "Feedback":
-        """Return a family of the same matrices that forms none of them twice, for several uses of one."""
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what it takes to have the same matrices elsewhere."""
-        settings = {name: getattr(self, name) for name in ("seed", "distribution", "scale", "positions", "grid")}
-        return {"kind": type(self).__name__, **settings, "matrices": dict(self.matrices)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the settings and copies of the matrices. Raises ValueError if the state is of another kind."""
-        kind, own = state["kind"], type(self).__name__
-        if kind != own:
-            raise ValueError(f"this state has {kind} feedback, not {own}: give the rule feedback=ml.feedback.{kind}()")
-        self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
-        self.positions, self.grid = state.get("positions", "dense"), state.get("grid")  # as all were before
-        self.matrices = {key: B.clone() for key, B in state["matrices"].items()}
-
-    def __repr__(self) -> str:
-        positions = "" if self.positions == POSITIONS[0] else f", positions={self.positions!r}"
-        positions += "" if self.grid is None else f", grid={self.grid}"
-        settings = f"seed={self.seed}, distribution={self.distribution!r}, scale={self.scale}{positions}"
-        return f"{type(self).__name__}({settings})"
-
-    @abstractmethod
-    def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
-        """Return the matrix of this key, `factor` times one of unit scale."""
-
-    def _factor(self, fan_in: int, fan_out: int) -> float:
-        return self.scale * DISTRIBUTIONS[self.distribution][1](fan_in, fan_out)
-
-    def _generator(self, key: Key) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(mix(self.seed, KEY_NUMBERS[key[0]], key[1]))
-
-    def _draw(self, generator: torch.Generator, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
-        unit = DISTRIBUTIONS[self.distribution][0]
-        B = unit(label("feedback", torch.empty(shape, dtype=torch.float32, device="cpu")), generator).mul_(factor)
-        return label("feedback", B.to(dtype=like.dtype, device=like.device))
+from memdfa_lab.core.group import Group
+from memdfa_lab.core.matrices import POSITIONS as POSITIONS
+from memdfa_lab.core.matrices import Feedback as Feedback
+from memdfa_lab.core.matrices import Key
+from memdfa_lab.core.phases import label, phase
+from memdfa_lab.core.state import optimizer_tensors
 
 
 class Stored(Feedback):
@@ -196,8 +29,97 @@ class Stored(Feedback):
         return self.matrices[key].to(dtype=like.dtype)
 
 
+class Learned(Stored):
+    """Stored matrices that learn as the weights do: direct Kolen-Pollack.
+
+    When block i has been taught, B_i goes down along e^T h_i, (C, N) @ (N, n_i), with an optimizer of its own. If the
+    blocks above were one linear layer h_i W^T, that would be the gradient of W, so that what B_i and W begin with fades
+    with `decay`, and they come to agree (Kolen and Pollack 1994; Akrout et al. 2019 for a weight a layer). DFA and
+    MEM-DFA alone use it. Between steps B and its optimizer's state stay in memory.
+
+    `lr` is B's learning rate; `optimizer` makes an optimizer from (parameters, lr=, weight_decay=), Adam if not given;
+    `decay` is its weight decay. Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises.
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        seed: int = 0,
+        distribution: str = "he_normal",
+        scale: float = 1.0,
+        positions: str = POSITIONS[0],
+        grid: int | None = None,
+        *,
+        lr: float,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        decay: float = 0.0,
+    ):
+        super().__init__(seed, distribution, scale, positions, grid)
+        if grid is not None:
+            raise ValueError("a signal on a grid is interpolated, and B on it is not learned: leave grid out")
+        check_number("lr", lr, or_more=False)
+        check_number("decay", decay)
+        self.lr, self.decay, self._make = lr, decay, optimizer
+        self.optimizers: dict[Key, torch.optim.Optimizer] = {}
+
+    def learn(self, i: int, e: Tensor, h: Tensor, group: Group) -> None:
+        """Move B_i along e^T h_i, from the error e (N, C) and block i's output h (N, ...), over all ranks."""
+        key = ("block", i)
+        B = self.matrices[key]
+        optimizer = self.optimizer_of(key)
+        with phase("learn B", i), torch.no_grad():
+            B.grad = label("feedback", torch.empty_like(B))
+            dim = self.class_dim(e.shape, h.shape)
+            if dim is not None:  # each position is an example
+                e, h = e.movedim(dim, -1).flatten(0, -2), h.movedim(dim, -1).flatten(0, -2)
+            e = e.reshape(len(e), -1).to(B.dtype)
+            units = B.grad.view(h.shape[1] if h.dim() > 1 else 1, -1, B.shape[1])  # the rest are positions
+            for start in range(0, len(units), max(1, len(units) // 4)):
+                part = slice(start, start + max(1, len(units) // 4))
+                some = h[:, part].reshape(len(h), -1).to(B.dtype) if h.dim() > 1 else h[:, None].to(B.dtype)
+                torch.mm(some.t(), e, out=units[part].view(-1, B.shape[1]))
+                del some
+            group.sum([B])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> list[Tensor]:
+        """Return B and what its optimizers keep."""
+        return [*super().tensors(), *optimizer_tensors([*self.optimizers.values()])]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what tells this feedback from others, without its matrices."""
+        return {**super().settings(), "lr": self.lr, "optimizer": _name(self._make), "decay": self.decay}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to go on with the same matrices elsewhere; tensors are not copied."""
+        states = {key: optimizer.state_dict()["state"] for key, optimizer in self.optimizers.items()}
+        return {**super().state_dict(), "states": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over settings, copies of the matrices, and their optimizers' state."""
+        super().load_state_dict(state)
+        self.lr, self.decay, self.optimizers = state["lr"], state["decay"], {}
+        for key, saved in state["states"].items():
+            optimizer = self.optimizer_of(key)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(saved)})
+
+    def __repr__(self) -> str:
+        own = {name: value for name, value in self.settings().items() if name in ("lr", "optimizer", "decay")}
+        return f"{super().__repr__()[:-1]}, {', '.join(f'{name}={value}' for name, value in own.items())})"
+
+    def optimizer_of(self, key: Key) -> torch.optim.Optimizer:
+        """Return the optimizer of a matrix that is there."""
+        if key not in self.optimizers:
+            self.optimizers[key] = self._make([self.matrices[key]], lr=self.lr, weight_decay=self.decay)
+        return self.optimizers[key]
+
+
 class Regenerated(Feedback):
     """Draw each matrix again at every use, some columns at a time: no memory between steps, the numbers of `Stored`."""
+
+    keeps = False
 
     def columns(
         self, i: int, parts: Sequence[slice], error_size: int, output_size: int, like: Tensor
@@ -247,3 +169,7 @@ KINDS: dict[str, type[Feedback]] = {"stored": Stored, "regenerated": Regenerated
 
 def _would_lose_bits(kept: Tensor, like: Tensor) -> bool:
     return torch.promote_types(kept.dtype, like.dtype) != kept.dtype
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -227,19 +227,19 @@ class Rule(Updates, precisions.InPrecision, ABC):
                 self._add_penalties(i)
             if self.clip_global_norm is None or self._norm is not None:
                 self.group.start_sum(self.parameters[i], partial(self.update, i))
+            if self.feedback.learns and i < len(self.chain) - 1:
+                self.group.finish_sum()
+                self.feedback.learn(i, e, block.output(), self.group)
         if i == len(self.chain) - 1:
             self.group.finish_sum()
         return block.output()
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Return what the rule keeps between steps, by the category under which the profilers count it."""
-        return {
-            "parameters": [*self.blocks.parameters(), *state.learning(self.loss_fn)],
-            "buffers": list(self.blocks.buffers()),
-            "optimizer state": state.optimizer_tensors([*self.optimizers, self.loss_optimizer]),
-            "feedback": list(self.feedback.matrices.values()),
-            "gradients": self.group.send_buffers,
-        }
+        found: dict[str, list[Tensor]] = {"parameters": [*self.blocks.parameters(), *state.learning(self.loss_fn)]}
+        found |= {"buffers": list(self.blocks.buffers()), "feedback": self.feedback.tensors()}
+        found["optimizer state"] = state.optimizer_tensors([*self.optimizers, self.loss_optimizer])
+        return {**found, "gradients": self.group.send_buffers}
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights and buffers, the state of each optimizer, and the feedback; tensors are not copied."""

@@ -51,6 +51,10 @@ class BP(Rule):
 class FA(Rule):
     """Feedback alignment: BP, with a fixed random B in place of each weight on the way back."""
 
+    def check(self) -> None:
+        if self.feedback.learns:
+            raise ValueError("B is learned where it teaches a block, by DFA and MEM-DFA: give FA Stored or Regenerated")
+
     def transport(self) -> FeedbackTransport:
         return FeedbackTransport(self.feedback, self.blocks)
 

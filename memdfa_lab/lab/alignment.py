@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.checks import check_batch, check_int, check_type, lookup
+from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.core.precision import first_pass
 from memdfa_lab.core.recompute import buffers_restored, forward_without_trace, generators_restored
 from memdfa_lab.core.rule import Rule
@@ -65,6 +66,33 @@ def error_angle(rule: Rule, x: Tensor, y: Tensor) -> float:
     with rule.autocast():
         passes = [forward_without_trace(rule.chain, x, narrow=narrow) for narrow in (first_pass(rule.pass1, x), None)]
     return _angle(*([rule.error_of(logits.float(), y)] for logits in passes))
+
+
+def feedback_angles(rule: Rule, x: Tensor) -> list[float]:
+    """Return the angle between B_i and what it stands for, in degrees (0 to 180), one a block.
+
+    That is the mean over x (N, ...) of dlogits/dh_i, the slopes of the logits by the block's output. Matrices that
+    learn come to agree with it. NaN for the last block, and where B_i is not dense. The rule is left as it is. Raises
+    TypeError if there is no rule.
+    """
+    check_type("rule", rule, Rule, RULE)
+    check_batch(x)
+    outputs = [x]
+    feedback = _fixed(rule.feedback).reusable()
+    with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
+        for block in rule.blocks:
+            outputs.append(run_block(block, outputs[-1]))
+            if outputs[-1].is_floating_point() and not outputs[-1].requires_grad:
+                outputs[-1].requires_grad_()
+        *hidden, logits = outputs[1:]
+        rows = [torch.autograd.grad(each.sum(), hidden, retain_graph=True) for each in logits.flatten(1).unbind(1)]
+    found = []
+    for i, (h, slopes) in enumerate(zip(hidden, zip(*rows, strict=True), strict=True)):
+        exact = torch.stack([slope.mean(0).flatten() for slope in slopes])
+        (shape,) = feedback.matrix_shapes(logits.shape, h.shape)
+        dense = shape == tuple(exact.shape)
+        found.append(_angle([feedback.dense(i, *shape, exact)], [exact]) if dense else float("nan"))
+    return [*found, float("nan")]
 
 
 def follow(
@@ -153,7 +181,7 @@ def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
     rule.follow_model()
     twin = _apart(rule)  # the same network
     twin.optimizers, twin.loss_optimizer = [None for _ in rule.optimizers], None
-    twin.feedback = _apart(rule.feedback)
+    twin.feedback = _fixed(rule.feedback)
     gradients = [(p, p.grad) for p in rule.blocks.parameters()]
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
         try:
@@ -161,6 +189,13 @@ def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
         finally:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def _fixed(feedback: Feedback) -> Any:
+    """Return the same matrices, which do not learn."""
+    twin: Any = _apart(feedback)
+    twin.learns = False
+    return twin
 
 
 def _apart(thing: T) -> T:
@@ -192,7 +227,7 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
     found, h = [], x
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
         twin = _apart(rule)
-        twin.feedback, twin.loss_optimizer = _apart(rule.feedback), None
+        twin.feedback, twin.loss_optimizer = _fixed(rule.feedback), None
         _, e = twin.error(forward_without_trace(rule.chain, x), y)
         for i, (block, weights) in enumerate(zip(rule.blocks, rule.parameters, strict=True)):
             out = run_block(block, h)

@@ -25,7 +25,7 @@ from torch import Tensor
 from memdfa_lab.core.checks import first_difference
 from memdfa_lab.lab import tensor_files
 from memdfa_lab.lab.files import locked, write_text, write_whole
-from memdfa_lab.lab.resting import FEEDBACK
+from memdfa_lab.lab.place import FEEDBACK
 
 MANIFEST, FORMAT = "network.json", 1
 GIVE_BACK_EACH = 2**26  # bytes that were read

@@ -159,7 +159,6 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> 
     dtypes of its state.
     """
     optimizer = next(optimizer for optimizer in rule.optimizers if optimizer is not None)
-    feedback = {name: value for name, value in rule.feedback.state_dict().items() if name != "matrices"}
     tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in rule.blocks.state_dict(keep_vars=True).items()]
     return {
         "rule": type(rule).__name__,
@@ -172,7 +171,7 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> 
         "clip_global_norm": rule.clip_global_norm,
         "precision": rule.precision,
         "pass1": str(rule.pass1),
-        "feedback": feedback,
+        "feedback": rule.feedback.settings(),
         "batch_size": f"{examples.batch_size}, drop_last" if examples.drop_last else examples.batch_size,
         "augment": without_addresses(examples.augment),
         "seed": examples.seed,

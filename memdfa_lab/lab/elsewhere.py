@@ -11,7 +11,8 @@ from memdfa_lab.core.checks import check_int, first_difference
 from memdfa_lab.core.seeds import LARGEST_SEED, mix
 from memdfa_lab.core.store import FORWARD, TEACH, Store
 from memdfa_lab.lab.deferred import Deferred, check_attributes
-from memdfa_lab.lab.resting import Place, Resting, Saved
+from memdfa_lab.lab.place import Place
+from memdfa_lab.lab.resting import Resting, Saved
 
 Values = Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]]  # of a block's tensors, by its number
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memdfa_lab.lab.resting import FEEDBACK
+from memdfa_lab.lab.place import FEEDBACK
 
 
 class HostMemory:

@@ -156,6 +156,5 @@ class Host(Elsewhere):
 
 def _facts(rule: Any) -> dict[str, Any]:
     """Return what must not change between the processes that train a network."""
-    feedback = {name: value for name, value in rule.feedback.state_dict().items() if name != "matrices"}
     kinds = sorted({type(optimizer).__name__ for optimizer in rule.optimizers if optimizer is not None})
-    return {"optimizer": ", ".join(kinds), "feedback": feedback}
+    return {"optimizer": ", ".join(kinds), "feedback": rule.feedback.settings()}

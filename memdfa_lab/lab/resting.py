@@ -4,9 +4,9 @@ A tensor that rests is the same object, of the same shape, and has no data.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,44 +18,15 @@ from memdfa_lab.core.state import optimizer_tensors
 from memdfa_lab.core.store import FORWARD, NORM, TEACH
 from memdfa_lab.core.watcher import empty_of_shape, unwatched
 from memdfa_lab.lab.checkpoints import without_addresses
+from memdfa_lab.lab.place import FEEDBACK, Coming, Place
 from memdfa_lab.lab.tensor_files import DTYPES, NAMES
 from memdfa_lab.memory.shapes import ShapesAlone
 
 WHERE = "this tensor rests in {}: only MemDFA(..., offload=store) and what is given that rule bring it in"
 OPTIMIZER = "optimizer."  # how the names of its state begin
-FEEDBACK = "feedback"  # the name of a block's B
+LEARNED = "learned."  # how the names of one that does begin, and of its optimizer's state
+KINDS = {OPTIMIZER: "optimizer state", LEARNED: "feedback"}
 ORDER = (FORWARD, NORM, TEACH)
-
-
-class Coming(Protocol):
-    """Tensors that are on their way into memory."""
-
-    def result(self) -> dict[str, Tensor]: ...
-
-
-class Place(Protocol):
-    """Where the tensors of blocks rest, by block and name; `str` of it says so in messages."""
-
-    device: str  # on which blocks compute
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether it has a network."""
-
-    def check(self, network: str) -> object:
-        """Raise ValueError if the network that is there is damaged, or another one."""
-
-    def write(self, i: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Take over the tensors and texts of block i."""
-
-    def write_feedback(self, i: int, B: Tensor) -> None:
-        """Take over B_i, which never changes."""
-
-    def header(self, i: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Return dtype and shape of each tensor of block i as it was when the network was last used, and its texts."""
-
-    def read(self, i: int, wanted: Callable[[str], bool], feedback: bool = False) -> Coming:
-        """Begin to read the tensors of block i whose names are wanted, and B_i as FEEDBACK."""
 
 
 class Resting:
@@ -91,6 +62,12 @@ class Resting:
         found = weights(i, self.chain[i])
         for k, state in self._states(i).items():
             found |= {f"{OPTIMIZER}{i}.{k}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        key = "block", i
+        if self.rule is not None and self.rule.feedback.learns and key in self.rule.feedback.matrices:
+            B = self.rule.feedback.matrices[key]
+            found[f"{LEARNED}{i}.B"] = B
+            kept = self.rule.feedback.optimizer_of(key).state.get(B, {})
+            found |= {f"{LEARNED}{i}.{name}": value for name, value in kept.items() if isinstance(value, Tensor)}
         return found
 
     def remember_state(self, rule: Any) -> None:
@@ -101,12 +78,20 @@ class Resting:
             parameters = list(self.chain[i].parameters())
             for k, values in json.loads(texts.get(OPTIMIZER, "{}")).items() if optimizer is not None else ():
                 optimizer.state[parameters[int(k)]].update(values)
-            for name, entry in entries.items() if optimizer is not None else ():
-                if name.startswith(OPTIMIZER):
+            for name, entry in entries.items():
+                if name.startswith(OPTIMIZER) and optimizer is not None:
                     k, key = name.removeprefix(f"{OPTIMIZER}{i}.").split(".", 1)
-                    like, shape = parameters[int(k)], torch.Size(entry["shape"])
-                    stride = like.stride() if like.shape == shape else torch.empty(shape, device="meta").stride()
-                    optimizer.state[like][key] = self._absent(shape, stride, DTYPES[entry["dtype"]])
+                    optimizer.state[parameters[int(k)]][key] = self._absent_as(entry, parameters[int(k)])
+            if f"{LEARNED}{i}.B" in entries:
+                learned = {
+                    name.removeprefix(f"{LEARNED}{i}."): entry
+                    for name, entry in entries.items()
+                    if name.startswith(LEARNED)
+                }
+                B = rule.feedback.matrices["block", i] = self._absent_as(learned.pop("B"))
+                rule.feedback.optimizer_of(("block", i)).state[B].update(
+                    {name: self._absent_as(entry, B) for name, entry in learned.items()}
+                )
 
     def state_bytes(self, rule: Any) -> int:
         """Return how many bytes the rule's optimizers will keep, by steps of theirs on shapes alone."""
@@ -129,8 +114,8 @@ class Resting:
         fetched = coming.result()
         for name, tensor in self.tensors(i).items():
             if name in fetched:
-                state, parameter = name.startswith(OPTIMIZER), isinstance(tensor, nn.Parameter)
-                kind = "optimizer state" if state else "parameters" if parameter else "buffers"
+                kind = next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "buffers")
+                kind = "parameters" if isinstance(tensor, nn.Parameter) else kind
                 value = label(kind, fetched.pop(name))
                 if value.stride() != tensor.stride():
                     value = label(kind, value.new_empty_strided(value.shape, tensor.stride()).copy_(value))
@@ -144,7 +129,8 @@ class Resting:
 
     def leave(self, i: int, use: str) -> None:
         """Write what this use has changed in block i, and take its data out of memory."""
-        matrices = self.rule.feedback.matrices if use != FORWARD and isinstance(self.rule.feedback, Stored) else {}
+        fixed = use != FORWARD and isinstance(self.rule.feedback, Stored) and not self.rule.feedback.learns
+        matrices = self.rule.feedback.matrices if fixed else {}
         B = matrices.get(("block", i))
         if use == TEACH:
             plain = {
@@ -181,9 +167,15 @@ class Resting:
 
     def _read(self, i: int, use: str) -> Coming:
         def wanted(name: str) -> bool:
-            return use == TEACH or not name.startswith(OPTIMIZER)
+            return use == TEACH or not name.startswith((OPTIMIZER, LEARNED)) or (use == NORM and name.endswith(".B"))
 
         return self.place.read(i, wanted, feedback=use != FORWARD and i in self._stored)
+
+    def _absent_as(self, entry: Mapping[str, Any], like: Tensor | None = None) -> Tensor:
+        """Return a tensor without data as a file says, laid out as one of the same shape."""
+        shape = torch.Size(entry["shape"])
+        alike = like if like is not None and like.shape == shape else torch.empty(shape, device="meta")
+        return self._absent(shape, alike.stride(), DTYPES[entry["dtype"]])
 
     def _absent(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self.place.device != "cpu":

@@ -133,6 +133,11 @@ class RunSettings(Checked):
     distribution: DistributionName | None = Field(None, description=f"of the random matrices; {OWN}")
     initialisation: InitialisationName | None = Field(None, description=f"of the weights; {OWN}")
     scale: Positive = Field(1.0, description="multiplies the random matrices")
+    feedback_lr: Positive | None = Field(
+        None,
+        description="DFA and MEM-DFA: keep the matrices and learn them, with Adam at this rate; default: fixed",
+        exclude_if=operator.not_,
+    )
     clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; default: no clipping")
     clip_global_norm: Positive | None = Field(
         None, description="largest norm of all gradients together; default: no clipping", exclude_if=operator.not_
@@ -147,6 +152,14 @@ class RunSettings(Checked):
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, feedback and the order of the data")
     device: str = Field("cpu", description="cpu or cuda")
+
+    @model_validator(mode="after")
+    def _learned(self) -> Self:
+        if self.feedback_lr is not None and self.rule not in ("dfa", "memdfa"):
+            raise ValueError(
+                f"feedback_lr is for DFA and MEM-DFA, whose B can learn, not for {self.rule}: leave it out"
+            )
+        return self
 
     def completed(self) -> Self:
         """Return the same with the network's own settings in place of None; baselines have those of BP.

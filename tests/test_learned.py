@@ -1,0 +1,186 @@
+"""B that learns (direct Kolen-Pollack): the numbers, and that all that rules can do goes on with it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from problems import BY_NAME, OPTIMIZERS, make_rule, params, record, rotated
+from reference import assert_identical, assert_same_training, refuses
+from torch import nn
+
+import memdfa_lab as ml
+from memdfa_lab.core.feedback import Learned
+from memdfa_lab.core.rules import DFA, MemDFA
+
+MLP, SGD, ADAMW = BY_NAME["mlp_relu"], OPTIMIZERS["sgd"], OPTIMIZERS["adamw"]
+KINDS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+
+
+def learned(optimizer: str = "adam", **more) -> Learned:
+    return Learned(3, lr=0.05, optimizer=KINDS[optimizer], **more)
+
+
+def trained(rule, problem, steps=4):
+    """Train, and return a record with B and its optimizers' state among the buffers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        losses = [rule.step(x, y) for x, y in problem.batches(steps)]
+    return record(losses, rule.blocks, rule.optimizers), [tensor.clone() for tensor in rule.feedback.tensors()]
+
+
+def assert_same(one, other) -> None:
+    assert_same_training(one[0], other[0])
+    assert len(one[1]) == len(other[1]) > 0
+    assert all(map(torch.equal, one[1], other[1]))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU())])
+@pytest.mark.parametrize("decay", [0, 0.1])
+def test_b_goes_down_along_the_product_of_error_and_output_after_it_has_made_the_signal(make, decay):
+    torch.manual_seed(0)
+    block = make()
+    x = torch.randn(5, 6) if isinstance(block, nn.Linear) else torch.randn(5, 2, 4, 4)
+    h = block(x).detach()
+    net = nn.Sequential(block, nn.Sequential(nn.Flatten(), nn.Linear(h[0].numel(), 3)))
+    y = torch.arange(5) % 3
+    feedback = Learned(3, lr=0.2, optimizer=torch.optim.SGD, decay=decay)
+    B = feedback.dense(0, 3, h[0].numel(), h).clone()
+    logits = net(x).detach().requires_grad_()
+    (e,) = torch.autograd.grad(nn.functional.cross_entropy(logits, y), logits)
+    (fixed := MemDFA(__import__("copy").deepcopy(net), SGD, feedback=ml.feedback.Stored(3))).step(x, y)
+    (rule := MemDFA(net, SGD, feedback=feedback)).step(x, y)
+    assert_identical(dict(rule.blocks.state_dict()), dict(fixed.blocks.state_dict()))  # of this step
+    expected = B - 0.2 * (e.t() @ h.flatten(1) + decay * B)
+    torch.testing.assert_close(feedback.matrices["block", 0].t(), expected, rtol=1e-5, atol=1e-7)
+
+
+@rotated("problem optimizer kind", params(), OPTIMIZERS, KINDS)
+def test_memdfa_is_dfa_bit_for_bit(problem, optimizer, kind):
+    rules = [make_rule(name, problem, optimizer, learned(kind)) for name in ("dfa", "memdfa")]
+    assert_same(*(trained(rule, problem) for rule in rules))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep_bytes": 2000}, {"clip_global_norm": 0.5}, {"precision": "bfloat16"}, {"pass1": "bfloat16"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_so_it_is_with_options_of_the_rule(options):
+    problem = BY_NAME["everything"]
+    same = {name: value for name, value in options.items() if name != "keep_bytes"}
+    dfa = DFA(problem.build(), ADAMW, feedback=learned(), **same)
+    memdfa = MemDFA(problem.build(), ADAMW, feedback=learned(), **options)
+    assert_same(trained(dfa, problem), trained(memdfa, problem))
+
+
+@pytest.mark.parametrize("name", ["mlp_relu", "everything", "linear_on_tokens"])
+def test_what_is_predicted_is_measured_to_the_byte(name):
+    problem = BY_NAME[name]
+    for kind in KINDS:
+        rule = MemDFA(problem.build(), SGD, problem.loss, learned(kind))
+        trace = ml.memory.measure(rule, problem.x, problem.y, warm_up=1)
+        predicted = ml.memory.predict(
+            "memdfa",
+            problem.build(),
+            problem.x.shape,
+            SGD,
+            learned(kind),
+            loss_fn=problem.loss,
+            y_dtype=torch.long,
+            y_shape=tuple(problem.y.shape),
+        )
+        assert trace.changes.tolist() == predicted.changes.tolist()
+        assert trace.resting_by_category == predicted.resting_by_category
+        B = sum(B.nbytes for B in rule.feedback.matrices.values())
+        state = 2 * B + 4 * len(rule.feedback.matrices) if kind == "adam" else 0
+        assert trace.resting_by_category["feedback"] == B + state
+
+
+@pytest.mark.parametrize("where", ["file", "disk"])
+def test_a_run_goes_on_where_it_stopped(where, tmp_path):
+    data = MLP.x.repeat(4, 1), MLP.y.repeat(4)
+
+    def fitted(epochs, folder, **more):
+        torch.manual_seed(0)
+        store = ml.offload.Disk(folder / "w") if where == "disk" else None
+        net = store.build(MLP.make) if store else MLP.build()
+        rule = MemDFA(net, ADAMW, feedback=learned(decay=0.1), **({"offload": store} if store else {}))
+        ml.fit(rule, data, epochs, 8, checkpoint=folder / ("w" if store else "run.pt"), progress=False)
+        if store is None:
+            return record([], rule.blocks, rule.optimizers), [t.clone() for t in rule.feedback.tensors()]
+        store.close()
+        return {path.name: path.read_bytes() for path in (folder / "w").glob("block*")}
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    whole = fitted(3, one)
+    fitted(1, two)
+    parts = fitted(3, two)
+    if where == "file":
+        assert_same(whole, parts)
+    else:  # whatever of a block's two files they are in
+        assert sorted(whole.values()) == sorted(parts.values())
+
+
+@rotated("problem ahead", params(), (0, 1, 2))
+def test_offloaded_it_is_as_in_memory(problem, ahead, tmp_path):
+    with ml.offload.Disk(tmp_path, ahead=ahead) as store:
+        rule, twin = (make_rule("memdfa", problem, SGD, learned(), **more) for more in ({"offload": store}, {}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            losses = list(rule.sweep(problem.batches(4)))
+        wanted = trained(twin, problem)
+        for i, block in enumerate(twin.chain):
+            with store.block(i, "teach"):
+                assert_identical(dict(rule.chain[i].state_dict()), dict(block.state_dict()))
+                key = ("block", i)
+                if key in twin.feedback.matrices:
+                    assert torch.equal(rule.feedback.matrices[key], twin.feedback.matrices[key])
+        assert all(map(torch.equal, losses, wanted[0].losses))
+
+
+def test_angles_leave_b_and_its_optimizer_as_they_are():
+    problem = BY_NAME["conv_pool"]
+    rule, twin = (make_rule("memdfa", problem, SGD, learned()) for _ in range(2))
+    before = trained(rule, problem, 2)
+    for measure in (ml.alignment.angles, ml.alignment.responses, ml.check):
+        measure(rule, problem.x, problem.y)
+    ml.alignment.feedback_angles(rule, problem.x)
+    assert all(map(torch.equal, before[1], rule.feedback.tensors()))
+    assert_same(trained(rule, problem), (trained(twin, problem, 2), trained(twin, problem))[1])
+
+
+def test_b_comes_to_agree_with_what_it_stands_for_and_linear_blocks_have_it_exactly():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 4))
+    x, teacher = torch.randn(64, 8), torch.randn(8, 4)
+    y = (x @ teacher).argmax(1)
+    rule = MemDFA(
+        net, partial(torch.optim.SGD, lr=0.2), feedback=Learned(3, lr=0.2, optimizer=torch.optim.SGD, decay=0.01)
+    )
+    start = ml.alignment.feedback_angles(rule, x)
+    for _ in range(300):
+        rule.step(x, y)
+    end = ml.alignment.feedback_angles(rule, x)
+    W = (net[2].weight @ net[1].weight).detach()
+    B = rule.feedback.matrices["block", 0].t()
+    cosine = nn.functional.cosine_similarity(B.flatten(), W.flatten(), 0)
+    assert math.degrees(math.acos(cosine)) == pytest.approx(end[0], abs=0.01)
+    assert end[1] < 45 < min(start[:2])
+    assert end[0] < start[0] - 20
+    assert math.isnan(end[2])
+
+
+def test_what_does_not_fit_is_refused_in_a_line():
+    with refuses(ValueError, "FA", "Stored"):
+        make_rule("fa", MLP, storage=learned())
+    with refuses(ValueError, "grid"):
+        learned(grid=2)
+    for wrong in ({"lr": 0}, {"lr": -1.0}, {"lr": 0.1, "decay": -1.0}):
+        with refuses(ValueError, next(reversed(wrong))):
+            Learned(**wrong)
+    with refuses(TypeError, "lr"):
+        Learned()
