@@ -93,6 +93,7 @@ OPTIONS: dict[str, Option] = {
     "last layer": Option("rule", {"rule": "last_layer"}),
     "stored B": Option("feedback", {"feedback": "stored"}, {}),
     "shared B": Option("feedback", {"feedback": "shared"}),
+    "learned B": Option("feedback", {"feedback": "learned"}),
     "keep_bytes": Option("keep", of_rule(keep_bytes=1500), {}),
     "offload": Option("offload", {"offload": True}, {}),
     "clip_norm": Option("clip", of_rule(clip_norm=0.05)),
@@ -146,6 +147,7 @@ def train(run: Run, group: Any = None) -> Tensor:
     y = (x[:, :5] + 0.3 * torch.randn(44, 5)).argmax(1)
     data = ml.datasets.Data("made", x[:34], y[:34], x[34:], y[34:], torch.zeros(1, 1, 1), 1.0, 5)
     kinds = {"stored": ml.feedback.Stored, "regenerated": ml.feedback.Regenerated, "shared": ml.feedback.Shared}
+    kinds["learned"] = partial(ml.feedback.Learned, lr=0.01)
     kind = {**ml.RULES, **ml.BASELINES}[run.rule]
 
     def made(folder: Path) -> ml.Rule:
