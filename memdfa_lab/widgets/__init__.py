@@ -13,7 +13,7 @@ from memdfa_lab.widgets.explored import Explored, explore
 from memdfa_lab.widgets.feedback import FeedbackExplorer, Matrix, feedback_explorer
 from memdfa_lab.widgets.memory import MemoryExplorer, memory_explorer
 from memdfa_lab.widgets.setting import ALL_RULES, FAMILIES, PRECISIONS, Setting
-from memdfa_lab.widgets.step import FilmSetting, StepPlayer, film, step_player
+from memdfa_lab.widgets.step import StepPlayer, film, step_player
 from memdfa_lab.widgets.training import LiveTraining, Race, RaceSetting, live_training
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "PRECISIONS",
     "Explored",
     "FeedbackExplorer",
-    "FilmSetting",
     "LiveTraining",
     "Matrix",
     "MemoryExplorer",

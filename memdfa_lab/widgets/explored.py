@@ -12,16 +12,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from memdfa_lab import figures, memory
-from memdfa_lab.core.feedback import KINDS
-from memdfa_lab.lab import models
-from memdfa_lab.lab.settings import OPTIMIZERS
+from memdfa_lab import figures
 from memdfa_lab.memory.deep import Chain
 from memdfa_lab.memory.sizing import largest
 from memdfa_lab.memory.trace import CATEGORIES, Trace, bytes_of, readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import table
-from memdfa_lab.widgets.setting import ALL_RULES, PRECISIONS, Setting
+from memdfa_lab.widgets.setting import ALL_RULES, Setting
 
 CURVE = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
 DEEPEST = 10_000  # hidden layers that are tried against the budget
@@ -87,18 +84,16 @@ class Explored:
         return {ALL_RULES[rule]: self._moments(trace) for rule, trace in self.traces.items()}
 
     def _moments(self, trace: Trace) -> pd.DataFrame:
-        totals, categories = trace.totals[1:], np.array([event.storage.category for event in trace.events])
+        totals = trace.totals[1:]
         edges = np.unique(np.linspace(0, len(totals), min(MOMENTS, len(totals)) + 1, dtype=int))
         fullest = [start + totals[start:stop].argmax() for start, stop in pairwise(edges)]
         # The fullest moment is in the same phase for every block; these go through all of them.
         anywhere = [start + i % (stop - start) for i, (start, stop) in enumerate(pairwise(edges))]
-        moments = pd.DataFrame({"phase": [trace.events[i].phase for i in anywhere]})
-        for name in CATEGORIES:
-            sizes = np.where(categories == name, trace.changes, 0).cumsum()[fullest]
-            sizes += trace.resting_by_category.get(name, 0) if self.setting.count_rest else 0
-            if sizes.any():
-                moments[name] = sizes
-        return moments
+        held = trace.by_category.iloc[fullest].reindex(columns=CATEGORIES, fill_value=0).reset_index(drop=True)
+        if self.setting.count_rest:
+            held += pd.Series(trace.resting_by_category).reindex(CATEGORIES, fill_value=0)
+        held.insert(0, "phase", [trace.events[i].phase for i in anywhere])
+        return held.loc[:, held.any()]
 
     def depth_figure(self) -> Figure:
         """Draw bytes against depth, a line a rule."""
@@ -160,16 +155,4 @@ def chain_of(rule: str, setting: Setting, batch: int | None = None) -> Chain:
 @lru_cache(maxsize=500)  # about 100 MB
 def _chain(setting: Setting) -> Chain:
     (rule,) = setting.rules
-
-    def predict(blocks: int) -> Trace:
-        def network() -> Any:
-            size: Any = setting.inputs if setting.family == "mlp" else setting.x_shape[1:]
-            widths = [setting.width] * (blocks - 1)
-            make: Any = {"mlp": models.mlp, "convnet": models.convnet}[setting.family]
-            net = make(size, widths, setting.classes, setting.activation, setting.batch_norm)
-            return net.to(PRECISIONS[setting.precision])
-
-        feedback = KINDS[setting.feedback]()
-        return memory.predict(rule, network, setting.x_shape, OPTIMIZERS[setting.optimizer], feedback)
-
-    return Chain(predict, segmented=rule.startswith("checkpoint"))
+    return Chain(lambda blocks: setting.predict(rule, blocks - 1), segmented=rule.startswith("checkpoint"))

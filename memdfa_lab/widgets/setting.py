@@ -1,16 +1,19 @@
-"""The limits of what a user chooses, and the memory explorer's setting."""
+"""The limits of what a user chooses, and the setting of a step that is predicted."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
+from torch import nn
 
-from memdfa_lab import figures
+from memdfa_lab import figures, memory
+from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
+from memdfa_lab.lab import models
 from memdfa_lab.lab.architectures import ACTIVATIONS
-from memdfa_lab.lab.settings import Checked, FeedbackName, NameOf, OptimizerName
-from memdfa_lab.memory.trace import bytes_of
+from memdfa_lab.lab.settings import OPTIMIZERS, Checked, FeedbackName, NameOf, OptimizerName
+from memdfa_lab.memory.trace import Trace, bytes_of
 from memdfa_lab.rivals import BASELINES
 
 ALL_RULES = {rule: figures.STYLES[rule][0] for rule in (*RULES, *BASELINES)}  # name -> label
@@ -77,6 +80,17 @@ class Setting(Checked):
     def x_shape(self) -> tuple[int, ...]:
         """Shape of a batch."""
         return self.batch, *(IMAGES[self.inputs] if self.family == "convnet" else (self.inputs,))
+
+    def predict(self, rule: str, depth: int) -> Trace:
+        """Return what a step of a rule holds in a network of this kind with `depth` hidden layers."""
+
+        def network() -> nn.Module:
+            make: Any = {"mlp": models.mlp, "convnet": models.convnet}[self.family]
+            size = self.inputs if self.family == "mlp" else self.x_shape[1:]
+            net = make(size, [self.width] * depth, self.classes, self.activation, self.batch_norm)
+            return net.to(PRECISIONS[self.precision])
+
+        return memory.predict(rule, network, self.x_shape, OPTIMIZERS[self.optimizer], KINDS[self.feedback]())
 
     @property
     def title(self) -> str:
