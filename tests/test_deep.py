@@ -148,6 +148,6 @@ def test_the_closed_form_says_the_same():
 def test_a_batch_norm_net_has_no_batch_of_one():
     norm = widgets.Setting(batch_norm=True, rules=("bp", "memdfa"), batch=2)
     for rule in norm.rules:
-        least = chain_of(rule, norm).held_bytes(33)
+        least = chain_of(rule, norm).trace(33).held_bytes
         for budget, batch in ((least, 2), (least - 1, 0)):
             assert widgets.explore(norm.changed(rules=(rule,), budget=f"{budget} B")).table["largest_batch"][0] == batch

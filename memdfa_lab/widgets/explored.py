@@ -40,7 +40,7 @@ class Explored:
         rows = [
             {"peak_bytes": trace.peak_bytes, **trace.peak_by_category, "resting_bytes": trace.resting_bytes}
             | {f"resting {name}": size for name, size in trace.resting_by_category.items()}
-            | {"held_bytes": trace.peak_bytes + trace.resting_bytes}
+            | {"held_bytes": trace.held_bytes}
             for trace in self.traces.values()
         ]
         at_rest = ["resting_bytes", *(f"resting {name}" for name in CATEGORIES)]
@@ -59,24 +59,22 @@ class Explored:
         One example or one layer more does not fit.
         """
         setting, budget = self.setting, bytes_of(self.setting.budget)
-
-        def held_bytes(batch: int) -> int:
-            return chain_of(rule, setting, batch).held_bytes(setting.depth + 1)
-
         if rule not in self.fitting:
-            deepest = largest(self.chains[rule].held_bytes, budget, 2, DEEPEST + 1) - 1
-            self.fitting[rule] = largest(held_bytes, budget, 2 if setting.batch_norm else 1), max(deepest, 0)
+            blocks = largest(lambda blocks: self.chains[rule].trace(blocks).held_bytes, budget, 2, DEEPEST + 1)
+            batch = largest(
+                lambda batch: chain_of(rule, setting, batch).trace(setting.depth + 1).held_bytes,
+                budget,
+                2 if setting.batch_norm else 1,
+            )
+            self.fitting[rule] = batch, max(blocks - 1, 0)
         return self.fitting[rule]
 
     @cached_property
     def curve(self) -> pd.DataFrame:
         """Bytes against depth: columns rule, depth and bytes."""
-        depths = sorted({*CURVE, self.setting.depth})
-        rows = [(rule, depth, self._bytes(chain, depth)) for rule, chain in self.chains.items() for depth in depths]
+        depths, size = sorted({*CURVE, self.setting.depth}), "held_bytes" if self.setting.count_rest else "peak_bytes"
+        rows = [(rule, n, getattr(chain.trace(n + 1), size)) for rule, chain in self.chains.items() for n in depths]
         return pd.DataFrame(rows, columns=["rule", "depth", "bytes"])
-
-    def _bytes(self, chain: Chain, depth: int) -> int:
-        return chain.held_bytes(depth + 1) if self.setting.count_rest else chain.trace(depth + 1).peak_bytes
 
     @cached_property
     def steps(self) -> dict[str, pd.DataFrame]:
