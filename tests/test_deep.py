@@ -13,7 +13,7 @@ from memdfa_lab import widgets
 from memdfa_lab.core.rules import ALL_RULES, find_rule
 from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.memory.sizing import largest
-from memdfa_lab.widgets.explored import chain_of
+from memdfa_lab.widgets.memory import chain_of
 from memdfa_lab.widgets.setting import PRECISIONS
 
 
