@@ -70,7 +70,7 @@ class Trace:
         """What `peak_bytes` is made of; the values sum to it."""
         sums = dict.fromkeys(CATEGORIES, 0)
         for event in self.events[: int(self.totals.argmax())]:
-            sums[event.storage.category] += event.change_bytes
+            sums[event.storage.category] = sums.get(event.storage.category, 0) + event.change_bytes
         return {name: value for name, value in sums.items() if value}
 
     @cached_property
