@@ -7,7 +7,6 @@ tests/test_deep.py compares with `predict`, event for event.
 
 import math
 from collections.abc import Callable
-from functools import cache
 from itertools import groupby, pairwise
 from operator import itemgetter
 
@@ -17,31 +16,23 @@ from memdfa_lab.memory.trace import Trace
 EACH = 4  # blocks in each segment of the shallow chain, of which the second is repeated
 
 
-class Chain:
-    """The steps of one rule in chains of any number of blocks, all alike but the first and the last.
+def deep_trace(predict: Callable[[int], Trace], blocks: int, segmented: bool = False) -> Trace:
+    """Return a rule's step in a chain of this many blocks, all alike but the first and the last.
 
     predict(blocks) predicts the step of a chain of so many blocks. `segmented`: the rule runs forward again in
-    round(sqrt(blocks)) segments.
+    round(sqrt(blocks)) segments. A repeated block's events are those of the shallow chain: the trace's blocks and
+    storages have its numbers.
     """
-
-    def __init__(self, predict: Callable[[int], Trace], segmented: bool = False):
-        self.predict, self.segmented = cache(predict), segmented
-
-    def trace(self, blocks: int) -> Trace:
-        """Return the step of a chain of this many blocks.
-
-        A repeated block's events are those of the shallow chain: the trace's blocks and storages have its numbers.
-        """
-        segments, shallow = (round(math.sqrt(blocks)), 3 * EACH) if self.segmented else (1, EACH)
-        sizes = [stop - start for start, stop in pairwise(blocks * k // segments for k in range(segments + 1))]
-        if min(sizes) < EACH - 1:
-            return self.predict(blocks)
-        trace, one_more = self.predict(shallow), self.predict(shallow + 1)
-        resting = {
-            name: value + (blocks - shallow) * (one_more.resting_by_category[name] - value)
-            for name, value in trace.resting_by_category.items()
-        }
-        return Trace(_repeated(trace.events, sizes), resting)
+    segments, shallow = (round(math.sqrt(blocks)), 3 * EACH) if segmented else (1, EACH)
+    sizes = [stop - start for start, stop in pairwise(blocks * k // segments for k in range(segments + 1))]
+    if min(sizes) < EACH - 1:
+        return predict(blocks)
+    trace, one_more = predict(shallow), predict(shallow + 1)
+    resting = {
+        name: value + (blocks - shallow) * (one_more.resting_by_category[name] - value)
+        for name, value in trace.resting_by_category.items()
+    }
+    return Trace(_repeated(trace.events, sizes), resting)
 
 
 def _repeated(events: list[Event], sizes: list[int]) -> list[Event]:

@@ -4,7 +4,7 @@ Nothing is trained and nothing is fitted: the numbers are those of `ml.memory.pr
 """
 
 import html
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from memdfa_lab import figures
-from memdfa_lab.memory.deep import Chain
+from memdfa_lab.memory.deep import deep_trace
 from memdfa_lab.memory.sizing import largest
 from memdfa_lab.memory.trace import CATEGORIES, Trace, bytes_of, readable
 from memdfa_lab.widgets import base
@@ -37,8 +37,7 @@ class Explored:
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.chains = {rule: chain_of(rule, setting) for rule in setting.rules}
-        self.traces = {rule: chain.trace(setting.depth + 1) for rule, chain in self.chains.items()}
+        self.traces = {rule: step_of(rule, setting, setting.depth) for rule in setting.rules}
         self.fitting: dict[str, tuple[int, int]] = {}  # rule -> what `fits` has returned
 
     @cached_property
@@ -57,7 +56,7 @@ class Explored:
     @property
     def table(self) -> pd.DataFrame:
         """The peaks, and what fits the budget, as `fits` returns it, in the columns largest_batch and deepest."""
-        found = [self.fits(rule) for rule in self.chains]
+        found = [self.fits(rule) for rule in self.traces]
         return self.peaks.assign(largest_batch=[batch for batch, _ in found], deepest=[depth for _, depth in found])
 
     def fits(self, rule: str) -> tuple[int, int]:
@@ -67,20 +66,17 @@ class Explored:
         """
         setting, budget = self.setting, bytes_of(self.setting.budget)
         if rule not in self.fitting:
-            blocks = largest(lambda blocks: self.chains[rule].trace(blocks).held_bytes, budget, 2, DEEPEST + 1)
-            batch = largest(
-                lambda batch: chain_of(rule, setting, batch).trace(setting.depth + 1).held_bytes,
-                budget,
-                2 if setting.batch_norm else 1,
-            )
-            self.fitting[rule] = batch, max(blocks - 1, 0)
+            least = 2 if setting.batch_norm else 1
+            batch = largest(lambda n: step_of(rule, setting, setting.depth, n).held_bytes, budget, least)
+            depth = largest(lambda n: step_of(rule, setting, n).held_bytes, budget, most=DEEPEST)
+            self.fitting[rule] = batch, depth
         return self.fitting[rule]
 
     @cached_property
     def curve(self) -> pd.DataFrame:
         """Bytes against depth: columns rule, depth and bytes."""
         depths, size = sorted({*CURVE, self.setting.depth}), "held_bytes" if self.setting.count_rest else "peak_bytes"
-        rows = [(rule, n, getattr(chain.trace(n + 1), size)) for rule, chain in self.chains.items() for n in depths]
+        rows = [(rule, n, getattr(step_of(rule, self.setting, n), size)) for rule in self.traces for n in depths]
         return pd.DataFrame(rows, columns=["rule", "depth", "bytes"])
 
     @cached_property
@@ -151,16 +147,10 @@ def explore(setting: Setting | None = None, **changes: Any) -> Explored:
     return Explored(base.start_from(Setting, setting, changes))
 
 
-def chain_of(rule: str, setting: Setting, batch: int | None = None) -> Chain:
-    """Return the steps of a rule in networks of this kind at any depth, at another batch size if given."""
-    other = {"depth": 1, "budget": "", "count_rest": False, "rules": (rule,), "batch": batch or setting.batch}
-    return _chain(setting.model_copy(update=other))  # not checked: the batch may be larger than a user chooses
-
-
-@lru_cache(maxsize=500)  # about 100 MB
-def _chain(setting: Setting) -> Chain:
-    (rule,) = setting.rules
-    return Chain(lambda blocks: setting.predict(rule, blocks - 1), segmented=rule.startswith("checkpoint"))
+def step_of(rule: str, setting: Setting, depth: int, batch: int | None = None) -> Trace:
+    """Return the step of a rule in a network of this kind at any depth, and at another batch size if given."""
+    own = setting.model_copy(update={"batch": batch or setting.batch})  # not checked, as in `Setting.predict`
+    return deep_trace(lambda blocks: own.predict(rule, blocks - 1), depth + 1, rule.startswith("checkpoint"))
 
 
 class MemoryExplorer(base.Explorer):

@@ -1,5 +1,6 @@
 """The limits of what a user chooses, and the setting of a step that is predicted."""
 
+from functools import lru_cache
 from typing import Annotated, Any, Self
 
 import torch
@@ -83,14 +84,8 @@ class Setting(Checked):
 
     def predict(self, rule: str, depth: int) -> Trace:
         """Return what a step of a rule holds in a network of this kind with `depth` hidden layers."""
-
-        def network() -> nn.Module:
-            make: Any = {"mlp": models.mlp, "convnet": models.convnet}[self.family]
-            size = self.inputs if self.family == "mlp" else self.x_shape[1:]
-            net = make(size, [self.width] * depth, self.classes, self.activation, self.batch_norm)
-            return net.to(PRECISIONS[self.precision])
-
-        return memory.predict(rule, network, self.x_shape, OPTIMIZERS[self.optimizer], KINDS[self.feedback]())
+        own = {"depth": depth, "rules": (rule,), "budget": "", "count_rest": False}
+        return _predict(self.model_copy(update=own))  # not checked: it may be larger than a user chooses
 
     @property
     def title(self) -> str:
@@ -110,3 +105,14 @@ class Setting(Checked):
         how = f"ml.experiments.OPTIMIZERS[{self.optimizer!r}], ml.feedback.KINDS[{self.feedback!r}]()"
         call = f"ml.memory.predict(rule, lambda: {net}, {self.x_shape}, {how})"
         return f"{{rule: {call} for rule in {list(self.rules)}}}"
+
+
+@lru_cache(maxsize=1500)  # about 100 MB
+def _predict(s: Setting) -> Trace:
+    def network() -> nn.Module:
+        make: Any = {"mlp": models.mlp, "convnet": models.convnet}[s.family]
+        size = s.inputs if s.family == "mlp" else s.x_shape[1:]
+        net = make(size, [s.width] * s.depth, s.classes, s.activation, s.batch_norm)
+        return net.to(PRECISIONS[s.precision])
+
+    return memory.predict(s.rules[0], network, s.x_shape, OPTIMIZERS[s.optimizer], KINDS[s.feedback]())

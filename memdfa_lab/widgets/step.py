@@ -69,12 +69,12 @@ def film(rule: str, depth: int = FILM.depth, **changes: Any) -> list[Moment]:
 
     `changes`: other values of a `Setting`. Raises ValueError, one line, for what is not possible.
     """
-    return _film(FILM.changed(rules=(rule,), depth=depth, **changes))
+    return _film(FILM.changed(rules=(rule,), depth=depth, **changes), rule)
 
 
 @lru_cache(maxsize=64)
-def _film(setting: Setting) -> list[Moment]:
-    return moments(setting.predict(setting.rules[0], setting.depth))
+def _film(setting: Setting, rule: str) -> list[Moment]:
+    return moments(setting.predict(rule, setting.depth))
 
 
 class StepPlayer(base.Explorer):
@@ -105,7 +105,7 @@ class StepPlayer(base.Explorer):
     def films(self) -> dict[str, list[Moment]]:
         """The moments of the rules that are shown. Raises ValueError if there are none."""
         setting = self.setting
-        return {rule: _film(setting.changed(rules=(rule,))) for rule in setting.rules}
+        return {rule: _film(setting, rule) for rule in setting.rules}
 
     def parts(self) -> base.Parts:
         films = self.films
