@@ -85,8 +85,7 @@ def test_each_control_changes_the_picture():
     player = ml.widgets.step_player()
     player.time.value = 20
     player.next_part()
-    changes = {"depth": 3, "width": 100, "batch": 16, "optimizer": "adam", "feedback": "regenerated"}
-    changes["family"] = "convnet"
+    changes = {"depth": 3, "width": 100, "batch": 16, "optimizer": "adam", "feedback": "shared", "family": "convnet"}
     assert player.controls.keys() == changes.keys()
     for name, value in changes.items():
         before = player.picture.value

@@ -117,10 +117,8 @@ class StepPlayer(base.Explorer):
 def picture(films: Mapping[str, list[Moment]], at: int, blocks: int) -> str:
     """Return a moment of each film as HTML, which reads in light and dark themes.
 
-    Args:
-        films: The moments of a step by the rule's name, all drawn on one scale.
-        at: Number of the moment; films that are shorter have ended then.
-        blocks: Blocks of the network.
+    `films`: the moments of a step by the rule's name, all drawn on one scale. `at`: the number of the moment; films
+    that are shorter have ended then. `blocks`: how many the network has.
     """
     largest = max(max(moment.held.values(), default=1) for each in films.values() for moment in each)
     peak = max(moment.total_bytes for each in films.values() for moment in each)
