@@ -15,14 +15,13 @@ from matplotlib.figure import Figure
 
 from memdfa_lab import figures
 from memdfa_lab.memory.deep import deep_trace
-from memdfa_lab.memory.sizing import largest
+from memdfa_lab.memory.sizing import DEEPEST, largest
 from memdfa_lab.memory.trace import CATEGORIES, Trace, bytes_of, readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import image, table
 from memdfa_lab.widgets.setting import ALL_RULES, MOST_LAYERS, Setting
 
 CURVE = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
-DEEPEST = 10_000  # hidden layers that are tried against the budget
 MOMENTS = 500  # drawn of a step; of more events, the fullest of each stretch
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
