@@ -13,7 +13,7 @@ from memdfa_lab import widgets
 from memdfa_lab.core.rules import ALL_RULES, find_rule
 from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.memory.sizing import largest
-from memdfa_lab.widgets.explored import chain_of
+from memdfa_lab.widgets.memory import step_of
 from memdfa_lab.widgets.setting import PRECISIONS
 
 
@@ -23,7 +23,7 @@ def predicted(rule: str, setting: widgets.Setting):
 
 
 def assert_the_same(rule: str, setting: widgets.Setting) -> None:
-    whole, found = predicted(rule, setting), chain_of(rule, setting).trace(setting.depth + 1)
+    whole, found = predicted(rule, setting), step_of(rule, setting, setting.depth)
     assert found.resting_by_category == whole.resting_by_category
     for one, other in zip(found.events, whole.events, strict=True):
         assert (one.change_bytes, one.storage.category, one.phase) == (
@@ -83,7 +83,7 @@ def test_a_step_that_is_run_holds_what_is_shown(rule, family):
     net = getattr(ml.models, family)(size, [8] * 12, 10, "relu", True)
     learner = find_rule(rule)(net, ml.experiments.OPTIMIZERS["momentum"], feedback=ml.feedback.Regenerated())
     x, y = torch.randn(setting.x_shape), torch.zeros(16, dtype=torch.long)
-    measured, found = ml.memory.measure(learner, x, y, warm_up=1), chain_of(rule, setting).trace(13)
+    measured, found = ml.memory.measure(learner, x, y, warm_up=1), step_of(rule, setting, 12)
     assert (found.peak_bytes, found.peak_by_category) == (measured.peak_bytes, measured.peak_by_category)
     assert found.resting_by_category == measured.resting_by_category
 
@@ -148,6 +148,6 @@ def test_the_closed_form_says_the_same():
 def test_a_batch_norm_net_has_no_batch_of_one():
     norm = widgets.Setting(batch_norm=True, rules=("bp", "memdfa"), batch=2)
     for rule in norm.rules:
-        least = chain_of(rule, norm).held_bytes(33)
+        least = step_of(rule, norm, 32).held_bytes
         for budget, batch in ((least, 2), (least - 1, 0)):
             assert widgets.explore(norm.changed(rules=(rule,), budget=f"{budget} B")).table["largest_batch"][0] == batch

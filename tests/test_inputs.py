@@ -264,7 +264,7 @@ REFUSED = {
     "live, width": (lambda d: widgets.live_training(width=16_385), "width must be less than or equal to 16384"),
     "live, seed": (lambda d: widgets.live_training(seed=-1), "seed must be greater than or equal to 0, got -1"),
     "film": (lambda d: widgets.film("memdf"), "did you mean 'memdfa'?"),
-    "film, layers": (lambda d: widgets.film("bp", [3]), "layers must be a valid integer, got [3]"),
+    "film, depth": (lambda d: widgets.film("bp", [3]), "depth must be a valid integer, got [3]"),
     "player, batch": (lambda d: widgets.step_player(batch=0), "batch must be greater than or equal to 1, got 0"),
     "player, B": (lambda d: widgets.step_player(feedback=None), "feedback must be a valid string, got None"),
 }

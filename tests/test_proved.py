@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.memory import measure, predict, shapes
-from memdfa_lab.memory.crosscheck import allocator_trace
+from memdfa_lab.memory.crosscheck import allocator_trace, handed_on_bytes
 
 
 def words(text: str) -> list[str]:
@@ -276,4 +276,4 @@ def test_measured_is_never_above_the_allocator(expression):
     measured = measure(learner, problem.x, problem.y).peak_bytes
     assert measured <= trace.peak_bytes
     if "polar" not in expression:  # a conjugate is copied within the operation that reads it, by one that is watched
-        assert measured == trace.handed_on_bytes
+        assert measured == handed_on_bytes(trace)

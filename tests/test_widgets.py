@@ -13,7 +13,7 @@ import pytest
 import memdfa_lab as ml
 from memdfa_lab import figures, widgets
 from memdfa_lab.memory.trace import readable
-from memdfa_lab.widgets import base, explored, memory
+from memdfa_lab.widgets import base, memory
 
 CONVNET = {"family": "convnet", "inputs": 784, "precision": "float64"}
 SMALL = {"depth": 5, "width": 20, "batch": 6, "inputs": 30, "classes": 4}
@@ -41,7 +41,7 @@ def test_the_table_is_the_prediction():
 @pytest.mark.parametrize("count_rest", [False, True])
 def test_the_curve_is_the_prediction(count_rest):
     curve = widgets.explore(**SMALL, rules=("fa", "memdfa"), feedback="stored", count_rest=count_rest).curve
-    assert set(curve["depth"]) == {*explored.CURVE, 5}
+    assert set(curve["depth"]) == {*memory.CURVE, 5}
     for row in curve[curve["depth"].isin([2, 5, 12, 96])].itertuples():
         trace = predicted(row.rule, **SMALL | {"depth": row.depth})
         assert row.bytes == trace.peak_bytes + count_rest * trace.resting_bytes
@@ -54,7 +54,7 @@ def test_the_drawn_moments_are_of_the_step(depth):
     by_category = predicted("dfa", **small, activation="relu").by_category
     total = drawn.drop(columns="phase").sum(axis=1)
     assert total.max() == by_category.sum(axis=1).max()
-    assert len(drawn) == min(explored.MOMENTS, len(by_category))
+    assert len(drawn) == min(memory.MOMENTS, len(by_category))
     if depth < 300:  # each event is drawn
         for name in by_category:
             assert list(drawn.get(name, pd.Series(0, range(len(drawn))))) == list(by_category[name])
@@ -93,7 +93,7 @@ def test_the_numbers_as_html():
         assert peak in first
         assert f"<td>{row.largest_batch:,}</td>" in text
         assert f"<td>{row.largest_batch:,}</td>" not in first
-    assert f"{explored.DEEPEST:,} or more" in text
+    assert f"{memory.DEEPEST:,} or more" in text
     assert first.count("<tr>") == text.count("<tr>")
     assert "color" not in text.replace("rgba(128,128,128,0.4)", "")  # it is read on light and dark
     nothing = widgets.explore(budget="1 kB", rules=("bp",))
@@ -146,7 +146,7 @@ def test_the_depth_figure_marks_the_depth_and_the_budget():
     assert [line.get_ydata()[0] * figures.MIB for line in marked] == list(found.peaks["held_bytes"])
     labels = {line.get_label(): line for line in axes.lines}
     assert set(labels["budget"].get_ydata()) == {1024}
-    assert list(labels["BP"].get_xdata()) == sorted({*explored.CURVE, 100})
+    assert list(labels["BP"].get_xdata()) == sorted({*memory.CURVE, 100})
     assert axes.get_ylabel() == "peak, with what rests (MiB)"
     above = widgets.explore(rules=("bp",)).depth_figure().axes[0]
     assert above.get_ylabel() == "peak above rest (MiB)"

@@ -85,7 +85,7 @@ def test_each_control_changes_the_picture():
     player = ml.widgets.step_player()
     player.time.value = 20
     player.next_part()
-    changes = {"layers": 3, "width": 100, "batch": 16, "optimizer": "adam", "feedback": "regenerated"}
+    changes = {"depth": 3, "width": 100, "batch": 16, "optimizer": "adam", "feedback": "shared", "family": "convnet"}
     assert player.controls.keys() == changes.keys()
     for name, value in changes.items():
         before = player.picture.value
@@ -93,7 +93,7 @@ def test_each_control_changes_the_picture():
         player.next_part()
         assert player.picture.value != before, name
         assert not player.message.value
-    films = {rule: step.film(rule, 3, 100, 16, "adam", "regenerated") for rule in ml.RULES}
+    films = {rule: step.film(rule, **changes) for rule in ml.RULES}
     assert player.films == films
     assert player.picture.value == step.picture(films, 20, 4)
     assert player.time.max == player.play.max == max(map(len, films.values())) - 1
@@ -114,7 +114,7 @@ def test_a_shorter_film_ends_where_it_ends():
     player = ml.widgets.step_player()
     player.time.value = player.time.max
     player.next_part()
-    player.controls["layers"].value = 1
+    player.controls["depth"].value = 1
     player.next_part()
     assert not player.message.value
     assert player.time.value == player.time.max

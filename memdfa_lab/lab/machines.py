@@ -16,7 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ ORDERS = {
     "dfa": [["forward"], ["local gradient"]],
     "memdfa": [["forward"], ["recompute", "local gradient"]],
 }
-Task = tuple[int, str, int, int]  # machine, what, batch, micro-batch
 
 
 def measure(sizes: Sequence[int], cases: Sequence[tuple[str, str]], batch: int, optimizer: str = "sgd") -> pd.DataFrame:
@@ -115,26 +115,20 @@ def simulate(
         check_number(name, time)
     takes = {"forward": 1.0, "recompute": 1.0, "backward": 2.0, "local gradient": 1.0 + signal}
     one_batch = [(task, micro) for part in order for micro in range(micro_batches) for task in part]
-    todo = [
-        [(machine, task, batch, micro) for batch in range(batches) for task, micro in one_batch]
-        for machine in range(machines)
-    ]
-    ends: dict[Task, float] = {}
     rows = []
-    done = [0] * machines  # how many tasks each machine has done
     free_at = [0.0] * machines
-    while len(ends) < sum(map(len, todo)):
-        for machine, tasks in enumerate(todo):
-            while done[machine] < len(tasks):
-                task = tasks[done[machine]]
-                needs = list(_needs(task, machines))
-                if not all(need in ends for need in needs):
-                    break
-                arrived = [ends[need] + (wire if need[0] != machine else 0.0) for need in needs]
-                start = max([free_at[machine], *arrived])
-                ends[task] = free_at[machine] = start + takes[task[1]]
-                rows.append((*task, start, ends[task]))
-                done[machine] += 1
+    of_error: dict[int, tuple[int, float]] = {}  # micro-batch -> on which machine e is made, and when
+    for batch in range(batches):
+        for task, micro in one_batch:
+            sender, sent = (0, 0.0) if task == "forward" else of_error[micro]  # of what the task needs
+            for machine in range(machines)[:: -1 if task == "backward" else 1]:
+                start = max(free_at[machine], sent + (wire if sender != machine else 0.0))
+                free_at[machine] = end = start + takes[task]
+                rows.append((machine, task, batch, micro, start, end))
+                if task != "local gradient":  # which needs e alone
+                    sender, sent = machine, end
+            if task == "forward":
+                of_error[micro] = sender, sent
     return pd.DataFrame(rows, columns=["machine", "task", "batch", "micro_batch", "start", "end"])
 
 
@@ -154,23 +148,8 @@ def steady(table: pd.DataFrame) -> dict[str, float]:
     taught = last["task"].isin(["backward", "local gradient"])
     changes = [(time, 1) for time in last[(last["task"] == born) & (last["machine"] == 0)]["start"]]
     changes += [(time, -1) for time in last[taught & (last["machine"] == 0)]["end"]]
-    held = most = 0
-    for _, change in sorted(changes):
-        held += change
-        most = max(most, held)
-    return {"busy": work / period, "rate": (table["micro_batch"].max() + 1) / period, "held": most}
-
-
-def _needs(task: Task, machines: int) -> Iterator[Task]:
-    """Yield the tasks, on whichever machine, whose results a task needs."""
-    machine, name, batch, micro = task
-    last = machines - 1
-    if name in ("forward", "recompute") and machine > 0:
-        yield machine - 1, name, batch, micro
-    if name == "backward" and machine < last:
-        yield machine + 1, name, batch, micro
-    if name == "local gradient" or (name == "recompute" and machine == 0) or (name == "backward" and machine == last):
-        yield last, "forward", batch, micro  # e
+    held = max(accumulate(change for _, change in sorted(changes)))
+    return {"busy": work / period, "rate": (table["micro_batch"].max() + 1) / period, "held": held}
 
 
 if __name__ == "__main__":

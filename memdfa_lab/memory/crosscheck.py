@@ -9,8 +9,8 @@ import gc
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +20,21 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from memdfa_lab.core.compat import ALLOCATION, OVERLOADS_TOO, cuda_history, is_composite
+from memdfa_lab.memory.events import Event, Storage
 from memdfa_lab.memory.files import write_whole
 from memdfa_lab.memory.ledger import as_function, measure
+from memdfa_lab.memory.trace import Trace
 
 REST = "memdfa_lab at rest"
 OUTSIDE = "no operation (a number that becomes a tensor, the state of a random generator)"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to standard error when it starts and stops
 
 
-@dataclass
-class AllocatorTrace:
-    """What torch's CPU allocator gave out and took back in a step, in order; bytes are above those before the step.
+def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> Trace:
+    """Run a step under torch.profiler and return what torch's CPU allocator gave out and took back, in order.
 
-    `timeline` has a row an event: time_s, operation (that took the memory), scratch, bytes (negative when freed),
-    total_bytes (alive after it). Memory is scratch if the operation that took it gave it back, or if there was none: a
-    ledger of operations does not see it.
-    """
-
-    timeline: pd.DataFrame
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes that were given out at once."""
-        return max([0, *self.timeline["total_bytes"]])
-
-    @property
-    def handed_on_bytes(self) -> int:
-        """The same without scratch: what operations hand on to each other, as the ledger counts it."""
-        return max([0, *self.timeline["bytes"][~self.timeline["scratch"]].cumsum()])
-
-    @property
-    def scratch_at_peak(self) -> dict[str, int]:
-        """Bytes of scratch at the peak, by operation, the largest first."""
-        until_peak = self.timeline.head(int(self.timeline["total_bytes"].argmax()) + 1 if len(self.timeline) else 0)
-        sizes = until_peak[until_peak["scratch"]].groupby("operation")["bytes"].sum()
-        return {str(name): size for name, size in sizes.sort_values(ascending=False, kind="stable").items() if size}
-
-
-def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> AllocatorTrace:
-    """Run a step under torch.profiler and return every event of torch's CPU allocator.
+    An event's name is the operation that took the memory. Its category is "scratch" if that operation gave it back, or
+    if there was none: a ledger of operations does not see it. All other memory is "handed on".
 
     `step` is anything with a method `step`, or a function; it is called with the batch. `warm_up` steps before are
     recorded too, so that memory which one of them left and the step frees is known; freeing older memory counts
@@ -79,6 +55,20 @@ def allocator_trace(step: Any, *batch: Tensor, warm_up: int = 1) -> AllocatorTra
 def allocator_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
     """Return the most bytes that torch's CPU allocator had given out at once in a step, above those before it."""
     return allocator_trace(step, *batch, warm_up=warm_up).peak_bytes
+
+
+def handed_on_bytes(trace: Trace) -> int:
+    """Return the most bytes of an allocator's trace without scratch: what operations hand on, as the ledger counts."""
+    return Trace([event for event in trace.events if event.storage.category != "scratch"], {}).peak_bytes
+
+
+def scratch_at_peak(trace: Trace) -> dict[str, int]:
+    """Return the bytes of scratch at the peak of an allocator's trace, by operation, the largest first."""
+    sizes: Counter[str] = Counter()
+    for event in trace.events[: int(trace.totals.argmax())]:
+        if event.storage.category == "scratch":
+            sizes[event.name] += event.change_bytes
+    return {name: size for name, size in sizes.most_common() if size}
 
 
 def cuda_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
@@ -119,8 +109,9 @@ def compare(step: Any, *batch: Tensor, resident_bytes: int | None = None) -> pd.
     else:
         trace = allocator_trace(step, *batch)
         seen = trace.peak_bytes
-        rows.append(("allocator without scratch", trace.handed_on_bytes, "the same storages, counted by torch itself"))
-        scratch = ", ".join(f"{size:,} bytes of scratch in {name}" for name, size in trace.scratch_at_peak.items())
+        handed_on = handed_on_bytes(trace)
+        rows.append(("allocator without scratch", handed_on, "the same storages, counted by torch itself"))
+        scratch = ", ".join(f"{size:,} bytes of scratch in {name}" for name, size in scratch_at_peak(trace).items())
         if torch.backends.mkldnn.enabled and "aten::convolution" in scratch:
             scratch += " (oneDNN copies images and weights into its own layout, channels padded to a vector's width)"
         rows.append(("allocator", seen, f"at its peak: {scratch or 'no scratch'}"))
@@ -141,7 +132,7 @@ def _on_gpu(step: Any) -> Callable[..., Any]:
     return as_function(step)
 
 
-def _read(results: Any) -> AllocatorTrace:
+def _read(results: Any) -> Trace:
     """Return the allocator's events in the profiler's tree of operations, in which overloads have no names."""
     overloads = {(event.name(), event.start_ns()): event.overload_name() for event in results.events()}
     entries: list[tuple[int, Any, str, int]] = []  # time in ns, what the allocator did, in which operation
@@ -155,21 +146,23 @@ def _read(results: Any) -> AllocatorTrace:
         elif not number and _is_dispatched(node.name, overloads.get((node.name, node.start_time_ns))):
             name, number = node.name, node.id
         todo += [(child, name, number) for child in node.children]
-    alive: dict[int, tuple[int, int]] = {}  # where in `rows` what is at an address was born, and in which operation
-    rows: list[list[Any]] = []
+    alive: dict[int, tuple[Storage, str, int]] = {}  # by address, with the operation that took it
+    events: list[Event] = []
     for time, entry, name, number in sorted(entries, key=lambda entry: entry[0]):
-        size, birth = entry.alloc_size, len(rows)
-        if size > 0:
-            alive[entry.ptr] = birth, number
-            rows.append([time, name or OUTSIDE, not number, size])
+        if entry.alloc_size > 0:
+            storage = Storage("handed on" if number else "scratch", entry.alloc_size, (), "", "born")
+            name, change = name or OUTSIDE, entry.alloc_size
+            alive[entry.ptr] = storage, name, number
         elif entry.ptr in alive:
-            birth, taker = alive.pop(entry.ptr)
-            _, name, scratch, size = rows[birth]
-            rows[birth][2] = scratch or number == taker
-            rows.append([time, name, rows[birth][2], -size])
-    table = pd.DataFrame(rows, columns=["time_s", "operation", "scratch", "bytes"])
-    table = table.astype({"scratch": bool, "bytes": "int64"})[table["time_s"] >= at_rest].reset_index(drop=True)
-    return AllocatorTrace(table.assign(time_s=(table["time_s"] - at_rest) / 1e9, total_bytes=table["bytes"].cumsum()))
+            storage, name, taker = alive.pop(entry.ptr)
+            change = -storage.size_bytes
+            if number == taker:
+                storage.category = "scratch"
+        else:
+            continue
+        if time >= at_rest:
+            events.append(Event((time - at_rest) / 1e9, 0, name, "", None, change, storage))
+    return Trace(events, {})
 
 
 @functools.cache

@@ -130,9 +130,7 @@ def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
         return *out[:3], torch.empty(_onednns_workspace(on_cpu), dtype=torch.uint8, device=META)
     if operation in REDUCED and not out.dim():
         return torch.empty_like(args[0]).resize_(())
-    if (
-        operation is aten.native_batch_norm.default
-    ):  # the precision of mean and deviation, which eval mode does not have
+    if operation is aten.native_batch_norm.default:  # the precision of mean and deviation; eval mode has none
         dtype = next(value.dtype for value in (args[1], args[3], args[0]) if value is not None)
         return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
     if operation is aten.native_layer_norm.default:  # so, too

@@ -75,7 +75,7 @@ class Trace:
         """What `peak_bytes` is made of; the values sum to it."""
         sums = dict.fromkeys(CATEGORIES, 0)
         for event in self.events[: int(self.totals.argmax())]:
-            sums[event.storage.category] += event.change_bytes
+            sums[event.storage.category] = sums.get(event.storage.category, 0) + event.change_bytes
         return {name: value for name, value in sums.items() if value}
 
     @cached_property
@@ -98,9 +98,9 @@ class Trace:
     @property
     def by_category(self) -> pd.DataFrame:
         """A row an event, a column a category: the bytes alive after it. The columns sum to `total_bytes`."""
-        categories = self.timeline["category"]
-        present = [name for name in CATEGORIES if (categories == name).any()]
-        return pd.DataFrame({name: self.timeline["bytes"].where(categories == name, 0).cumsum() for name in present})
+        of_events = np.array([event.storage.category for event in self.events])
+        present = [name for name in CATEGORIES if name in of_events]
+        return pd.DataFrame({name: np.where(of_events == name, self.changes, 0).cumsum() for name in present})
 
     def at_peak(self) -> pd.DataFrame:
         """Return what was alive at the peak, the largest first: bytes, category, shape, dtype, and its birth."""

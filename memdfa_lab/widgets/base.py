@@ -72,10 +72,8 @@ class Explorer(ipywidgets.VBox):
     def lay_out(self, groups: Mapping[str, Mapping[str, Choices]], right: Sequence[Any], below: Sequence[Any]) -> None:
         """Put the controls beside what is shown, or above it where there is no room, and do the first part.
 
-        Args:
-            groups: The values to control, with their choices, by the title above them.
-            right: What is shown beside the controls.
-            below: What is shown below both, for it is wide.
+        `groups`: the values to control, with their choices, by the title above them. `right` is shown beside the
+        controls, `below` is wide and shown below both.
         """
         columns = [
             ipywidgets.VBox(
@@ -98,7 +96,9 @@ class Explorer(ipywidgets.VBox):
             return row(self.ticks.values())
         _, names, _, label = settings.setting(type(self.start_from), name)
         look = {"value": value, "description": label or name, **WIDE}
-        if isinstance(choices, range):
+        if isinstance(value, bool):
+            control = tick(value, label)
+        elif isinstance(choices, range):
             control = ipywidgets.IntSlider(min=choices[0], max=max(value, choices[-1]), **look)
         elif choices is not None:
             labels = choices if isinstance(choices, dict) else {}
@@ -108,11 +108,9 @@ class Explorer(ipywidgets.VBox):
             menu = [(label if isinstance(label, str) else name, name) for name, label in names.items()]
             control = ipywidgets.Dropdown(options=menu, **look)
         else:
-            control = (
-                tick(value, label) if isinstance(value, bool) else ipywidgets.Text(continuous_update=False, **look)
-            )
-        self.controls[name] = control
-        return self.watch(control)
+            control = ipywidgets.Text(continuous_update=False, **look)
+        self.controls[name] = self.watch(control)
+        return control
 
     def watch(self, control: Any) -> Any:
         """Show what the controls say when this one changes, too."""

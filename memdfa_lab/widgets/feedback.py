@@ -11,16 +11,14 @@ from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from memdfa_lab import figures, memory
-from memdfa_lab.core.feedback import KINDS, Feedback
+from memdfa_lab import figures
+from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS, Feedback
 from memdfa_lab.core.rule import Rule
-from memdfa_lab.core.rules import RULES
-from memdfa_lab.lab import models
 from memdfa_lab.lab.settings import Checked, DistributionName, FeedbackName, NameOf, Positive
 from memdfa_lab.memory.trace import readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import image, table
-from memdfa_lab.widgets.setting import ALL_RULES, Seed, Width
+from memdfa_lab.widgets.setting import ALL_RULES, Seed, Setting, Width
 from memdfa_lab.widgets.training import Race, digits
 
 VALUES = 500  # singular values that are drawn, from as many matrices as that takes
@@ -28,12 +26,6 @@ SHORT: dict[str, Any] = {"layers": 2, "batch": 50, "lr": 0.02, "every": 10, "pro
 STEPS = 200  # of it
 TAUGHT = {name: ALL_RULES[name] for name in ("fa", "dfa", "memdfa")}  # by random matrices
 RANDOM, START, ALWAYS = "random B", "B = Wᵀ before training", "B = Wᵀ at each step"
-DEVIATIONS = {  # of the entries of B, C x n, at scale 1
-    "he_normal": lambda C, n: math.sqrt(2 / C),
-    "normal": lambda C, n: math.sqrt(1 / C),
-    "uniform": lambda C, n: math.sqrt(1 / (3 * n)),
-    "orthogonal": lambda C, n: math.sqrt(1 / max(C, n)),
-}
 
 
 class Matrix(Checked):
@@ -58,15 +50,15 @@ class Matrix(Checked):
     @property
     def unit(self) -> float:
         """The deviation of an entry times the root of n, the unit of singular values."""
-        return self.scale * DEVIATIONS[self.distribution](self.outputs, self.width) * math.sqrt(self.width)
+        C, n = self.outputs, self.width
+        deviation = {"uniform": math.sqrt(1 / 3), "orthogonal": math.sqrt(1 / max(C, n))}.get(self.distribution, 1.0)
+        return self.scale * DISTRIBUTIONS[self.distribution][1](C, n) * deviation * math.sqrt(n)
 
     @property
     def edges(self) -> tuple[float, float]:
         """The least and the largest singular value of a large matrix of this shape in theory, over `unit`."""
-        ratio = self.outputs / self.width
-        if self.distribution == "orthogonal":
-            return (math.sqrt(max(ratio, 1)),) * 2
-        return abs(1 - math.sqrt(ratio)), 1 + math.sqrt(ratio)
+        root = math.sqrt(self.outputs / self.width)
+        return (max(root, 1.0),) * 2 if self.distribution == "orthogonal" else (abs(1 - root), 1 + root)
 
     def feedback(self, more: int = 0) -> Feedback:
         """Return the family of the seed plus `more`."""
@@ -177,24 +169,15 @@ class FeedbackExplorer(base.Explorer):
             for run, row in last.items()
         }
         learned = pd.DataFrame.from_dict(trained, "index", columns=["steps", "angle to BP", "test accuracy"])
+        data, size = digits(), {"width": matrix.width, "depth": SHORT["layers"], "feedback": matrix.storage}
+        kept = base.start_from(Setting, None, size).predict(matrix.rule, SHORT["layers"]).resting_by_category
+        net = f"784-[{matrix.width}]x{SHORT['layers']}-{data.classes}"
+        how = f"batch {SHORT['batch']}, SGD with learning rate {SHORT['lr']}, {data.name}"
         self.numbers.value = (
             table(values.rename_axis("singular values"))
             + table(learned.rename_axis("short training"))
-            + f"<p>Trained: {_network(matrix)}. Its B take {readable(_kept_bytes(matrix))} between steps.</p>"
+            + f"<p>Trained: {net}, {how}. Its B take {readable(kept.get('feedback', 0))} between steps.</p>"
         )
-
-
-def _network(matrix: Matrix) -> str:
-    data = digits()
-    net = f"784-[{matrix.width}]x{SHORT['layers']}-{data.classes}"
-    return f"{net}, batch {SHORT['batch']}, SGD with learning rate {SHORT['lr']}, {data.name}"
-
-
-def _kept_bytes(matrix: Matrix) -> int:
-    widths = [matrix.width] * SHORT["layers"]
-    rule, feedback = RULES[matrix.rule], KINDS[matrix.storage]()  # of any distribution
-    trace = memory.predict(rule, lambda: models.mlp(784, widths, digits().classes), (2, 784), None, feedback, steps=0)
-    return trace.resting_by_category.get("feedback", 0)
 
 
 feedback_explorer = FeedbackExplorer  # as the last line of a cell

@@ -1,21 +1,155 @@
-"""The memory explorer: ipywidgets around `explore`."""
+"""The memory explorer: what a setting needs in memory, as tables and figures, and the controls around them.
+
+Nothing is trained and nothing is fitted: the numbers are those of `ml.memory.predict`, to the byte.
+"""
 
 import html
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import ipywidgets
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
+from memdfa_lab import figures
+from memdfa_lab.memory.deep import deep_trace
+from memdfa_lab.memory.sizing import DEEPEST, largest
+from memdfa_lab.memory.trace import CATEGORIES, Trace, bytes_of, readable
 from memdfa_lab.widgets import base
-from memdfa_lab.widgets.explored import Explored, explore
-from memdfa_lab.widgets.pictures import image
+from memdfa_lab.widgets.pictures import image, table
 from memdfa_lab.widgets.setting import ALL_RULES, MOST_LAYERS, Setting
 
+CURVE = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
+MOMENTS = 500  # drawn of a step; of more events, the fullest of each stretch
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
 INPUTS = {784: "784 (MNIST)", 3072: "3,072 (CIFAR)", 150_528: "150,528 (ImageNet)"}
 CODE = """<div style='line-height:1.4'>
 <p><b>The peaks in Python</b> (click and copy), after <code>import memdfa_lab as ml</code></p>
 <pre tabindex='0' style='user-select:all;white-space:pre-wrap'>{}</pre></div>"""
+
+
+class Explored:
+    """What follows from a setting. The peaks are there at once, the rest is computed when first asked for."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.traces = {rule: step_of(rule, setting, setting.depth) for rule in setting.rules}
+        self.fitting: dict[str, tuple[int, int]] = {}  # rule -> what `fits` has returned
+
+    @cached_property
+    def peaks(self) -> pd.DataFrame:
+        """A row a rule, in bytes: its peak above what is at rest between steps, what is at rest, and their sum."""
+        rows = [
+            {"peak_bytes": trace.peak_bytes, **trace.peak_by_category, "resting_bytes": trace.resting_bytes}
+            | {f"resting {name}": size for name, size in trace.resting_by_category.items()}
+            | {"held_bytes": trace.held_bytes}
+            for trace in self.traces.values()
+        ]
+        at_rest = ["resting_bytes", *(f"resting {name}" for name in CATEGORIES)]
+        sizes = pd.DataFrame(rows, self.setting.rules, ["peak_bytes", *CATEGORIES, *at_rest, "held_bytes"])
+        return sizes.dropna(axis="columns", how="all").fillna(0).astype(int).rename_axis("rule").reset_index()
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The peaks, and what fits the budget, as `fits` returns it, in the columns largest_batch and deepest."""
+        found = [self.fits(rule) for rule in self.traces]
+        return self.peaks.assign(largest_batch=[batch for batch, _ in found], deepest=[depth for _, depth in found])
+
+    def fits(self, rule: str) -> tuple[int, int]:
+        """Return the largest batch and the most hidden layers (up to 10,000) that fit the budget; 0 if nothing does.
+
+        One example or one layer more does not fit.
+        """
+        setting, budget = self.setting, bytes_of(self.setting.budget)
+        if rule not in self.fitting:
+            least = 2 if setting.batch_norm else 1
+            batch = largest(lambda n: step_of(rule, setting, setting.depth, n).held_bytes, budget, least)
+            depth = largest(lambda n: step_of(rule, setting, n).held_bytes, budget, most=DEEPEST)
+            self.fitting[rule] = batch, depth
+        return self.fitting[rule]
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        """Bytes against depth: columns rule, depth and bytes."""
+        depths, size = sorted({*CURVE, self.setting.depth}), "held_bytes" if self.setting.count_rest else "peak_bytes"
+        rows = [(rule, n, getattr(step_of(rule, self.setting, n), size)) for rule in self.traces for n in depths]
+        return pd.DataFrame(rows, columns=["rule", "depth", "bytes"])
+
+    @cached_property
+    def steps(self) -> dict[str, pd.DataFrame]:
+        """Up to 500 moments of a step, in order, by the rule's label: columns phase and bytes of each category."""
+        return {ALL_RULES[rule]: self._moments(trace) for rule, trace in self.traces.items()}
+
+    def _moments(self, trace: Trace) -> pd.DataFrame:
+        totals = trace.totals[1:]
+        edges = np.unique(np.linspace(0, len(totals), min(MOMENTS, len(totals)) + 1, dtype=int))
+        fullest = [start + totals[start:stop].argmax() for start, stop in pairwise(edges)]
+        # The fullest moment is in the same phase for every block; these go through all of them.
+        anywhere = [start + i % (stop - start) for i, (start, stop) in enumerate(pairwise(edges))]
+        held = trace.by_category.iloc[fullest].reindex(columns=CATEGORIES, fill_value=0).reset_index(drop=True)
+        if self.setting.count_rest:
+            held += pd.Series(trace.resting_by_category).reindex(CATEGORIES, fill_value=0)
+        held.insert(0, "phase", [trace.events[i].phase for i in anywhere])
+        return held.loc[:, held.any()]
+
+    def depth_figure(self) -> Figure:
+        """Draw bytes against depth, a line a rule."""
+        rest = self.setting.count_rest
+        what = "peak, with what rests (MiB)" if rest else "peak above rest (MiB)"
+        budget = bytes_of(self.setting.budget) if rest else None
+        return figures.peak_at_depth(self.curve, self.setting.depth, what, budget)
+
+    def steps_figure(self) -> Figure:
+        """Draw one step of each rule."""
+        return figures.step_profiles(self.steps, "held (MiB)" if self.setting.count_rest else "above rest (MiB)")
+
+    def summary(self) -> str:
+        """Return the peaks in words, for those who cannot see the figures."""
+        peaks = ", ".join(f"{ALL_RULES[rule]} {readable(trace.peak_bytes)}" for rule, trace in self.traces.items())
+        return f"Peaks above rest, {self.setting.depth:,} hidden layers: {peaks}."
+
+    def html(self) -> str:
+        """Return the numbers as two tables; what fits the budget is shown for rules of which that has been computed."""
+        setting, names = self.setting, {"peak_bytes": "peak above rest"}
+        names |= {name: f"of it {name}" for name in CATEGORIES if name in self.peaks}
+        names |= {"resting_bytes": "at rest", "held_bytes": "peak + rest"}
+        peaks = self.peaks.set_index("rule").rename(index=ALL_RULES)[list(names)].rename(columns=names)
+        columns = [f"largest batch, at {setting.depth:,} layers", f"most hidden layers, at batch {setting.batch:,}"]
+        fitting = [self.fitting.get(rule, (None, None)) for rule in setting.rules]
+        found = [[_count(batch), _count(depth, most=DEEPEST)] for batch, depth in fitting]
+        return (
+            f"<p><b>One step</b> ({html.escape(setting.title)}; point at a number for its bytes)</p>"
+            f"{table(peaks.map(_size))}"
+            f"<p><b>What fits into {html.escape(setting.budget)}</b>, peak and rest together; one more does not</p>"
+            f"{table(pd.DataFrame(found, peaks.index, columns))}"
+        )
+
+
+def _size(n: int) -> str:
+    return f"<span title='{n:,} bytes'>{readable(n)}</span>"
+
+
+def _count(n: int | None, most: int | None = None) -> str:
+    if n is None:
+        return "…"
+    return f"{n:,} or more" if n == most else f"{n:,}" if n else "none"
+
+
+def explore(setting: Setting | None = None, **changes: Any) -> Explored:
+    """Return what a setting needs in memory, as in `explore(depth=100, optimizer="adam")`.
+
+    Raises TypeError or ValueError, one line, for a setting that is not possible.
+    """
+    return Explored(base.start_from(Setting, setting, changes))
+
+
+def step_of(rule: str, setting: Setting, depth: int, batch: int | None = None) -> Trace:
+    """Return the step of a rule in a network of this kind at any depth, and at another batch size if given."""
+    own = setting.model_copy(update={"batch": batch or setting.batch})  # not checked, as in `Setting.predict`
+    return deep_trace(lambda blocks: own.predict(rule, blocks - 1), depth + 1, rule.startswith("checkpoint"))
 
 
 class MemoryExplorer(base.Explorer):

@@ -21,13 +21,10 @@ STYLE = """<style>
 
 
 def image(figure: Figure, alt: str, margins: Sequence[float], between: Sequence[float]) -> str:
-    """Return a figure as HTML.
+    """Return a figure as HTML. It is placed by hand: matplotlib's constrained layout would draw it twice.
 
-    Args:
-        figure: What is drawn. It is placed by hand: matplotlib's constrained layout would draw it twice.
-        alt: The text for those who cannot see it.
-        margins: Left, bottom, right and top of the panels, in inches: the same each time, so that nothing jumps.
-        between: Space between panels, in widths and heights of one.
+    `alt`: the text for those who cannot see it. `margins`: left, bottom, right and top of the panels, in inches: the
+    same each time, so that nothing jumps. `between`: the space between panels, in widths and heights of one.
     """
     width, height = figure.get_size_inches()
     left, bottom, right, top = margins

@@ -1,16 +1,20 @@
-"""The limits of what a user chooses, and the memory explorer's setting."""
+"""The limits of what a user chooses, and the setting of a step that is predicted."""
 
-from typing import Annotated, Self
+from functools import lru_cache
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
+from torch import nn
 
-from memdfa_lab import figures
+from memdfa_lab import figures, memory
+from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
+from memdfa_lab.lab import models
 from memdfa_lab.lab.architectures import ACTIVATIONS
-from memdfa_lab.lab.settings import Checked, FeedbackName, NameOf, OptimizerName
-from memdfa_lab.memory.trace import bytes_of
+from memdfa_lab.lab.settings import OPTIMIZERS, Checked, FeedbackName, NameOf, OptimizerName
+from memdfa_lab.memory.trace import Trace, bytes_of
 from memdfa_lab.rivals import BASELINES
 
 ALL_RULES = {rule: figures.STYLES[rule][0] for rule in (*RULES, *BASELINES)}  # name -> label
@@ -78,6 +82,11 @@ class Setting(Checked):
         """Shape of a batch."""
         return self.batch, *(IMAGES[self.inputs] if self.family == "convnet" else (self.inputs,))
 
+    def predict(self, rule: str, depth: int) -> Trace:
+        """Return what a step of a rule holds in a network of this kind with `depth` hidden layers."""
+        own = {"depth": depth, "rules": (rule,), "budget": "", "count_rest": False}
+        return _predict(self.model_copy(update=own))  # not checked: it may be larger than a user chooses
+
     @property
     def title(self) -> str:
         """The setting in a line, without rules and budget."""
@@ -96,3 +105,14 @@ class Setting(Checked):
         how = f"ml.experiments.OPTIMIZERS[{self.optimizer!r}], ml.feedback.KINDS[{self.feedback!r}]()"
         call = f"ml.memory.predict(rule, lambda: {net}, {self.x_shape}, {how})"
         return f"{{rule: {call} for rule in {list(self.rules)}}}"
+
+
+@lru_cache(maxsize=1500)  # about 100 MB
+def _predict(s: Setting) -> Trace:
+    def network() -> nn.Module:
+        make: Any = {"mlp": models.mlp, "convnet": models.convnet}[s.family]
+        size = s.inputs if s.family == "mlp" else s.x_shape[1:]
+        net = make(size, [s.width] * s.depth, s.classes, s.activation, s.batch_norm)
+        return net.to(PRECISIONS[s.precision])
+
+    return memory.predict(s.rules[0], network, s.x_shape, OPTIMIZERS[s.optimizer], KINDS[s.feedback]())

@@ -11,17 +11,12 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import ipywidgets
-from pydantic import Field
 
-from memdfa_lab import figures, memory
-from memdfa_lab.core.feedback import KINDS
-from memdfa_lab.core.rules import RULES
-from memdfa_lab.lab import models
-from memdfa_lab.lab.settings import OPTIMIZERS, Checked, FeedbackName, OptimizerName
+from memdfa_lab import figures
 from memdfa_lab.memory.trace import Trace, readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import sparkline
-from memdfa_lab.widgets.setting import Batch, Layers, RuleNames, Width
+from memdfa_lab.widgets.setting import Setting
 
 SHOWN = {  # category -> its letter, and its name in the legend
     "activations": ("h", "activations"),
@@ -34,15 +29,7 @@ SCALAR_BYTES = 8  # single numbers, such as the loss, are too small to be seen
 DOING = {"begin": "check the batch", "local gradient": "gradient of the block", "": "free what is done with"}
 
 
-class FilmSetting(Checked):
-    """Setting of a film: an MLP of equal hidden layers for MNIST, a batch, and the rules to compare."""
-
-    layers: Layers = Field(5, description="hidden layers")
-    width: Width = Field(200, description="units a layer")
-    batch: Batch = Field(64, description="batch size")
-    optimizer: OptimizerName = "sgd"
-    feedback: FeedbackName = Field("stored", description="matrices B")
-    rules: RuleNames = tuple(RULES)
+FILM = base.start_from(Setting, None, {"depth": 5, "width": 200, "batch": 64, "feedback": "stored"})
 
 
 class Moment(NamedTuple):
@@ -77,39 +64,24 @@ def moments(trace: Trace) -> list[Moment]:
     return found
 
 
-def film(
-    rule: str, layers: int = 5, width: int = 200, batch: int = 64, optimizer: str = "sgd", feedback: str = "stored"
-) -> list[Moment]:
-    """Return the moments of one step of a rule in an MLP for MNIST.
+def film(rule: str, depth: int = FILM.depth, **changes: Any) -> list[Moment]:
+    """Return the moments of one step of a rule: 5 hidden layers of 200 units, MNIST, batch 64, B stored.
 
-    Args:
-        rule: Name of a rule or baseline.
-        layers: Hidden layers.
-        width: Units in each.
-        batch: Examples in the batch.
-        optimizer: A name, such as "adam".
-        feedback: What is kept of the matrices B: "stored", "regenerated" or "shared".
-
-    Raises:
-        ValueError: One line, for values that are not possible.
+    `changes`: other values of a `Setting`. Raises ValueError, one line, for what is not possible.
     """
-    how: Any = {"layers": layers, "width": width, "batch": batch, "optimizer": optimizer, "feedback": feedback}
-    return _film(FilmSetting(rules=(rule,), **how))
+    return _film(FILM.changed(rules=(rule,), depth=depth, **changes), rule)
 
 
 @lru_cache(maxsize=64)
-def _film(s: FilmSetting) -> list[Moment]:
-    def network() -> Any:
-        return models.mlp(784, [s.width] * s.layers, 10)
-
-    return moments(memory.predict(s.rules[0], network, (s.batch, 784), OPTIMIZERS[s.optimizer], KINDS[s.feedback]()))
+def _film(setting: Setting, rule: str) -> list[Moment]:
+    return moments(setting.predict(rule, setting.depth))
 
 
 class StepPlayer(base.Explorer):
     """Step player: which tensors exist at each moment of a step, block by block."""
 
-    def __init__(self, setting: FilmSetting | None = None, **changes: Any):
-        super().__init__(base.start_from(FilmSetting, setting, changes))
+    def __init__(self, setting: Setting | None = None, **changes: Any):
+        super().__init__(base.start_from(Setting, FILM if setting is None else setting, changes))
         self.time = self.watch(ipywidgets.IntSlider(0, 0, 1, description="moment", **base.WIDE))
         self.time.layout.flex = "1 1 300px"
         self.play = ipywidgets.Play(interval=250, min=0, max=1, show_repeat=True)
@@ -118,7 +90,8 @@ class StepPlayer(base.Explorer):
         speed.observe(lambda change: setattr(self.play, "interval", 1000 // change["new"]), "value")
         groups: dict[str, Any] = {
             "Network": {
-                "layers": range(1, 13),
+                "family": None,
+                "depth": range(1, 13),
                 "width": (50, 100, 200, 400, 800),
                 "batch": (16, 32, 64, 128, 256, 512),
                 "optimizer": None,
@@ -132,22 +105,20 @@ class StepPlayer(base.Explorer):
     def films(self) -> dict[str, list[Moment]]:
         """The moments of the rules that are shown. Raises ValueError if there are none."""
         setting = self.setting
-        return {rule: _film(setting.changed(rules=(rule,))) for rule in setting.rules}
+        return {rule: _film(setting, rule) for rule in setting.rules}
 
     def parts(self) -> base.Parts:
         films = self.films
         self.time.max = self.play.max = max(map(len, films.values())) - 1
-        self.picture.value = picture(films, self.time.value, self.controls["layers"].value + 1)
+        self.picture.value = picture(films, self.time.value, self.controls["depth"].value + 1)
         yield 0.0
 
 
 def picture(films: Mapping[str, list[Moment]], at: int, blocks: int) -> str:
     """Return a moment of each film as HTML, which reads in light and dark themes.
 
-    Args:
-        films: The moments of a step by the rule's name, all drawn on one scale.
-        at: Number of the moment; films that are shorter have ended then.
-        blocks: Blocks of the network.
+    `films`: the moments of a step by the rule's name, all drawn on one scale. `at`: the number of the moment; films
+    that are shorter have ended then. `blocks`: how many the network has.
     """
     largest = max(max(moment.held.values(), default=1) for each in films.values() for moment in each)
     peak = max(moment.total_bytes for each in films.values() for moment in each)

@@ -23,7 +23,7 @@ from memdfa_lab.lab.evaluation import accuracy, predict
 from memdfa_lab.lab.settings import Checked, Count, DistributionName, FeedbackName, NotNegative, Positive
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import image
-from memdfa_lab.widgets.setting import Activation, Batch, Layers, RuleNames, Seed, Width
+from memdfa_lab.widgets.setting import ALL_RULES, Activation, Batch, Layers, RuleNames, Seed, Width
 
 MOST_STEPS = 3000  # after which it ends by itself
 TESTED = 1000  # test images for the accuracy
@@ -54,14 +54,9 @@ class RaceSetting(Checked):
 class Race:
     """Rules that take each step together, on the same batches and from the same weights.
 
-    Args:
-        data: As `ml.datasets.load` returns it.
-        setting: A `RaceSetting`; its own values if not given.
-        before_step: before_step(rule, step) may change something, such as B, before each step and each measurement.
-        **changes: Other values of the setting, such as width=200.
-
-    Raises:
-        TypeError, ValueError: One line, for values that are not possible.
+    `data`: as `ml.datasets.load` returns it. `changes`: other values of the setting, such as width=200.
+    `before_step(rule, step)` may change something, such as B, before each step and each measurement. Raises TypeError
+    or ValueError, one line, for values that are not possible.
     """
 
     def __init__(
@@ -103,8 +98,7 @@ class Race:
             try:
                 rule.step(x, y)
             except FloatingPointError as problem:
-                label = figures.STYLES[name][0]
-                text = f"{label} has run away at step {self.step}: lower the learning rate"
+                text = f"{ALL_RULES[name]} has run away at step {self.step}: lower the learning rate"
                 raise FloatingPointError(text) from problem
         self.step += 1
         self._arrive()
@@ -113,16 +107,12 @@ class Race:
         for name, rule in self.rules.items():
             self.before_step(rule, self.step)
             if self.step % self.every == 0:
-                self.rows.append({"rule": name, "step": self.step, **self._measured(rule)})
-
-    def _measured(self, rule: Rule) -> dict[str, float]:
-        x, y = self.data.x_train[: self.probe], self.data.y_train[: self.probe]
-        angles = alignment.angles(rule, x, y)[:-1]
-        return {
-            "loss": cross_entropy(predict(rule, x), y).item(),
-            "accuracy": accuracy(rule, self.data.x_test[:TESTED], self.data.y_test[:TESTED]),
-            "angle_deg": sum(angles) / len(angles),
-        }
+                x, y = self.data.x_train[: self.probe], self.data.y_train[: self.probe]
+                loss = cross_entropy(predict(rule, x), y).item()
+                right = accuracy(rule, self.data.x_test[:TESTED], self.data.y_test[:TESTED])
+                angles = alignment.angles(rule, x, y)[:-1]
+                row = {"rule": name, "step": self.step, "loss": loss, "accuracy": right}
+                self.rows.append(row | {"angle_deg": sum(angles) / len(angles)})
 
 
 @lru_cache(maxsize=1)
@@ -207,7 +197,7 @@ class LiveTraining(base.Explorer):
         self._tell()
         last = race.rows[-len(race.rules) :]
         now = "; ".join(
-            f"{figures.STYLES[row['rule']][0]} loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}, "
+            f"{ALL_RULES[row['rule']]} loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}, "
             f"angle {row['angle_deg']:.0f}°"
             for row in last
         )
