@@ -27,7 +27,6 @@ ONE = Experiment(
     batch_size=50,
     schedule="cosine",
     settings={"optimizer": "adam", "distribution": "uniform"},
-    by_rule={"bp": {"weight_decay": 0.0}},
     search={"lr": [1e-9, 0.003], "scale": [1.0]},
     search_epochs=1,
 )
@@ -60,7 +59,7 @@ def test_the_plan_can_be_read_and_all_it_names_is_known():
         assert one.dataset in ml.datasets.names()
         assert one.why
         assert bool(one.search) == (one.search_epochs > 0)
-        assert set(one.goal) | set(one.by_rule) <= set(one.seeds) <= set(ml.RULES)
+        assert set(one.goal) <= set(one.seeds) <= set(ml.RULES)
         assert all(seeds == sorted(set(seeds)) for seeds in one.seeds.values())
 
 
@@ -70,7 +69,7 @@ def test_the_plan_can_be_read_and_all_it_names_is_known():
         ({"network": "mnist_con"}, "did you mean 'mnist_conv'?"),
         ({"seeds": {"memdf": [0]}}, "did you mean 'memdfa'?"),
         ({"settings": {"optimiser": "adam"}}, "did you mean 'optimizer'?"),
-        ({"by_rule": {"bp": {"loss": "mse_"}}}, "did you mean 'mse'?"),
+        ({"settings": {"loss": "mse_"}}, "did you mean 'mse'?"),
         ({"search": {"lr": [0.1, "fast"]}}, "lr must be a valid number"),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"epoch": 3}, "did you mean 'epochs'?"),
@@ -252,14 +251,14 @@ def test_a_run_with_other_settings_is_not_done(changes, small, data, monkeypatch
     for one in (quick, other):
         monkeypatch.setattr(paper.plan, "experiments", lambda one=one: (one,))
         (kept,) = paper.plan.current(table)["settings"]
-        assert kept == one.described("memdfa", {})
+        assert kept == one.described({})
 
 
 def test_a_run_that_states_the_networks_own_settings_is_the_same_run():
-    own = ONE.changed(settings={}, by_rule={}, search={}, search_epochs=0, batch_size=None, schedule="constant")
+    own = ONE.changed(settings={}, search={}, search_epochs=0, batch_size=None, schedule="constant")
     spelt = own.changed(settings={"optimizer": ml.models.get(ONE.network).optimizer})
-    assert spelt.has("memdfa", own.described("memdfa", {}))
-    assert not spelt.has("memdfa", own.changed(batch_size=7).described("memdfa", {}))
+    assert spelt.has("memdfa", own.described({}))
+    assert not spelt.has("memdfa", own.changed(batch_size=7).described({}))
 
 
 def test_images_cut_the_training_images_and_are_said_in_the_settings_and_the_table(data, monkeypatch, tmp_path):
@@ -273,7 +272,7 @@ def test_images_cut_the_training_images_and_are_said_in_the_settings_and_the_tab
     assert torch.equal(seen[0].x_test, data.x_test)
     table = paper.runs.read(tmp_path, "histories")
     assert json.loads(table["settings"][0])["images"] == 200
-    assert "images" not in json.loads(ONE.described("memdfa", {}))
+    assert "images" not in json.loads(ONE.described({}))
     assert paper.tables.beside_published(table).query("network == @few.network")["source"].item() == (
         "here, small, 200 training images"
     )
@@ -404,7 +403,7 @@ def table_of(*runs):
             rule,
             seed,
             epochs,
-            ONE.described(rule, ONE.tried(rule)[0]),
+            ONE.described(ONE.tried(rule)[0]),
             epoch,
             1 / epoch,
             accuracy,

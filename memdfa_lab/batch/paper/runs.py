@@ -105,7 +105,7 @@ def choose(
     before = read(out, "choices")
     before = before[(before["experiment"] == one.name) & (before["rule"] == rule) & (before["epochs"] == epochs)]
     accuracies = dict(zip(before["settings"], before["held_out_accuracy"], strict=True))
-    trials = {one.described(rule, settings): settings for settings in one.tried(rule)}
+    trials = {one.described(settings): settings for settings in one.tried(rule)}
     rows: list[dict[str, Any]] = []
     for described, settings in trials.items():
         if described not in accuracies:
@@ -120,7 +120,7 @@ def choose(
 
 def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], data: Data) -> float:
     tried_as = "dfa" if rule == "memdfa" else rule  # the same updates, for a forward pass less
-    learner = experiments.make_rule(tried_as, one.network, data, **one.options(rule, settings))
+    learner = experiments.make_rule(tried_as, one.network, data, **one.options(settings))
     held_out, epochs = data.holdout(SEARCH_ON), one.search_epochs
     try:
         history = fit(learner, held_out, epochs, one.batch, scheduler=schedule(one, epochs))
@@ -136,14 +136,14 @@ def schedule(one: Experiment, epochs: int) -> Any:
 
 def train(one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: Data, out: str | Path) -> pd.DataFrame:
     """Train, or go on training, with what was chosen; return the history, read from its file if it was done before."""
-    settings = one.described(rule, chosen)
+    settings = one.described(chosen)
     name = f"seed{seed}-{one.epochs}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     folder = Path(out) / "runs" / one.name / rule / name
     checkpoint, file = folder / "checkpoint.pt", folder / "history.csv"
     if file.exists():
         return pd.read_csv(file)
     history = fit(
-        experiments.make_rule(rule, one.network, data, seed=seed, **one.options(rule, chosen)),
+        experiments.make_rule(rule, one.network, data, seed=seed, **one.options(chosen)),
         data,
         one.epochs,
         one.batch,
