@@ -395,27 +395,12 @@ def ml_reports():
 
 def table_of(*runs):
     """Make a table of runs (experiment, rule, seed, epochs, last accuracy), an epoch a row, as `ml.paper` writes it."""
-    rows = [
-        (
-            name,
-            name,
-            "mnist",
-            rule,
-            seed,
-            epochs,
-            ONE.described(ONE.tried(rule)[0]),
-            epoch,
-            1 / epoch,
-            accuracy,
-            accuracy,
-            1.0,
-        )
-        for name, rule, seed, epochs, accuracy in runs
-        for epoch in range(1, epochs + 1)
-    ]
-    return pd.DataFrame(
-        rows, columns=["experiment", "network", "dataset", "rule", "seed", "epochs", "settings", *NUMBERS, "seconds"]
-    )
+    columns = ["experiment", "network", "dataset", "rule", "seed", "epochs", "settings", *NUMBERS, "seconds"]
+    rows = []
+    for name, rule, seed, epochs, accuracy in runs:
+        about = name, name, "mnist", rule, seed, epochs, ONE.described(ONE.tried(rule)[0])
+        rows += [(*about, epoch, 1 / epoch, accuracy, accuracy, 1.0) for epoch in range(1, epochs + 1)]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def test_errors_are_of_the_longest_runs_that_ended():
