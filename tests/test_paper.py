@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -30,6 +31,7 @@ ONE = Experiment(
     search={"lr": [1e-9, 0.003], "scale": [1.0]},
     search_epochs=1,
 )
+COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=2)
 NUMBERS = ["epoch", "loss", "train_accuracy", "test_accuracy"]
 
 
@@ -218,7 +220,7 @@ def test_a_run_trains_as_set_and_what_is_finished_is_skipped(small, data, monkey
     assert any("memdfa, seed 1: test error" in line for line in said)
 
     made = experiments.make_rule("memdfa", ONE.network, data, seed=1, lr=0.003, scale=1.0, **ONE.settings)
-    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=paper.runs.schedule(ONE, 2)).table
+    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=COSINE).table
     ours = table.query("rule == 'memdfa' and seed == 1")[NUMBERS].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone[NUMBERS], check_exact=True, check_dtype=False)
 
@@ -337,7 +339,7 @@ def test_angles_are_taken_after_each_epoch_but_for_bp(data, tmp_path):
     found = table.set_index(["rule", "epoch"]).filter(like="angle_").dropna()
     assert list(found.index) == [("memdfa", 1), ("memdfa", 2)]
     made = experiments.make_rule("memdfa", ONE.network, data, lr=0.003, **ONE.settings)
-    ml.fit(made, data, 2, 50, scheduler=paper.runs.schedule(ONE, 2))
+    ml.fit(made, data, 2, 50, scheduler=COSINE)
     expected = ml.alignment.angles(made, data.x_train[:500], data.y_train[:500])
     assert list(found.loc["memdfa", 2]) == expected
 
