@@ -72,7 +72,7 @@ def test_sigterm_ends_the_server_and_its_kernel():
         address = explorer.stdout.readline().split()[4]
         urllib.request.urlopen(address).close()  # whose page has a kernel
         started = psutil.Process(explorer.pid).children(recursive=True)
-        assert len(started) == 2
+        assert len(started) == 1
         explorer.terminate()
         assert explorer.wait(timeout=60) == 0
     assert not psutil.wait_procs(started, timeout=30)[1]

@@ -182,53 +182,6 @@ def test_the_density_of_singular_values_has_the_area_and_the_mean_square_of_a_de
     assert np.trapezoid(density * v**2, v) == pytest.approx(C / min(C, n), rel=1e-3)  # E |B|^2 = C n σ^2
 
 
-@pytest.mark.parametrize(("C", "n"), [(100, 400), (400, 100)])
-def test_the_spectrum_is_drawn_on_the_limit_of_large_random_matrices(C, n):
-    generator = np.random.default_rng(0)
-    values = {"random": np.linalg.svd(generator.normal(size=(C, n)), compute_uv=False) / n**0.5, "flat": np.ones(C)}
-    rows = [(name, n, 0, value) for name, found in values.items() for value in found]
-    spread, edges = figures.spectrum(pd.DataFrame(rows, columns=["distribution", "width", "draw", "value"]), C, n).axes
-    outline = spread.collections[0].get_paths()[0].vertices
-    inside = outline[outline[:, 1] > 0]
-    assert inside[:, 0].min() == pytest.approx(abs(1 - np.sqrt(C / n)), abs=0.02)
-    assert inside[:, 0].max() == pytest.approx(1 + np.sqrt(C / n), abs=0.02)
-    upper = inside[np.argsort(inside[:, 0])]
-    middle = np.median(values["random"])
-    part = upper[upper[:, 0] < middle]
-    assert np.trapezoid(part[:, 1], part[:, 0]) == pytest.approx(0.5, abs=0.03)
-    (flat,) = spread.lines
-    assert set(flat.get_xdata()) == {1}
-    assert drawn(edges)["random"] == [pytest.approx(values["random"].max())]
-    assert drawn(edges)["flat"] == [1]
-
-
-def test_a_feature_map_has_zero_in_the_middle_of_its_rows_own_scale():
-    rows = {"B": np.array([[[0.0, 2.0]], [[-4.0, 1.0]]]), "BP": np.full((1, 2, 2), 0.5)}
-    panels = np.array(figures.signal_images(rows).axes).reshape(2, 2)
-    shown = [[axes.images[0] if axes.images else None for axes in line] for line in panels]
-    assert [image.get_clim() for image in shown[0]] == [(-4, 4)] * 2
-    assert shown[1][0].get_clim() == (-0.5, 0.5)
-    assert shown[1][1] is None
-    np.testing.assert_array_equal(shown[0][1].get_array(), rows["B"][1])
-    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["B", "BP"]
-
-
-def test_block_angles_are_hollow_before_and_filled_after():
-    rows = [
-        ("net", "fa", 1, "conv", 90.0, 80.0),
-        ("net", "fa", 2, "dense", 0.0, 0.0),
-        ("mlp", "dfa", 1, "dense", 91, 60),
-    ]
-    columns = ["network", "rule", "block", "layer", "before_deg", "after_deg"]
-    net, mlp = figures.block_angles(pd.DataFrame(rows, columns=columns)).axes
-    before, after = net.lines[:2]
-    assert (drawn(net)["FA, before"], drawn(net)["FA, after"]) == ([90, 0], [80, 0])
-    assert before.get_markerfacecolor() == "white" != after.get_markerfacecolor()
-    assert [label.get_text() for label in net.get_xticklabels()] == ["1\nconv", "2\ndense"]
-    assert [axes.get_title() for axes in (net, mlp)] == ["net", "mlp"]
-    assert drawn(mlp)["DFA, after"] == [60]
-
-
 # Looks and files
 
 

@@ -224,17 +224,12 @@ REFUSED = {
     "picture": (lambda d: figures.picture("a", "b"), "figure must be a matplotlib Figure"),
     "images": (lambda d: figures.images(X), "images takes data as ml.datasets.load returns it, not a Tensor"),
     "no image": (lambda d: figures.images(d.subset(3)), "there is no training image of class"),
-    "signals": (lambda d: figures.signal_images({"B": FLAT}), "rows['B'] must be an array (channels, H, W)"),
-    "no signals": (lambda d: figures.signal_images({}), "rows is empty"),
     "no spectrum": (lambda d: SPECTRUM([], FLAT, FLAT, None, pd.DataFrame()), "of one number or more, got a list"),
     "spectrum of none": (lambda d: SPECTRUM(FLAT, None, FLAT, None, pd.DataFrame()), "own must be an array (N)"),
     "spectrum, no angles": (lambda d: SPECTRUM(FLAT, FLAT, FLAT, None, None), "angles must be a pandas table"),
     "spectrum, angles": (lambda d: SPECTRUM(FLAT, FLAT, FLAT, None, pd.DataFrame({"run": [1]})), "lacks step, angle"),
-    "spectrum's width": (lambda d: figures.spectrum(made("spectrum"), 1, 7), "no row of n with width 7"),
     "rings": (lambda d: figures.peak_against(made("peak_against"), "x", "", [1]), "measured must be a pandas table"),
     "depth": (lambda d: figures.peak_at_depth(made("peak_at_depth"), "a", ""), "depth must be a finite number above 0"),
-    "whose pipeline": (lambda d: figures.pipelines({"memdf": made("pipelines")}), "did you mean 'memdfa'?"),
-    "pipeline's batch": (lambda d: figures.pipelines({"bp": made("pipelines")}, 2), "batch 2 or the one after it"),
     "no block": (lambda d: figures.lifetimes({"bp": made("lifetimes").assign(block=NAN)}), "has no tensor of a block"),
     "filled by what": (lambda d: figures.step_profiles({"bp": made("step_profiles").assign(eror=1)}, ""), "'error'?"),
     "varied": (lambda d: figures.sweep_summary(made("sweep_summary"), "lr"), "varied must be a list of parameters"),
@@ -290,16 +285,13 @@ TABLES: dict[str, tuple[str, str, tuple]] = {  # figure -> columns of names, of 
     "peak_at_depth": ("rule", "depth bytes", (1, "bytes")),
     "peak_fillings": ("rule", "activations", ()),
     "frontier": ("network batch_size rule feedback", "ratio ratio_low ratio_high peak_bytes", ()),
-    "block_angles": ("network rule layer", "block before_deg after_deg", ()),
-    "spectrum": ("distribution", "width draw value", (1, 1)),
     "sweep_summary": ("run", "", ([],)),
     "memory_profiles": ("phase category", "bytes", ()),
     "lifetimes": ("phase category", "storage block bytes", ()),
     "step_profiles": ("phase", "activations", ("bytes",)),
-    "pipelines": ("task", "machine batch start end", ()),
 }
-TEXTS = {"rule": "bp", "category": "activations", "task": "forward", "phase": "forward"}
-OF_MANY = ["memory_profiles", "lifetimes", "step_profiles", "pipelines"]
+TEXTS = {"rule": "bp", "category": "activations", "phase": "forward"}
+OF_MANY = ["memory_profiles", "lifetimes", "step_profiles"]
 
 
 def draw(name: str, table: object) -> object:
@@ -323,7 +315,6 @@ def test_every_figure_is_among_those_whose_input_is_looked_at():
         "panels",
         "picture",
         "save",
-        "signal_images",
     }
     assert {name for name in figures.__all__ if callable(getattr(figures, name))} == {*TABLES, *others}
 

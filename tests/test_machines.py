@@ -6,7 +6,6 @@ import pytest
 from reference import refuses
 
 import memdfa_lab as ml
-from memdfa_lab import figures
 from memdfa_lab.lab.machines import ORDERS, measure, simulate, steady
 
 SIZES = [(1, 1), (1, 5), (4, 1), (4, 3), (4, 4), (4, 16), (7, 5)]
@@ -88,10 +87,3 @@ def test_wrong_arguments_are_refused(name, value):
 def test_one_batch_does_not_show_how_a_pipeline_settles():
     with refuses(ValueError, "two batches or more"):
         steady(simulate("bp", 2, 2, batches=1))
-
-
-def test_the_figure_has_a_bar_a_task():
-    table = simulate("memdfa", 3, 2, batches=3)
-    axes = figures.pipelines({"memdfa": table}).axes[0]
-    assert len(axes.patches) == len(table)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "3"]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -27,10 +28,10 @@ ONE = Experiment(
     batch_size=50,
     schedule="cosine",
     settings={"optimizer": "adam", "distribution": "uniform"},
-    by_rule={"bp": {"weight_decay": 0.0}},
     search={"lr": [1e-9, 0.003], "scale": [1.0]},
     search_epochs=1,
 )
+COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=2)
 NUMBERS = ["epoch", "loss", "train_accuracy", "test_accuracy"]
 
 
@@ -60,7 +61,7 @@ def test_the_plan_can_be_read_and_all_it_names_is_known():
         assert one.dataset in ml.datasets.names()
         assert one.why
         assert bool(one.search) == (one.search_epochs > 0)
-        assert set(one.goal) | set(one.by_rule) <= set(one.seeds) <= set(ml.RULES)
+        assert set(one.goal) <= set(one.seeds) <= set(ml.RULES)
         assert all(seeds == sorted(set(seeds)) for seeds in one.seeds.values())
 
 
@@ -70,7 +71,7 @@ def test_the_plan_can_be_read_and_all_it_names_is_known():
         ({"network": "mnist_con"}, "did you mean 'mnist_conv'?"),
         ({"seeds": {"memdf": [0]}}, "did you mean 'memdfa'?"),
         ({"settings": {"optimiser": "adam"}}, "did you mean 'optimizer'?"),
-        ({"by_rule": {"bp": {"loss": "mse_"}}}, "did you mean 'mse'?"),
+        ({"settings": {"loss": "mse_"}}, "did you mean 'mse'?"),
         ({"search": {"lr": [0.1, "fast"]}}, "lr must be a valid number"),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"epoch": 3}, "did you mean 'epochs'?"),
@@ -219,7 +220,7 @@ def test_a_run_trains_as_set_and_what_is_finished_is_skipped(small, data, monkey
     assert any("memdfa, seed 1: test error" in line for line in said)
 
     made = experiments.make_rule("memdfa", ONE.network, data, seed=1, lr=0.003, scale=1.0, **ONE.settings)
-    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=paper.runs.schedule(ONE, 2)).table
+    alone = ml.fit(made, data, 2, 50, seed=1, scheduler=COSINE).table
     ours = table.query("rule == 'memdfa' and seed == 1")[NUMBERS].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone[NUMBERS], check_exact=True, check_dtype=False)
 
@@ -252,14 +253,14 @@ def test_a_run_with_other_settings_is_not_done(changes, small, data, monkeypatch
     for one in (quick, other):
         monkeypatch.setattr(paper.plan, "experiments", lambda one=one: (one,))
         (kept,) = paper.plan.current(table)["settings"]
-        assert kept == one.described("memdfa", {})
+        assert kept == one.described({})
 
 
 def test_a_run_that_states_the_networks_own_settings_is_the_same_run():
-    own = ONE.changed(settings={}, by_rule={}, search={}, search_epochs=0, batch_size=None, schedule="constant")
+    own = ONE.changed(settings={}, search={}, search_epochs=0, batch_size=None, schedule="constant")
     spelt = own.changed(settings={"optimizer": ml.models.get(ONE.network).optimizer})
-    assert spelt.has("memdfa", own.described("memdfa", {}))
-    assert not spelt.has("memdfa", own.changed(batch_size=7).described("memdfa", {}))
+    assert spelt.has("memdfa", own.described({}))
+    assert not spelt.has("memdfa", own.changed(batch_size=7).described({}))
 
 
 def test_images_cut_the_training_images_and_are_said_in_the_settings_and_the_table(data, monkeypatch, tmp_path):
@@ -273,7 +274,7 @@ def test_images_cut_the_training_images_and_are_said_in_the_settings_and_the_tab
     assert torch.equal(seen[0].x_test, data.x_test)
     table = paper.runs.read(tmp_path, "histories")
     assert json.loads(table["settings"][0])["images"] == 200
-    assert "images" not in json.loads(ONE.described("memdfa", {}))
+    assert "images" not in json.loads(ONE.described({}))
     assert paper.tables.beside_published(table).query("network == @few.network")["source"].item() == (
         "here, small, 200 training images"
     )
@@ -335,14 +336,12 @@ def test_angles_are_taken_after_each_epoch_but_for_bp(data, tmp_path):
     for rule in ("memdfa", "bp"):
         paper.runs.train(one, rule, 0, {"lr": 0.003}, data, tmp_path)
     table = paper.runs.read(tmp_path, "histories")
-    found = paper.tables.angles(table, "small")
-    assert set(found["rule"]) == {"memdfa"}
-    assert sorted(zip(found["step"], found["block"], strict=True)) == [(s, b) for s in (1, 2) for b in (1, 2, 3)]
+    found = table.set_index(["rule", "epoch"]).filter(like="angle_").dropna()
+    assert list(found.index) == [("memdfa", 1), ("memdfa", 2)]
     made = experiments.make_rule("memdfa", ONE.network, data, lr=0.003, **ONE.settings)
-    ml.fit(made, data, 2, 50, scheduler=paper.runs.schedule(ONE, 2))
+    ml.fit(made, data, 2, 50, scheduler=COSINE)
     expected = ml.alignment.angles(made, data.x_train[:500], data.y_train[:500])
-    assert list(found.query("step == 2").sort_values("block")["gradient_deg"]) == expected
-    assert len(paper.tables.angles(table, "other")) == 0
+    assert list(found.loc["memdfa", 2]) == expected
 
 
 # The memory tables
@@ -398,27 +397,12 @@ def ml_reports():
 
 def table_of(*runs):
     """Make a table of runs (experiment, rule, seed, epochs, last accuracy), an epoch a row, as `ml.paper` writes it."""
-    rows = [
-        (
-            name,
-            name,
-            "mnist",
-            rule,
-            seed,
-            epochs,
-            ONE.described(rule, ONE.tried(rule)[0]),
-            epoch,
-            1 / epoch,
-            accuracy,
-            accuracy,
-            1.0,
-        )
-        for name, rule, seed, epochs, accuracy in runs
-        for epoch in range(1, epochs + 1)
-    ]
-    return pd.DataFrame(
-        rows, columns=["experiment", "network", "dataset", "rule", "seed", "epochs", "settings", *NUMBERS, "seconds"]
-    )
+    columns = ["experiment", "network", "dataset", "rule", "seed", "epochs", "settings", *NUMBERS, "seconds"]
+    rows = []
+    for name, rule, seed, epochs, accuracy in runs:
+        about = name, name, "mnist", rule, seed, epochs, ONE.described(ONE.tried(rule)[0])
+        rows += [(*about, epoch, 1 / epoch, accuracy, accuracy, 1.0) for epoch in range(1, epochs + 1)]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def test_errors_are_of_the_longest_runs_that_ended():
@@ -447,31 +431,6 @@ def test_goals_are_met_or_not_or_not_run(monkeypatch):
     assert list(paper.tables.goals(table)["met"]) == ["yes", "no", "not run yet"]
     just = torch.tensor(0.9).item()  # an accuracy, in float32
     assert paper.tables.goals(table_of(("small", "memdfa", 0, 2, just)))["met"][0] == "yes"
-
-
-def test_trials_are_told_best_first_with_what_was_varied():
-    tried = [("bp", 0.1, None, 0.5), ("bp", 0.3, None, 0.75), ("fa", 0.1, "uniform", 0.9), ("fa", 0.3, "uniform", 0.6)]
-    choices = pd.DataFrame(
-        {
-            "experiment": "a",
-            "rule": rule,
-            "settings": json.dumps({"lr": lr, **({"distribution": B} if B else {}), "batch_size": 8}),
-            "epochs": 2,
-            "held_out_accuracy": accuracy,
-        }
-        for rule, lr, B, accuracy in tried
-    )
-    assert paper.tables.trials(choices).to_numpy().tolist() == [
-        ["a", "bp", 2, "0.3: 75.00", "0.1: 50.00"],
-        ["a", "fa", 2, "0.1 uniform: 90.00", "0.3 uniform: 60.00"],
-    ]
-    assert len(paper.tables.trials(choices[:0])) == 0
-
-
-def test_same_updates_counts_runs_that_agree():
-    alike = table_of(("a", "dfa", 0, 2, 0.9), ("a", "memdfa", 0, 2, 0.9), ("a", "memdfa", 1, 2, 0.9))
-    other = table_of(("b", "dfa", 0, 2, 0.9), ("b", "memdfa", 0, 2, 0.8))
-    assert paper.tables.same_updates(pd.concat([alike, other])) == (1, 2)
 
 
 def verdicts(tables):
@@ -511,8 +470,6 @@ def test_the_committed_tables_are_found_from_anywhere_and_agree_with_the_reports
     ours = paper.tables.errors(tables["histories"]).query("experiment == 'mnist_fc_relu'").set_index("rule")
     summary = pd.read_csv(ml_reports().parent / "mnist_fc_relu" / "summary.csv", index_col="rule")
     pd.testing.assert_series_equal(100 - ours["error"], 100 * summary["test_accuracy"], check_names=False)
-    alike, both = paper.tables.same_updates(tables["histories"])
-    assert alike == both > 0
     assert len(paper.tables.missing(tables["histories"])) == 0  # all is done, with the settings of the plan
     with pytest.raises(ValueError, match=r"no tables of the comparison in 'no/where': make them with"):
         paper.tables.load("no/where")

@@ -5,20 +5,19 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import time
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
 from memdfa_lab.batch.notebooks import notebooks_folder
 
 NOTEBOOK = "06_explore.ipynb"
-STARTED_WITHIN_S = 60.0
 TEMPLATES = Path(__file__).with_name("templates")  # Voila finds voila/templates/memdfa there
 
 
@@ -32,35 +31,33 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
 
     Raises:
         ValueError: If Voila is not installed, or the port is taken.
-        RuntimeError: If Voila does not start.
     """
     if importlib.util.find_spec("voila") is None:
         raise ValueError('memdfa explore needs Voila, which is not installed: pip install "memdfa_lab[explore]"')
     chosen, token = _free(port), secrets.token_urlsafe(16)
+    address = f"http://127.0.0.1:{chosen}/?token={token}"
+
+    def listening() -> None:
+        say(f"the explorer is at {address} (Ctrl-C stops it)")
+        if browser:
+            webbrowser.open(address)
+
     with tempfile.TemporaryDirectory(prefix="memdfa-explore-") as folder:
         shown = Path(folder, "explore.ipynb")
         nbformat.write(page(nbformat.read(notebooks_folder() / NOTEBOOK, as_version=4)), shown)
-        command = [sys.executable, "-m", "voila", str(shown), "--no-browser", "--template=memdfa"]
-        command += ["--Voila.ip=127.0.0.1", f"--port={chosen}", f"--token={token}"]
-        command += ["--Voila.log_level=ERROR", "--show_tracebacks=False"]
+        options = [str(shown), "--template=memdfa", f"--port={chosen}", "--Voila.ip=127.0.0.1", f"--token={token}"]
+        options += ["--Voila.port_retries=0", "--Voila.log_level=ERROR", "--show_tracebacks=False"]
         if os.name == "posix":
-            command.append("--KernelManager.transport=ipc")  # sockets of this user, not open ports
+            options.append("--KernelManager.transport=ipc")  # sockets of this user, not open ports
         paths = os.pathsep.join([str(TEMPLATES), *filter(None, [os.environ.get("JUPYTER_PATH")])])
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else Voila and its kernels would go on
-        server = subprocess.Popen(command, env={**os.environ, "JUPYTER_PATH": paths})
-        try:
-            address = f"http://127.0.0.1:{chosen}/?token={token}"
-            _wait(server, chosen)
-            say(f"the explorer is at {address} (Ctrl-C stops it)")
-            if browser:
-                webbrowser.open(address)
-            if server.wait():
-                raise RuntimeError("Voila has stopped: its messages are above")
-        except KeyboardInterrupt:  # that is how it ends
-            say("stopped")
-        finally:
-            server.terminate()
-            server.wait()
+        os.environ["JUPYTER_PATH"] = paths
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its kernels would go on
+        server: Any = import_module("voila.app").Voila.instance()
+        server.launch_browser = listening
+        with suppress(KeyboardInterrupt):  # that is how it ends
+            server.initialize(options)
+            server.start()
+    say("stopped")
 
 
 def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -91,14 +88,3 @@ def _free(port: int | None) -> int:
                 f"port {port} cannot be used ({problem}): choose another, or leave --port out"
             ) from problem
         return int(asked.getsockname()[1])
-
-
-def _wait(server: subprocess.Popen[bytes], port: int) -> None:
-    end = time.monotonic() + STARTED_WITHIN_S
-    while server.poll() is None and time.monotonic() < end:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError("Voila did not start: its messages are above")

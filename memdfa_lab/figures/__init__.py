@@ -1,12 +1,11 @@
 """One function a figure; each takes plain tables and returns a matplotlib Figure. Units are on the axes."""
 
 from memdfa_lab.figures.curves import alignment, learning_curves, peak_against
-from memdfa_lab.figures.explorers import feedback, live_curves, peak_at_depth, step_profiles
+from memdfa_lab.figures.explorers import feedback, live_curves, marchenko_pastur, peak_at_depth, step_profiles
+from memdfa_lab.figures.images import images
 from memdfa_lab.figures.lines import draw_lines, lines
 from memdfa_lab.figures.peaks import frontier, peak_fillings
-from memdfa_lab.figures.pipelines import pipelines
 from memdfa_lab.figures.profiles import lifetimes, memory_profiles
-from memdfa_lab.figures.signals import block_angles, images, marchenko_pastur, signal_images, spectrum
 from memdfa_lab.figures.style import FILLS, LOOKS, MIB, SETTINGS, STYLES, legend, panels, picture, save
 from memdfa_lab.figures.sweeps import sweep_summary
 
@@ -17,7 +16,6 @@ __all__ = [
     "SETTINGS",
     "STYLES",
     "alignment",
-    "block_angles",
     "draw_lines",
     "feedback",
     "frontier",
@@ -34,10 +32,7 @@ __all__ = [
     "peak_at_depth",
     "peak_fillings",
     "picture",
-    "pipelines",
     "save",
-    "signal_images",
-    "spectrum",
     "step_profiles",
     "sweep_summary",
 ]

@@ -1,5 +1,6 @@
 """What the explorers draw anew as a knob is turned."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,3 +124,23 @@ def feedback(
     angle.set(xlabel="steps", ylabel="angle to BP (degrees)", xlim=(0, steps))
     legend(figure, [angle])
     return figure
+
+
+def marchenko_pastur(v: Any, C: int, n: int) -> Any:
+    """Return the density of the min(C, n) singular values of a large random matrix B, (C, n); its area is 1.
+
+    The entries are independent, with mean 0 and the same standard deviation σ. Source: Marchenko and Pastur 1967, who
+    give it for the eigenvalues of B Bᵀ, the squares of the singular values.
+
+    Args:
+        v: Where the density is asked for: singular values over σ √n, of any shape.
+        C: Rows of B.
+        n: Columns of B.
+
+    Returns:
+        The density at each v, in the shape of v.
+    """
+    ratio = C / n
+    low, high = abs(1 - math.sqrt(ratio)), 1 + math.sqrt(ratio)
+    inside = np.maximum((high**2 - v**2) * (v**2 - low**2), 0)
+    return np.sqrt(inside) / (np.pi * min(ratio, 1) * np.maximum(v, 1e-9))

@@ -38,7 +38,6 @@ class Experiment(Checked):
     images: Count | None = Field(None, description="training images that are used, the first ones; None: all")
     schedule: ScheduleName = "constant"
     settings: Settings = Field({}, description="of `ml.experiments.make_rule`; the rest is the network's own")
-    by_rule: dict[RuleName, Settings] = Field({}, description="settings of one rule alone")
     search: dict[str, list[Any]] = Field({}, description="values of settings, tried on held-out training images")
     search_epochs: int = Field(0, ge=0)
     angles: bool = Field(False, description="take the angle to BP of each block after each epoch")
@@ -48,7 +47,7 @@ class Experiment(Checked):
     def _settings_are_known(self) -> Self:
         for rule in self.seeds:
             for chosen in self.tried(rule):
-                self.complete(rule, self.options(rule, chosen))
+                self.complete(rule, self.options(chosen))
         return self
 
     @property
@@ -73,16 +72,16 @@ class Experiment(Checked):
         searched = {name: values for name, values in self.search.items() if rule != "bp" or name not in OF_FEEDBACK}
         return [dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())]
 
-    def options(self, rule: str, chosen: Settings) -> Settings:
+    def options(self, chosen: Settings) -> Settings:
         """Return the settings of a run, as they go to `make_rule`."""
-        return {**self.settings, **self.by_rule.get(rule, {}), **chosen}
+        return {**self.settings, **chosen}
 
-    def described(self, rule: str, chosen: Settings) -> str:
+    def described(self, chosen: Settings) -> str:
         """Return all that the plan sets in a run, as text for a table."""
         rest: Settings = {"batch_size": self.batch, "schedule": self.schedule}
         if self.images is not None:
             rest["images"] = self.images
-        return json.dumps({**self.options(rule, chosen), **rest})
+        return json.dumps({**self.options(chosen), **rest})
 
     def complete(self, rule: str, stated: Settings) -> Settings:
         """Return all settings of a run of which some are stated: the rest is the network's own."""
@@ -93,7 +92,7 @@ class Experiment(Checked):
 
     def has(self, rule: str, described: str) -> bool:
         """Tell whether a run with these settings belongs to the experiment as it is now, whatever was chosen."""
-        stated = (json.loads(self.described(rule, chosen)) for chosen in self.tried(rule))
+        stated = (json.loads(self.described(chosen)) for chosen in self.tried(rule))
         found = self.complete(rule, json.loads(described))
         return any(self.complete(rule, settings) == found for settings in stated)
 

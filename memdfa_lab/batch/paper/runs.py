@@ -105,7 +105,7 @@ def choose(
     before = read(out, "choices")
     before = before[(before["experiment"] == one.name) & (before["rule"] == rule) & (before["epochs"] == epochs)]
     accuracies = dict(zip(before["settings"], before["held_out_accuracy"], strict=True))
-    trials = {one.described(rule, settings): settings for settings in one.tried(rule)}
+    trials = {one.described(settings): settings for settings in one.tried(rule)}
     rows: list[dict[str, Any]] = []
     for described, settings in trials.items():
         if described not in accuracies:
@@ -120,41 +120,34 @@ def choose(
 
 def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], data: Data) -> float:
     tried_as = "dfa" if rule == "memdfa" else rule  # the same updates, for a forward pass less
-    learner = experiments.make_rule(tried_as, one.network, data, **one.options(rule, settings))
-    held_out, epochs = data.holdout(SEARCH_ON), one.search_epochs
     try:
-        history = fit(learner, held_out, epochs, one.batch, scheduler=schedule(one, epochs))
+        table = _fit(one, tried_as, settings, data.holdout(SEARCH_ON), one.search_epochs)
     except FloatingPointError:
         return 0.0  # it ran away
-    return float(history.table["test_accuracy"].iloc[-1])
+    return float(table["test_accuracy"].iloc[-1])
 
 
-def schedule(one: Experiment, epochs: int) -> Any:
-    """Return what `fit` takes as the scheduler of an experiment; None for a constant learning rate."""
-    return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs) if one.schedule == "cosine" else None
+def _fit(
+    one: Experiment, rule: str, chosen: dict[str, Any], data: Data, epochs: int, seed: int = 0, **how: Any
+) -> pd.DataFrame:
+    learner = experiments.make_rule(rule, one.network, data, seed=seed, **one.options(chosen))
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs) if one.schedule == "cosine" else None
+    return fit(learner, data, epochs, one.batch, seed=seed, scheduler=cosine, **how).table
 
 
 def train(one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: Data, out: str | Path) -> pd.DataFrame:
     """Train, or go on training, with what was chosen; return the history, read from its file if it was done before."""
-    settings = one.described(rule, chosen)
+    settings = one.described(chosen)
     name = f"seed{seed}-{one.epochs}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     folder = Path(out) / "runs" / one.name / rule / name
     checkpoint, file = folder / "checkpoint.pt", folder / "history.csv"
     if file.exists():
         return pd.read_csv(file)
-    history = fit(
-        experiments.make_rule(rule, one.network, data, seed=seed, **one.options(rule, chosen)),
-        data,
-        one.epochs,
-        one.batch,
-        seed=seed,
-        scheduler=schedule(one, one.epochs),
-        checkpoint=checkpoint,
-        on_epoch=partial(_angles, data) if one.angles and rule != "bp" else None,
-    )
+    angles = partial(_angles, data) if one.angles and rule != "bp" else None
+    table = _fit(one, rule, chosen, data, one.epochs, seed, checkpoint=checkpoint, on_epoch=angles)
     columns: dict[str, Any] = {"experiment": one.name, "network": one.network, "dataset": one.dataset}
     columns |= {"rule": rule, "seed": seed, "epochs": one.epochs, "settings": settings}
-    table = history.table.assign(**columns)
+    table = table.assign(**columns)
     table = table[[*columns, *(name for name in table if name not in columns)]]
     write_text(file, table.to_csv(index=False))
     checkpoint.unlink()  # as large as the network, or larger

@@ -1,6 +1,5 @@
 """What follows from the tables of the comparison, in seconds: test errors, goals, claims, and what is missing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -105,51 +104,6 @@ def missing(histories: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def trials(choices: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an experiment and rule: the settings that did best on held-out training images, and the others.
-
-    As text, with the accuracy (%) after a colon; of the settings those that were varied in the experiment.
-    """
-    rows = []
-    for experiment, tried in choices.groupby("experiment", sort=False):
-        every = pd.DataFrame([json.loads(text) for text in tried["settings"]], tried.index, dtype=object)
-        varied = every.loc[:, every.nunique(dropna=False) > 1]
-        tried = tried.assign(text=[" ".join(map(str, row.dropna())) for _, row in varied.iterrows()])
-        tried = tried.sort_values("held_out_accuracy", ascending=False, kind="stable")
-        for (rule, epochs), group in tried.groupby(["rule", "epochs"]):
-            pairs = zip(group["text"], 100 * group["held_out_accuracy"], strict=True)
-            texts = [f"{settings}: {accuracy:.2f}" for settings, accuracy in pairs]
-            columns = {"experiment": experiment, "rule": rule, "epochs": epochs}
-            rows.append({**columns, "chosen": texts[0], "others": ", ".join(texts[1:])})
-    return pd.DataFrame(rows, columns=["experiment", "rule", "epochs", "chosen", "others"])
-
-
-def same_updates(histories: pd.DataFrame) -> tuple[int, int]:
-    """Return in how many runs DFA and MEM-DFA have the same losses and accuracies, and in how many both were run."""
-    run = ["experiment", "seed", "epochs"]
-    both = histories[histories["rule"].isin(["dfa", "memdfa"])]
-    numbers = ["loss", "train_accuracy", "test_accuracy"]
-    alike = [
-        bool(group.groupby("epoch")[numbers].nunique().eq(1).all(axis=None))
-        for _, group in both.groupby(run)
-        if group["rule"].nunique() == 2
-    ]
-    return sum(alike), len(alike)
-
-
-def angles(histories: pd.DataFrame, experiment: str) -> pd.DataFrame:
-    """Return the angles of one experiment's longest runs, a row an epoch and block.
-
-    Columns: rule, seed, step (which counts epochs), block, gradient_deg. No row if no angle was taken.
-    """
-    rows = longest(histories).query("experiment == @experiment")
-    taken = [name for name in map(str, rows) if name.startswith("angle_") and rows[name].notna().any()]
-    long = rows.melt(["rule", "seed", "epoch"], taken, "block", "gradient_deg").dropna(subset="gradient_deg")
-    return long.assign(block=long["block"].str.extract(r"(\d+)", expand=False).astype(int)).rename(
-        columns={"epoch": "step"}
-    )
-
-
 def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the abstract's four claims, what the tables have of each, and whether that shows it."""
     depth, histories, bench = tables["depth"], tables["histories"], tables["bench"]
@@ -204,14 +158,6 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         ],
     }
     return pd.DataFrame(columns)
-
-
-def epoch_seconds(histories: pd.DataFrame) -> pd.DataFrame:
-    """Return the median seconds of training an epoch, a row an experiment and a column a rule."""
-    times = longest(histories).pivot_table(
-        index=["experiment", "network"], columns="rule", values="seconds", aggfunc="median", sort=False
-    )
-    return times[[rule for rule in RULES if rule in times]].reset_index().rename_axis(columns=None)
 
 
 def extra_time(bench: pd.DataFrame) -> dict[str, float]:
