@@ -6,6 +6,7 @@ from typing import Any
 from memdfa_lab import memory
 from memdfa_lab.core import feedback, precision
 from memdfa_lab.core.blocks import as_blocks
+from memdfa_lab.core.local_losses import DRTP, LOCAL_RULES, LocalReadout
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP, DFA, FA, RULES, MemDFA
 from memdfa_lab.lab import alignment, blocks, datasets, distributed, experiments, losses, models, tasks
@@ -20,9 +21,12 @@ __all__ = [
     "BASELINES",
     "BP",
     "DFA",
+    "DRTP",
     "FA",
+    "LOCAL_RULES",
     "RULES",
     "History",
+    "LocalReadout",
     "MemDFA",
     "Rule",
     "accuracy",

@@ -40,6 +40,8 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
         {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "X"},
     ),
     "last_layer": ("last layer only", {"color": "#999999", "linestyle": "--", "marker": "*"}),
+    "local_readout": ("local readouts", {"color": "#117733", "linestyle": "-", "marker": "h"}),
+    "drtp": ("DRTP", {"color": "#882255", "linestyle": (0, (3, 1, 1, 1)), "marker": "<"}),
 }
 # The looks of lines that are no rule's, in their order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")

@@ -1,0 +1,140 @@
+"""Local readouts and DRTP: the numbers of a plain loop, predictions to the byte, runs that go on, what is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import BY_NAME, OPTIMIZERS, Problem, params, record, rotated
+from reference import assert_same_training, refuses
+from torch import nn
+
+import memdfa_lab as ml
+from memdfa_lab import cli
+from memdfa_lab.core.local_losses import DRTP, LOCAL_RULES, LocalReadout
+from memdfa_lab.core.seeds import mix
+
+MLP, CONV, SGD = BY_NAME["mlp_relu"], BY_NAME["conv_pool"], OPTIMIZERS["sgd"]
+
+
+def readouts_of(blocks, x, classes: int, positions: int) -> list[nn.Sequential]:
+    found = []
+    for i, block in enumerate(blocks[:-1]):
+        x = block(x)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(5, i))
+            pool = [nn.AdaptiveAvgPool2d([min(positions, n) for n in x.shape[2:]])] if x.dim() == 4 else []
+            size = nn.Sequential(*pool, nn.Flatten())(x).shape[1]
+            found.append(nn.Sequential(*pool, nn.Flatten(), nn.Linear(size, classes)))
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])  # AdamW makes a step of the rounding before BatchNorm
+@pytest.mark.parametrize("problem", [MLP, CONV, BY_NAME["batchnorm"]], ids=lambda problem: problem.name)
+def test_each_block_learns_from_its_own_readout_and_no_other(problem: Problem, optimizer):
+    factory = OPTIMIZERS[optimizer]
+    rule = LocalReadout(problem.build(), factory, positions=2, seed=5)
+    twin = ml.as_blocks(problem.build())
+    with torch.random.fork_rng(devices=[]):
+        x, y = next(problem.batches(1))
+        heads = [*readouts_of(ml.as_blocks(problem.build()), x, problem.y.max() + 1, 2), nn.Identity()]
+    steps = [factory([*block.parameters(), *head.parameters()]) for block, head in zip(twin, heads, strict=True)]
+    for x, y in problem.batches(4):
+        loss = rule.step(x, y)
+        h = x
+        for block, head, step in zip(twin, heads, steps, strict=True):
+            h = block(h.detach())
+            own = F.cross_entropy(head(h), y)
+            own.backward()
+            step.step()
+            step.zero_grad()
+        torch.testing.assert_close(loss, own.detach(), rtol=1e-4, atol=1e-5)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(rule.blocks.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    for readout, head in zip(rule.readouts, heads, strict=False):
+        torch.testing.assert_close(readout.weight, head[-1].weight, rtol=1e-3, atol=1e-5)
+
+
+def test_drtp_sends_the_targets_through_b():
+    net = MLP.build()
+    rule, (x, y) = DRTP(MLP.build(), SGD, feedback=ml.feedback.Stored(3)), (MLP.x, MLP.y)
+    before = {name: value.clone() for name, value in rule.blocks.state_dict().items()}
+    rule.step(x, y)
+    target = -F.one_hot(y, 5).float() / len(y)
+    h = x
+    for i, block in enumerate(ml.as_blocks(net)[:-1]):
+        out = block(h)
+        (signal := target @ ml.feedback.Stored(3).dense(i, 5, out.shape[1], out))
+        out.backward(signal)
+        for name, parameter in block.named_parameters():
+            changed = before[f"{i}.{name}"] - 0.1 * parameter.grad
+            torch.testing.assert_close(rule.blocks.state_dict()[f"{i}.{name}"], changed, rtol=1e-4, atol=1e-6)
+        h = out.detach()
+
+
+@rotated("problem name optimizer", params(), LOCAL_RULES, OPTIMIZERS)
+def test_what_is_predicted_is_measured_to_the_byte(problem, name, optimizer):
+    factory = OPTIMIZERS[optimizer]
+    rule = LOCAL_RULES[name](problem.build(), factory, problem.loss)
+    with torch.random.fork_rng(devices=[]):
+        measured = ml.memory.measure(rule, problem.x, problem.y, warm_up=1)
+    how = {
+        "loss_fn": problem.loss,
+        "y_shape": tuple(problem.y.shape),
+        "y_dtype": torch.long,
+        "x_dtype": problem.x.dtype,
+    }
+    predicted = ml.memory.predict(name, problem.build(), problem.x.shape, factory, **how)
+    assert measured.changes.tolist() == predicted.changes.tolist()
+    assert measured.resting_by_category == predicted.resting_by_category
+
+
+@pytest.mark.parametrize("name", LOCAL_RULES)
+def test_the_peak_does_not_grow_with_depth(name):
+    peaks = [
+        ml.memory.predict(name, partial(ml.models.mlp, 32, [32] * depth, 10), (64, 32)).peak_bytes for depth in (4, 40)
+    ]
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("name", LOCAL_RULES)
+def test_a_run_that_was_cut_goes_on_bit_for_bit(name, tmp_path):
+    problem, found = BY_NAME["dropout"], []
+    data = problem.x.repeat(3, 1, 1, 1), problem.y.repeat(3)
+    for cuts in ([3], [1, 3]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            for epochs in cuts:
+                rule = LOCAL_RULES[name](problem.build(), OPTIMIZERS["adamw"])
+                ml.fit(rule, data, epochs, 8, checkpoint=tmp_path / f"{len(cuts)}.pt", progress=False)
+            own = nn.ModuleList([rule.blocks, *getattr(rule, "readouts", [])])
+            found.append(record([], own, [*rule.optimizers, *getattr(rule, "readout_optimizers", [])]))
+    assert_same_training(*found)
+
+
+def test_the_command_trains_and_learns(tmp_path, capsys):
+    common = ["train", "--network", "784-[64]x2-10", "--dataset", "mnist5k", "--optimizer", "adam", "--lr", "0.002"]
+    for name in LOCAL_RULES:
+        status = cli.main([*common, "--epochs", "10", "--rule", name, "--out", str(tmp_path / name)])
+        assert status == 0, capsys.readouterr().err
+        accuracy = float(capsys.readouterr().out.splitlines()[1].split()[4])
+        assert accuracy > (0.9 if name == "local_readout" else 0.4)
+
+
+def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
+    for kind in LOCAL_RULES.values():
+        for options in ({"clip_global_norm": 1.0}, {"pass1": "int8"}):
+            with refuses(ValueError, next(iter(options))):
+                kind(MLP.build(), SGD, **options)
+        with refuses(ValueError, "cannot offload"):
+            kind(MLP.build(), SGD, offload=ml.offload.Host("cpu"))
+    for wrong in ({"positions": 0}, {"seed": -1}):
+        with refuses(ValueError, next(iter(wrong))):
+            LocalReadout(MLP.build(), SGD, **wrong)
+    with refuses(TypeError, "labels", "MemDFA"):
+        DRTP(MLP.build(), SGD, F.mse_loss).step(MLP.x, torch.randn(6, 5))
+    other, rule = ml.MemDFA(MLP.build(), SGD), LocalReadout(MLP.build(), SGD)
+    with refuses(ValueError, "no readouts"):
+        rule.load_state_dict(other.state_dict())
