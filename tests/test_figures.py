@@ -186,7 +186,7 @@ def test_the_density_of_singular_values_has_the_area_and_the_mean_square_of_a_de
 
 
 def test_every_rule_has_a_style_of_its_own_and_so_has_each_of_the_other_looks():
-    assert set(figures.STYLES) == {*ml.RULES, *ml.BASELINES}
+    assert set(figures.STYLES) == {*ml.RULES, *ml.BASELINES, *ml.LOCAL_RULES}
     for looks in ([style for _, style in figures.STYLES.values()], figures.LOOKS):
         for parts in (("color",), ("marker",), ("color", "marker", "linestyle")):
             assert len({tuple(str(look[part]) for part in parts) for look in looks}) == len(looks)

@@ -28,7 +28,6 @@ from memdfa_lab.lab.files import locked, write_text, write_whole
 from memdfa_lab.lab.place import FEEDBACK
 
 MANIFEST, FORMAT = "network.json", 1
-GIVE_BACK_EACH = 2**26  # bytes that were read
 MOST_WAITING = 2  # to be written: they are in memory
 T = TypeVar("T")
 Wanted = Callable[[str], bool]
@@ -63,7 +62,7 @@ class BlockFiles:
             raise
         self.names: list[str] = list(self.committed["blocks"]) if self.committed else []  # of the newest files
         self._to_sync: set[str] = set()
-        self._read_bytes = 0  # since memory was last given back
+        tensor_files.give_back_at_once()
         self._writing: deque[Future[Any]] = deque()
 
     def __str__(self) -> str:
@@ -107,16 +106,7 @@ class BlockFiles:
     def read(self, i: int, wanted: Wanted, feedback: bool = False) -> Future[dict[str, Tensor]]:
         """Read the tensors of block i whose names are wanted, and B_i as FEEDBACK."""
         path, more = self.folder / self.names[i], self._feedback(i) if feedback else None
-
-        def load() -> dict[str, Tensor]:
-            found = {**tensor_files.read(path, wanted), **(tensor_files.read(more) if more else {})}
-            self._read_bytes += sum(tensor.nbytes for tensor in found.values())
-            if self._read_bytes > GIVE_BACK_EACH:
-                self._read_bytes = 0
-                tensor_files.give_back()
-            return found
-
-        return self._start(load)
+        return self._start(lambda: {**tensor_files.read(path, wanted), **(tensor_files.read(more) if more else {})})
 
     def _feedback(self, i: int) -> Path:
         return self.folder / f"feedback_{i:05d}.safetensors"

@@ -7,7 +7,6 @@ and the numbers, in logical order.
 import ctypes
 import json
 import math
-import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -76,7 +75,7 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[
         entries, _, start = _header(file)
         for name, entry in entries.items():
             if wanted(name):
-                found[name] = _memory_for(entry["shape"], DTYPES[entry["dtype"]])
+                found[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
                 _read_at(file, start + entry["data_offsets"][0], _bytes_of(found[name]))
     return found
 
@@ -129,19 +128,14 @@ def _header(file: int) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
     return entries, entries.pop(METADATA, {}), 8 + length
 
 
-def _memory_for(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Return an empty tensor whose memory goes back to the system as soon as it is freed, in whichever thread."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < mmap.PAGESIZE:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+def give_back_at_once() -> None:
+    """Let large memory go back to the system when it is freed, in this process: glibc would keep much of it for later.
 
-
-def give_back() -> None:
-    """Let the C library give memory that is free back to the system, where it would keep it (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    Which allocations are large (1 MiB) then no longer changes with those that are freed (M_MMAP_THRESHOLD of mallopt).
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        set_option(-3, 2**20)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
