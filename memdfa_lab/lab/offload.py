@@ -3,8 +3,8 @@
 `Host` does the same for a GPU, with the machine's memory in place of files.
 
 What rests where. A block's file, in the safetensors format, has its weights and buffers under the names of
-`rule.blocks.state_dict()`, and the state of its optimizer as `optimizer.BLOCK.PARAMETER.NAME`. Stored B has a file of
-its own, which is not committed, since B follows from its seed. In memory are the block in use, the `ahead` blocks that
+`rule.blocks.state_dict()`, the state of its optimizer as `optimizer.BLOCK.PARAMETER.NAME`, and a B that learns. Stored
+B has a file of its own, which is not committed, since it follows from its seed. In memory are the block in use, the `ahead` blocks that
 are read ahead, those that are being written, and what does not grow with the network: activations, e, the loss with
 its parameters, one shared B.
 
@@ -35,7 +35,8 @@ class Disk(Elsewhere):
     `folder`: is made if it is not there. `ahead`: how many blocks a thread reads before they are needed, while it also
     writes those that are done; with 0 all reading and writing is waited for. `commit_every`: after so many steps the
     folder takes them over, so that nothing that happens later can damage them; that waits for the disk. With None the
-    network is there once on the disk, and whole after `commit` and `close` alone.
+    network is there once on the disk, and whole after `commit` and `close` alone. Under glibc, opening a Disk lets this
+    process give memory of 64 KiB and more back to the system as soon as it is free.
 
     The model's tensors have data only while their block is in use. A model in memory may be given to MemDFA as well: it
     is written to the folder, which must not have a network yet, and its memory is given back.

@@ -129,13 +129,14 @@ def _header(file: int) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
 
 
 def give_back_at_once() -> None:
-    """Let large memory go back to the system when it is freed, in this process: glibc would keep much of it for later.
+    """Let memory of 64 KiB and more go back to the system when it is freed, in this process.
 
-    Which allocations are large (1 MiB) then no longer changes with those that are freed (M_MMAP_THRESHOLD of mallopt).
+    Else glibc keeps it, and puts small objects of a block that comes later into it, so that no activation fits there
+    any more: memory would grow with depth. (M_MMAP_THRESHOLD of mallopt.)
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
-        set_option(-3, 2**20)
+        set_option(-3, 2**16)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
