@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch.nn.functional as F
+from reference import refuses
 
 import memdfa_lab as ml
 from memdfa_lab.lab import bench as module
@@ -31,25 +32,70 @@ def test_the_frontier_goes_from_the_papers_memdfa_to_dfas_cost():
     assert peaks == sorted(peaks)
 
 
-def test_a_ratio_compares_steps_of_one_round(monkeypatch):
-    """By a clock that only a step moves on: by the seconds that are written here for each."""
-    now = [0.0]
+def by_clock(monkeypatch, seconds):
+    """Let a clock move on by the steps of rules alone: by seconds[rule](number of the step, the step's batch)."""
+    now, done = [0.0], dict.fromkeys(seconds, 0)
 
-    def taking(step, seconds):
+    def taking(rule, step):
         def timed(self, x, y):
-            now[0] += next(seconds)
+            now[0] += seconds[rule](done[rule], x)
+            done[rule] += 1
             return step(self, x, y)
 
         return timed
 
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    for rule, seconds in ((ml.BP, [9, 1, 2, 4, 0]), (ml.MemDFA, [9, 3, 8, 20, 0])):
-        monkeypatch.setattr(rule, "step", taking(rule.step, iter(seconds)))
+    for rule in seconds:
+        monkeypatch.setattr(rule, "step", taking(rule, rule.step))
+
+
+def test_a_ratio_compares_steps_of_one_round(monkeypatch):
+    by_clock(monkeypatch, {ml.BP: lambda i, x: [9, 1, 2, 4, 0][i], ml.MemDFA: lambda i, x: [9, 3, 8, 20, 0][i]})
     table = bench(NETWORK, 4, [Contender("memdfa", "stored")], rounds=3, warm_up=1).set_index("rule")
     assert table["median_s"].to_dict() == {"bp": 2, "memdfa": 8}
     assert table["ratio"].to_dict() == {"bp": 1, "memdfa": 4}
     assert table["ratio_low"]["memdfa"] == 3.5
     assert table["us_a_block"]["memdfa"] == pytest.approx(8e6 / 9)
+    assert set(table["layout"]) == {"contiguous"}  # no images
+
+
+def test_each_contender_is_timed_in_its_faster_layout(monkeypatch):
+    def in_layout(contiguous, channels_last):
+        return lambda i, x: contiguous if x.is_contiguous() else channels_last
+
+    by_clock(monkeypatch, {ml.BP: in_layout(5, 2), ml.DFA: in_layout(3, 4), ml.MemDFA: in_layout(8, 1)})
+    table = bench("liao_cifar", 2, contenders(["dfa", "memdfa"], ["stored"]), rounds=1, warm_up=1).set_index("rule")
+    assert table["layout"].to_dict() == {"bp": "channels_last", "dfa": "contiguous", "memdfa": "channels_last"}
+    assert table["median_s"].to_dict() == {"bp": 2, "dfa": 3, "memdfa": 1}
+
+
+@pytest.mark.parametrize(("slowest", "noisy"), [(1.09, False), (1.2, True)])
+def test_a_run_in_which_bp_moves_by_more_than_a_tenth_is_noisy(monkeypatch, slowest, noisy):
+    by_clock(monkeypatch, {ml.BP: lambda i, x: slowest if i % 2 else 1, ml.MemDFA: lambda i, x: 1 + i})
+    table = bench(NETWORK, 4, [Contender("memdfa", "stored")], rounds=4)
+    assert set(table["noisy"]) == {noisy}
+    assert table["moved"][0] == pytest.approx(slowest - 1)
+
+
+def test_a_quiet_machine_is_waited_for(monkeypatch, tmp_path, capsys):
+    """By counters of two processors, of which others use 1.5, then none, or the 1.5 for ever."""
+    monkeypatch.setattr(module, "COUNTERS", tmp_path / "stat")
+    with refuses(ValueError, "leave --quiet out"):
+        module.wait_until_quiet()
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    for quiet_after, waits in ((0, 1), (3, 4), (99, 7)):
+        now = [0.0]
+
+        def sleep(seconds, now=now, quiet_after=quiet_after):
+            now[0] += seconds
+            busy = 150 * min(now[0], quiet_after)
+            module.COUNTERS.write_text(f"cpu  {busy:.0f} 0 0 {200 * now[0] - busy:.0f} 0 0 0 0 0 0\ncpu0 1 2 3\n")
+
+        monkeypatch.setattr(module.time, "sleep", sleep)
+        sleep(0)
+        assert module.wait_until_quiet(longest_s=7, sample_s=1) == (quiet_after < 99)
+        assert now[0] == waits
+        assert ("1.5 processors" in capsys.readouterr().err) == (quiet_after > 0)
 
 
 def test_the_peak_is_that_of_a_step_with_the_networks_own_loss():
@@ -72,6 +118,22 @@ def test_options_stand_beside_each_rule_without_them():
         traces = [ml.experiments.profile(rule, "fc_relu", 16, **given) for given in ({}, options)]
         assert [table["peak_bytes"][rule, with_it] for with_it in ("", setting)] == [t.peak_bytes for t in traces]
         assert traces[0].peak_bytes != traces[1].peak_bytes
+
+
+def test_first_passes_stand_beside_an_exact_one_and_bp_beside_its_own_precision():
+    found = contenders(["memdfa"], ["stored"], {"precision": "bfloat16"}, ["int8", "4bit"])
+    assert [(one.rule, one.setting) for one in found] == [
+        ("bp", ""),
+        ("memdfa", ""),
+        ("bp", "precision=bfloat16"),
+        ("memdfa", "precision=bfloat16"),
+        ("memdfa", "precision=bfloat16, pass1=int8"),
+        ("memdfa", "precision=bfloat16, pass1=4bit"),
+    ]
+    assert len(contenders(["memdfa"], ["stored"], passes=["int8"])) == 3
+    table = bench("fc_relu", 4, found[:4], rounds=1)
+    seconds, alike = table["median_s"], table["ratio_alike"]
+    assert alike.to_list() == pytest.approx([1, seconds[1] / seconds[0], 1, seconds[3] / seconds[2]])
 
 
 @pytest.mark.parametrize(("network", "loss"), [("fc_sigmoid", "mse"), ("nokland_2x800", "bce")])

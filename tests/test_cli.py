@@ -1,5 +1,6 @@
 """The command line: results, --help with examples, one line and status 2 for wrong arguments."""
 
+import os
 import re
 
 import pandas as pd
@@ -95,13 +96,19 @@ def test_profile_predicts_what_it_measures(capsys, tmp_path):
     assert {"p.svg", "p.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_bench_times_each_rule_beside_bp_and_keeps_what_it_has(capsys, tmp_path):
+def test_bench_times_each_rule_beside_bp_and_keeps_what_it_has(capsys, tmp_path, monkeypatch):
     arguments = ["bench", "--network", "784-[32]x2-10", "--batch", 8, "--rules", "memdfa", "--rounds", 3]
-    status, out, _ = run(capsys, *arguments, "--out", tmp_path)
+    arguments += ["--threads", 1, "all", "--pass1", "int8"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("memdfa_lab.lab.bench.NOISE", -1)  # any run is noisy
+    status, out, err = run(capsys, *arguments, "--out", tmp_path)
     assert status == 0
+    assert err.count("noisy, BP moved by") == 2
     table = pd.read_csv(tmp_path / "bench.csv")
-    assert list(table["rule"]) == ["bp", "memdfa"]
+    assert list(zip(table["threads"], table["rule"], strict=True)) == [
+        (n, r) for n in (1, 2) for r in ("bp", "memdfa", "memdfa")
+    ]
     assert table["ratio"][0] == 1.0
     assert table["peak_bytes"][1] < table["peak_bytes"][0]
-    assert "threads" in out.splitlines()[0]
+    assert "batch 8, 2 threads" in out
     assert (tmp_path / "bench.svg").exists()

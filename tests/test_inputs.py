@@ -200,6 +200,7 @@ REFUSED = {
     "fewer labels": (lambda d: experiments.confusion(Y, Y[:3], 5), "shapes (6,) and (3,)"),
     # bench
     "bench batch": (lambda d: bench.bench("fc_relu", 0), "batch size must be a whole number from 1 on"),
+    "bench threads": (lambda d: bench.bench("fc_relu", 2, threads=0), "threads must be a whole number from 1 on"),
     "bench kind": (lambda d: bench.contenders(["dfa"], ["store"]), "did you mean 'stored'?"),
     "convnet shape": (lambda d: models.convnet((28, 28), [8], 10), "the input shape must be (C, H, W)"),
     "convnet filters": (lambda d: models.convnet((1, 28, 28), 8, 10), "filters must be a list"),
@@ -379,6 +380,7 @@ COMMANDS = {
     "budget": (["reproduce", "--paper", "--budget", "soon"], "soon"),
     "bench": (["bench", "--network", "fc_rely"], "did you mean 'fc_relu'?"),
     "bench frontier": (["bench", "--frontier", "--rules", "dfa"], "leave out --frontier, or these"),
+    "bench threads": (["bench", "--threads", "1", "al"], "expected a number from 1 on, or all, got 'al'"),
     "bench networks": (["bench", "--network", "fc_relu", "fc_rely", "--rounds", "-1"], "did you mean 'fc_relu'?"),
     "bench batch": (["bench", "--network", "fc_relu", "--batch", "0"], "batch size must be a whole number from 1 on"),
     "profile": (["profile", "--network", "784-[0]x3-10"], "must be a whole number from 1 on"),

@@ -67,7 +67,7 @@ class ByHand:
             ran = self.kept.popleft() if self.kept else self._run(part)
             if len(self.parts) > 1:
                 signal = signal.reusable(self.out)
-            self._learn(*ran, signal.of(part), in_place_sgd)
+            self._learn(*ran, signal if len(self.parts) == 1 else signal.of(part), in_place_sgd)
             del ran  # before the next part runs
 
     def output(self) -> Tensor:
@@ -79,7 +79,7 @@ class ByHand:
     def _run(self, part: slice) -> Ran:
         """Run the block on these examples; `self.out` is the whole batch's output once the last part has run."""
         with torch.no_grad(), self.during:
-            h = self.laid_out(self.h[part])
+            h = self.laid_out(self.h if len(self.parts) == 1 else self.h[part])
             out, ways_back = run(self.layers, self.weight(h))
             if len(self.parts) == 1:
                 self.out = out

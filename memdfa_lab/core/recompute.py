@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -87,10 +87,14 @@ def without_trace(
     """
     gradient = block_gradient(block, h)
     by_autograd = isinstance(gradient, ByAutograd)
-    if by_autograd:  # by hand, nothing draws from other libraries
-        draws()
     # By block: copies of all buffers would grow with depth.
-    with state_restored(block) if by_autograd else buffers_restored(block):
+    restored: AbstractContextManager[None] = nullcontext()
+    if by_autograd:  # by hand, nothing draws from other libraries, and no buffer is made
+        draws()
+        restored = state_restored(block)
+    elif any(map(buffers_of, block.modules())):
+        restored = buffers_restored(block)
+    with restored:
         learn(i, gradient)
         out = gradient.output() if narrow is None else _narrow_output(block, gradient, h, narrow)
     return type(gradient), out

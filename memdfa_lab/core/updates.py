@@ -107,7 +107,8 @@ class Updates:
                 self.scalers[i].update()
             else:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in self.parameters[i]:
+                parameter.grad = None  # as zero_grad does, which takes longer than the step of a small block
 
     def _unscale(self, i: int) -> None:
         optimizer = self.optimizers[i]

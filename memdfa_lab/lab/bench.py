@@ -2,13 +2,18 @@
 
 A machine's speed drifts, and others use it too. So each round gives every contender one step, in an order drawn anew,
 and a ratio compares two steps of the same round. The median over rounds is reported, with the quartiles.
+
+Images may lie in memory with the channels last or contiguously. Each contender tries both, and is timed in its faster.
 """
 
 import gc
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +37,9 @@ NETWORKS = {
     "liao_cifar": 100,
     "vgg_16": 32,
 }
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+NOISE = 0.1  # how far BP's time may move between rounds, as a part of it, and how much of a processor others may use
+COUNTERS = Path("/proc/stat")  # Linux counts there what the processors' time is spent on
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,13 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-def contenders(rules: Sequence[str], kinds: Sequence[str], options: Mapping[str, Any] | None = None) -> list[Contender]:
-    """Return BP and the rules, those that use feedback once with each kind; each again with `options`, if given.
+def contenders(
+    rules: Sequence[str], kinds: Sequence[str], options: Mapping[str, Any] | None = None, passes: Sequence[str] = ()
+) -> list[Contender]:
+    """Return BP and the rules, those that use feedback once with each kind.
 
-    `pass1` goes to DFA and MEM-DFA; BP with it is BP without. Raises ValueError for unknown names.
+    Each comes again with `options`, if given; DFA and MEM-DFA also with each of `passes` as their `pass1`. Raises
+    ValueError for unknown names.
     """
     found = [Contender("bp")]
     for kind in kinds:
@@ -57,9 +68,9 @@ def contenders(rules: Sequence[str], kinds: Sequence[str], options: Mapping[str,
         uses_feedback = rule in RULES and rule != "bp"
         found += [Contender(rule, kind) for kind in (kinds if uses_feedback else ["none"])]
     found = list(dict.fromkeys(found))
-    if options:
-        for one in list(found):
-            given = {k: v for k, v in options.items() if k != "pass1" or find_rule(one.rule).teaches_blocks}
+    for one in list(found):
+        for pass1 in [None, *(passes if find_rule(one.rule).teaches_blocks else ())]:
+            given = {**(options or {}), **({"pass1": pass1} if pass1 else {})}
             setting = ", ".join(f"{name}={value}" for name, value in given.items())
             found += [Contender(one.rule, one.feedback, setting, given)] if given else []
     return found
@@ -96,51 +107,66 @@ def bench(
     rounds: int = 9,
     warm_up: int = 2,
     seed: int = 0,
-    channels_last: bool = False,
+    threads: int | None = None,
 ) -> pd.DataFrame:
     """Return a row a contender: median step time and quartiles, its ratio to BP's round by round, the measured peak.
 
     The first row is BP's, always; then `against` (all rules and baselines, feedback regenerated, if not given). The
     loss is the network's own. `optimizer`: a name in `ml.experiments.OPTIMIZERS`, with a rate too small to matter, or
-    as a rule takes it. `channels_last` lays out images and filters of all of them so. torch's number of threads is left
-    as it is. Raises ValueError for unknown names and sizes below 1.
+    as a rule takes it. `threads`: how many torch uses meanwhile; as many as now, if not given. Columns besides:
+
+    - `ratio_alike`: the median of the ratio to BP with the same precision.
+    - `layout`: how images and filters lie in memory: as in the contender's fastest step of `warm_up` rounds with each.
+    - `moved`: how far its time moved between rounds: the 90 % quantile over the 10 % quantile, less 1.
+    - `noisy`: whether BP's moved by more than a tenth.
+
+    Raises ValueError for unknown names and sizes below 1.
     """
-    for name, value, least in (("batch size", batch_size, 1), ("rounds", rounds, 1), ("warm_up", warm_up, 0)):
-        check_int(name, value, least)
+    given = torch.get_num_threads() if threads is None else threads
+    for name, value in (("batch size", batch_size), ("rounds", rounds), ("threads", given)):
+        check_int(name, value)
+    check_int("warm_up", warm_up, 0)
     every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL_RULES), ["regenerated"]))]))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    steps = [
-        example_step(
-            one.rule,
-            network,
-            batch_size,
-            optimizer,
-            "stored" if one.feedback == "none" else one.feedback,
-            seed,
-            layout,
-            **one.options,
-        )
-        for one in every
-    ]
+    steps = []
+    for one in every:
+        kind = "stored" if one.feedback == "none" else one.feedback
+        steps.append(example_step(one.rule, network, batch_size, optimizer, kind, seed, **one.options))
     rules, (x, y) = [rule for rule, _, _ in steps], steps[0][1:]
+    images = any(parameter.dim() == 4 for parameter in rules[0].blocks.parameters())
+    inputs = {name: x.to(memory_format=layout) for name, layout in LAYOUTS.items() if images or name == "contiguous"}
+    least = [dict.fromkeys(inputs, math.inf) for _ in every]
     seconds: list[list[float]] = [[] for _ in every]
-    order = np.random.default_rng(seed)
+
+    def timed(k: int, layout: str) -> float:
+        if images:
+            rules[k].blocks.to(memory_format=LAYOUTS[layout])
+        gc.collect()  # not in the middle of somebody's step
+        started = time.perf_counter()
+        rules[k].step(inputs[layout], y)
+        return time.perf_counter() - started
+
+    order, before = np.random.default_rng(seed), torch.get_num_threads()
     gc.collect()
     gc.freeze()  # what exists stays: the collections between steps need not look at it again
+    torch.set_num_threads(given)
     try:
-        for turn in range(warm_up + rounds):
+        for _ in range(warm_up):
             for k in order.permutation(len(every)):
-                gc.collect()  # not in the middle of somebody's step
-                started = time.perf_counter()
-                rules[k].step(x, y)
-                if turn >= warm_up:
-                    seconds[k].append(time.perf_counter() - started)
+                for layout, fastest in least[k].items():
+                    least[k][layout] = min(fastest, timed(k, layout))
+        layouts = [min(tried, key=lambda layout: tried[layout]) for tried in least]
+        for _ in range(rounds):
+            for k in order.permutation(len(every)):
+                seconds[k].append(timed(k, layouts[k]))
     finally:
+        torch.set_num_threads(before)
         gc.unfreeze()
 
     rows = []
-    for one, rule, taken in zip(every, rules, seconds, strict=True):
-        low, median, high = np.quantile(taken, (0.25, 0.5, 0.75))
+    bps = {one.options.get("precision"): taken for one, taken in zip(every, seconds, strict=True) if one.rule == "bp"}
+    for one, rule, layout, taken in zip(every, rules, layouts, seconds, strict=True):
+        alike = bps.get(one.options.get("precision"), seconds[0])
+        fastest, low, median, high, slowest = np.quantile(taken, (0.1, 0.25, 0.5, 0.75, 0.9))
         ratio_low, ratio, ratio_high = np.quantile(np.divide(taken, seconds[0]), (0.25, 0.5, 0.75))
         rows.append(
             {
@@ -156,8 +182,35 @@ def bench(
                 "ratio": ratio,
                 "ratio_low": ratio_low,
                 "ratio_high": ratio_high,
-                "peak_bytes": measure(rule, x, y).peak_bytes,
+                "ratio_alike": np.median(np.divide(taken, alike)),
+                "peak_bytes": measure(rule, inputs[layout], y).peak_bytes,
+                "channels_last": layout == "channels_last",
+                "layout": layout,
+                "moved": slowest / fastest - 1,
             }
         )
-    table = pd.DataFrame(rows).assign(rounds=rounds, threads=torch.get_num_threads(), torch=torch.__version__)
-    return table.assign(channels_last=channels_last)
+    table = pd.DataFrame(rows).assign(rounds=rounds, threads=given, torch=torch.__version__)
+    return table.assign(noisy=bool(table["moved"][0] > NOISE))
+
+
+def wait_until_quiet(longest_s: float = 600, sample_s: float = 5) -> bool:
+    """Wait until other processes use less than a tenth of one processor, and tell whether they do in the end.
+
+    Raises ValueError where the system does not count what they use.
+    """
+    if not COUNTERS.exists():
+        raise ValueError(f"the load is read from {COUNTERS}, which this system does not have: leave --quiet out")
+    for i in range(round(longest_s / sample_s)):
+        before = _processor_ticks()
+        time.sleep(sample_s)
+        spent = _processor_ticks() - before
+        used = (os.cpu_count() or 1) * (1 - spent[3:5].sum() / spent.sum())  # the fourth and fifth: idle
+        if used < NOISE:
+            return True
+        if i == 0:
+            print(f"{used:.1f} processors are in use: waiting up to {longest_s:.0f} s until they rest", file=sys.stderr)
+    return False
+
+
+def _processor_ticks() -> np.ndarray:
+    return np.array(COUNTERS.read_text().split()[1:9], float)
