@@ -4,9 +4,9 @@
 
 What rests where. A block's file, in the safetensors format, has its weights and buffers under the names of
 `rule.blocks.state_dict()`, the state of its optimizer as `optimizer.BLOCK.PARAMETER.NAME`, and a B that learns. Stored
-B has a file of its own, which is not committed, since it follows from its seed. In memory are the block in use, the `ahead` blocks that
-are read ahead, those that are being written, and what does not grow with the network: activations, e, the loss with
-its parameters, one shared B.
+B has a file of its own, which is not committed, since it follows from its seed. In memory are the block in use, the
+`ahead` blocks that are read ahead, those that are being written, and what does not grow with the network: activations,
+e, the loss with its parameters, one shared B.
 
 Never half a network. A block is written to the other of its two files, a and b, and a commit brings them onto the disk
 and then replaces a manifest that says which of them count. So the disk holds weights and state twice, and after a crash
