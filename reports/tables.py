@@ -112,6 +112,24 @@ def times() -> None:
     show(["step time / BP's", *(f"{network}, {batch}" for network, batch in networks)], rows)
 
 
+def pass1() -> None:
+    """Step time of MEM-DFA over BP's in one run: an exact pass 1, bfloat16 and int8, by threads; and all in bfloat16."""
+    folder = REPORTS / "bench" / "pass1"
+    runs = pd.concat([pd.read_csv(folder / name / "bench.csv", keep_default_na=False) for name in ("float32", "wide")])
+    alike = pd.read_csv(folder / "all_bfloat16" / "bench.csv", keep_default_na=False)
+    passes = {"": "exact", "pass1=bfloat16": "bfloat16", "pass1=int8": "int8"}
+    rows = []
+    for (network, batch), of in runs[runs["rule"] == "memdfa"].groupby(["network", "batch_size"], sort=False):
+        row = [f"{network}, {batch}"]
+        for _, found in of.groupby("threads"):
+            row += [f"{found.set_index('setting')['ratio'][setting]:.2f}" for setting in passes]
+        own = alike[(alike["network"] == network) & (alike["rule"] == "memdfa")].set_index("setting")["ratio_alike"]
+        names = "precision=bfloat16", "precision=bfloat16, pass1=int8"
+        rows.append(row + [f"{own[name]:.2f}" if len(own) else "" for name in names])
+    head = [f"{name}, {threads} threads" for threads in (1, 2) for name in passes.values()]
+    show(["network, batch", *head, "all bfloat16", "and pass 1 int8"], rows)
+
+
 def depth() -> None:
     """Microseconds a block and peak of BP and MEM-DFA against depth, of the committed bench on one thread."""
     table = pd.read_csv(REPORTS / "bench" / "deep" / "bench.csv")
