@@ -7,10 +7,11 @@ from itertools import cycle, product
 
 import pytest
 import torch
+from problems import EVERY_RULE
 
 import memdfa_lab as ml
 from memdfa_lab import widgets
-from memdfa_lab.core.rules import ALL_RULES, find_rule
+from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab.architectures import ACTIVATIONS
 from memdfa_lab.memory.sizing import largest
 from memdfa_lab.widgets.memory import step_of
@@ -35,7 +36,7 @@ def assert_the_same(rule: str, setting: widgets.Setting) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 19, 20])
-@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE)
 def test_each_depth_is_the_whole_networks(rule, depth):
     assert_the_same(rule, widgets.Setting(depth=depth, width=30, batch=7, inputs=20, classes=5))
 
@@ -43,7 +44,7 @@ def test_each_depth_is_the_whole_networks(rule, depth):
 @pytest.mark.parametrize("seed", range(8))
 def test_any_setting_is_the_whole_networks(seed):
     choose = random.Random(seed).choice
-    for rule in ALL_RULES:
+    for rule in EVERY_RULE:
         setting = widgets.Setting(
             depth=choose([2, 3, 6, 10, 13]),
             width=choose([1, 7, 16, 100, 800]),
@@ -59,10 +60,10 @@ def test_any_setting_is_the_whole_networks(seed):
         assert_the_same(rule, setting)
 
 
-@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE)
 def test_convolutions_are_the_whole_networks(rule):
     precisions = cycle(PRECISIONS)
-    for _ in range(list(ALL_RULES).index(rule)):  # another one first for each rule
+    for _ in range(list(EVERY_RULE).index(rule)):  # another one first for each rule
         next(precisions)
     for batch_norm, optimizer, width, depth, batch in (
         (False, "sgd", 3, 6, 40),
@@ -95,7 +96,7 @@ def test_a_deep_one_is_the_whole_networks(rule):
 
 # Two of the six pairs of family and depth for each rule, in turn
 PAIRS = list(product(["mlp", "convnet"], [1, 4, 12]))
-FITTED = [(rule, *PAIRS[(i + k) % 6]) for i, rule in enumerate(ALL_RULES) for k in (0, 4)]
+FITTED = [(rule, *PAIRS[(i + k) % 6]) for i, rule in enumerate(EVERY_RULE) for k in (0, 4)]
 
 
 @pytest.mark.parametrize(("rule", "family", "depth"), FITTED)

@@ -21,6 +21,7 @@ from reference import (
 from torch import Tensor, nn
 
 from memdfa_lab.core.feedback import Stored
+from memdfa_lab.core.local_losses import LOCAL_RULES
 from memdfa_lab.core.rules import ALL_RULES, find_rule
 
 MLP = BY_NAME["mlp_relu"]
@@ -201,7 +202,7 @@ def test_a_block_that_would_corrupt_another_is_refused_before_any_weight_changes
 
 
 def test_rules_and_baselines_are_found_by_name():
-    assert ALL_RULES == EVERY_RULE
+    assert ALL_RULES == EVERY_RULE | LOCAL_RULES
     assert all(find_rule(name) is kind for name, kind in EVERY_RULE.items())
     with refuses(ValueError, "'memdfaa'", "did you mean 'memdfa'", *EVERY_RULE):
         find_rule("memdfaa")

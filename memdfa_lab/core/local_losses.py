@@ -5,8 +5,8 @@
 | LocalReadout | the gradient of the loss of a small classifier on h_i      | one block's h_{i-1}, h_i |
 | DRTP         | the targets through a random B_i, in place of the error    | one block's h_{i-1}, h_i |
 
-The last block learns from the loss, as everywhere. Sources: local readouts, Nøkland and Eidnes 2019 (arXiv 1901.06656,
-"predsim" without its similarity loss); direct random target projection, Frenkel, Lefebvre and Bol 2021.
+The last block learns from the loss, as everywhere. Sources: local readouts, Nøkland and Eidnes 2019 ("predsim"
+without its similarity loss); direct random target projection, Frenkel, Lefebvre and Bol 2021.
 """
 
 import copy
@@ -41,6 +41,7 @@ class OnePass(Rule):
     """
 
     teaches_blocks = True
+    prepares = True  # the first step does what later ones do not
     shapes: list[tuple[int, ...]]  # of each block's output for one example
 
     def check(self) -> None:

@@ -145,7 +145,7 @@ class Ledger(Watcher):
 
     def label(self, category: str, tensor: Tensor) -> None:
         if self._is_ours():
-            if storage_id(tensor) not in self._storages:  # it has been read from a file
+            if storage_id(tensor) not in self._storages and self in watchers():  # it has been read from a file
                 self._note(tensor.untyped_storage().nbytes(), self._watch(tensor, category, "born"), None)
             self._set_category(category, tensor)
 

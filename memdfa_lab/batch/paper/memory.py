@@ -11,10 +11,12 @@ import torch
 
 from memdfa_lab import memory
 from memdfa_lab.core import feedback, signal
-from memdfa_lab.core.rules import ALL_RULES, RULES
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import experiments, models
 from memdfa_lab.lab.files import write_text
+from memdfa_lab.rivals import BASELINES
 
+COMPARED = (*RULES, *BASELINES)
 PROFILED = {"long_fc2": 10, "mnist_conv": 100, "liao_cifar": 100, "vgg_16": 100}  # network -> batch size
 DEPTHS = (2, 3, 5, 10, 20, 50, 100, 200)
 MEASURED_AT = (2, 20, 200)
@@ -37,7 +39,7 @@ def measure(out: str | Path) -> None:
     closed form where there is one (formula_bytes), and what a step was measured to hold (measured_bytes).
     """
     peaks = []
-    for network, rule in product(models.names(), ALL_RULES):
+    for network, rule in product(models.names(), COMPARED):
         batch = models.get(network).batch_size
         trace = experiments.profile(rule, network, batch)
         row = {"network": network, "batch_size": batch, "rule": rule, "peak_bytes": trace.peak_bytes}
@@ -60,7 +62,7 @@ def _against_depth() -> Iterator[dict[str, Any]]:
     shape, classes = (DEEP_BATCH, 1, 28, 28), 10
     values = {f.N: DEEP_BATCH, f.n_0: 784, f.n: WIDTH, f.C: classes, f.s: 4, f.k: signal.SMALL_BYTES}
     how: Any = {"optimizer": partial(torch.optim.SGD, lr=1e-6), "feedback": feedback.Regenerated(0)}
-    for (name, layers), rule in product(CHAINS.items(), ALL_RULES):
+    for (name, layers), rule in product(CHAINS.items(), COMPARED):
         theory = f.peak(rule, feedback="regenerated") if name == FROM_FORMULA and rule in RULES else None
         for depth in DEPTHS:
             build = partial(models.from_layers, layers.format(depth=depth), shape[1:], classes)
