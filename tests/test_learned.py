@@ -142,6 +142,15 @@ def test_offloaded_it_is_as_in_memory(problem, ahead, tmp_path):
         assert all(map(torch.equal, losses, wanted[0].losses))
 
 
+def test_the_optimizer_follows_a_matrix_that_has_moved():
+    rules = [make_rule("memdfa", MLP, SGD, learned()) for _ in range(2)]
+    for rule in rules:
+        trained(rule, MLP, 2)
+    feedback = rules[1].feedback
+    feedback.matrices = {key: B.clone() for key, B in feedback.matrices.items()}  # as from another device
+    assert_same(*(trained(rule, MLP) for rule in rules))
+
+
 def test_angles_leave_b_and_its_optimizer_as_they_are():
     problem = BY_NAME["conv_pool"]
     rule, twin = (make_rule("memdfa", problem, SGD, learned()) for _ in range(2))

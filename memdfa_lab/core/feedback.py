@@ -23,7 +23,7 @@ class Stored(Feedback):
 
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         B = self.matrices.get(key)
-        if B is None or tuple(B.shape) != shape or _would_lose_bits(B, like):
+        if B is None or tuple(B.shape) != shape or (_would_lose_bits(B, like) and not self.learns):
             B = self._draw(self._generator(key), shape, factor, like)
         self.matrices[key] = B.to(device=like.device)
         return self.matrices[key].to(dtype=like.dtype)
@@ -110,9 +110,12 @@ class Learned(Stored):
         return f"{super().__repr__()[:-1]}, {', '.join(f'{name}={value}' for name, value in own.items())})"
 
     def optimizer_of(self, key: Key) -> torch.optim.Optimizer:
-        """Return the optimizer of a matrix that is there."""
-        if key not in self.optimizers:
-            self.optimizers[key] = self._make([self.matrices[key]], lr=self.lr, weight_decay=self.decay)
+        """Return the optimizer of a matrix that is there; it follows one that has moved to another device."""
+        B, before = self.matrices[key], self.optimizers.get(key)
+        if before is None or before.param_groups[0]["params"][0] is not B:
+            self.optimizers[key] = self._make([B], lr=self.lr, weight_decay=self.decay)
+            if before is not None:
+                self.optimizers[key].load_state_dict(before.state_dict())
         return self.optimizers[key]
 
 
