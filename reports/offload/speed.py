@@ -18,7 +18,7 @@ from pathlib import Path
 
 from large import disk_speed, in_cgroup
 
-WIDTH, LAYERS, STEPS, BATCHES = 2048, 128, 4, (16, 64, 256)
+WIDTH, LAYERS, STEPS, BATCHES = 2048, 128, 4, (16, 64, 256, 512)
 COLUMNS = ("batch", "threads", "in_memory_s", "in_memory_sweep_s", "offloaded_s", "committed_each_step_s", "disk_read_gib_s",
            "disk_write_gib_s", "disk_alone_s", "offloaded_over_memory", "offloaded_over_larger")
 
