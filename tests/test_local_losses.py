@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import BY_NAME, OPTIMIZERS, Problem, params, record, rotated
-from reference import assert_same_training, refuses
+from reference import assert_same_training, refuses, refuses_and_keeps
 from torch import nn
 
 import memdfa_lab as ml
@@ -99,6 +99,17 @@ def test_the_peak_does_not_grow_with_depth(name):
     assert peaks[0] == peaks[1]
 
 
+def test_angles_and_frozen_blocks_leave_readouts_as_they_are():
+    rule, twin = (LocalReadout(MLP.build(), SGD) for _ in range(2))
+    rule.step(MLP.x, MLP.y), twin.step(MLP.x, MLP.y)
+    ml.alignment.angles(rule, MLP.x, MLP.y)
+    assert torch.equal(rule.readouts[0].weight, twin.readouts[0].weight)
+    rule.blocks[0].requires_grad_(False)
+    rule.step(MLP.x, MLP.y)
+    assert torch.equal(rule.readouts[0].weight, twin.readouts[0].weight)
+    assert not torch.equal(rule.readouts[1].weight, twin.readouts[1].weight)
+
+
 @pytest.mark.parametrize("name", LOCAL_RULES)
 def test_a_run_that_was_cut_goes_on_bit_for_bit(name, tmp_path):
     problem, found = BY_NAME["dropout"], []
@@ -135,6 +146,13 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
             LocalReadout(MLP.build(), SGD, **wrong)
     with refuses(TypeError, "labels", "MemDFA"):
         DRTP(MLP.build(), SGD, F.mse_loss).step(MLP.x, torch.randn(6, 5))
+    for kind in LOCAL_RULES.values():
+        rule = kind(MLP.build(), SGD)
+        rule.loss_fn = lambda z, y, net=rule.blocks: (
+            F.cross_entropy(z, y) + sum(p.abs().sum() for p in net.parameters())
+        )
+        with refuses_and_keeps(rule, ValueError, "penalty", "weight_decay"):
+            rule.step(MLP.x, MLP.y)
     other, rule = ml.MemDFA(MLP.build(), SGD), LocalReadout(MLP.build(), SGD)
     with refuses(ValueError, "no readouts"):
         rule.load_state_dict(other.state_dict())

@@ -29,6 +29,7 @@ from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.core.seeds import LARGEST_SEED, mix
 from memdfa_lab.core.signal import Signal
 from memdfa_lab.core.state import OptimizerFactory, optimizer_tensors
+from memdfa_lab.core.terms import OWN
 
 POOLS = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
 
@@ -38,20 +39,18 @@ class OnePass(Rule):
 
     A block has learned before the next one runs. So what is wrong with the loss of a batch, such as labels out of
     range, is noticed when all blocks but the last have learned from it; the first batch of a shape is tried before.
+    Penalties on weights in the loss are refused: it is known when those weights have learned.
     """
 
     teaches_blocks = True
     prepares = True  # the first step does what later ones do not
-    shapes: list[tuple[int, ...]]  # of each block's output for one example
+    shapes: tuple[tuple[int, ...], ...] = ()  # of each block's output for one example, once they are known
 
     def check(self) -> None:
-        self.shapes = []
         given = {"clip_global_norm": self.clip_global_norm, "pass1": self.pass1}
         needless = [name for name, value in given.items() if value is not None]
         if needless:
-            raise ValueError(
-                f"{type(self).__name__} has one pass and no gradients of all blocks: leave {needless[0]} out"
-            )
+            raise ValueError(f"{type(self).__name__} goes through the blocks once: leave {needless[0]} out")
 
     def begin_updates(self) -> None:
         super().begin_updates()
@@ -60,10 +59,10 @@ class OnePass(Rule):
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h, last, lengths = self.begin(x, y), len(self.chain) - 1, []
-        self.prepare(h, y)
+        self.prepare(h)
         for i in range(last):
             block = self.run(i, h)
-            h = self.teach(i, block, self.local_error(i, block, y))
+            h = self.teach(i, block, self.local_error(i, block, y)) if self.parameters[i] else block.output()
             lengths.append(rows(h))
         block = self.keep(last, h)
         check_lengths(self.chain, [*lengths, rows(block.output())])
@@ -71,10 +70,12 @@ class OnePass(Rule):
         self.teach(last, block, e)
         return loss
 
-    def prepare(self, x: Tensor, y: Tensor) -> None:
-        """Find the shapes of the blocks' outputs, and make what depends on them, when the first batch is there."""
+    def prepare(self, x: Tensor) -> None:
+        """Find the shapes of the blocks' outputs on x (N, ...), and make what depends on them, unless that is done."""
         if not self.shapes:
-            forward_without_trace(self.chain, x, see=lambda way, h: self.shapes.append(tuple(h.shape[1:])))
+            shapes: list[tuple[int, ...]] = []
+            forward_without_trace(self.chain, x, see=lambda way, h: shapes.append(tuple(h.shape[1:])))
+            self.shapes = tuple(shapes)
 
     def run(self, i: int, h: Tensor) -> BlockGradient:
         """Return block i on h (N, ...)."""
@@ -83,6 +84,15 @@ class OnePass(Rule):
     def local_error(self, i: int, block: BlockGradient, y: Tensor) -> Tensor:
         """Return from what block i's signal is made, as e is for DFA."""
         raise NotImplementedError
+
+    def _loss_and_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+        loss, e = super()._loss_and_error(logits, y)
+        if self._terms is not None and self._terms.leaves.keys() - {OWN}:
+            raise ValueError(
+                f"the loss has a penalty on weights, which have learned by then: {type(self).__name__} leaves it out; "
+                "set the optimizer's weight_decay, or take MemDFA"
+            )
+        return loss, e
 
 
 class LocalReadout(OnePass):
@@ -110,15 +120,15 @@ class LocalReadout(OnePass):
         self.readout_optimizers: list[torch.optim.Optimizer] = []
         super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **options)
 
-    def prepare(self, x: Tensor, y: Tensor) -> None:
-        super().prepare(x, y)
+    def prepare(self, x: Tensor) -> None:
+        super().prepare(x)
         if not self.readouts:
             sizes = [(shape[0] * prod(self._positions(shape)), prod(self.shapes[-1])) for shape in self.shapes[:-1]]
             self._make(sizes, next(self.blocks.parameters()))
 
     def signal(self, i: int, e: Tensor) -> Signal:
         """Return what block i is taught, which is e already."""
-        return Signal(i, e, None)
+        return Signal(i, super().signal(i, e).e, None)
 
     def local_error(self, i: int, block: BlockGradient, y: Tensor) -> Tensor:
         """Let block i's readout learn, and return the gradient of its loss by h_i, of h_i's shape."""
@@ -127,10 +137,11 @@ class LocalReadout(OnePass):
             h = block.output().detach().requires_grad_()
             loss = self.loss_fn(readout(self._seen(h)).view(len(h), *self.shapes[-1]), y)
             signal, *gradients = torch.autograd.grad(loss, [h, *readout.parameters()])
-            for parameter, gradient in zip(readout.parameters(), gradients, strict=True):
-                parameter.grad = label("gradients", gradient)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if self.optimizers[i] is not None:  # else the rule is only asked for its signals
+                for parameter, gradient in zip(readout.parameters(), gradients, strict=True):
+                    parameter.grad = label("gradients", gradient)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         return label("error", signal)
 
     def tensors(self) -> dict[str, list[Tensor]]:
