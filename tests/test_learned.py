@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from problems import BY_NAME, OPTIMIZERS, make_rule, params, record, rotated
-from reference import assert_identical, assert_same_training, refuses
+from reference import assert_identical, assert_same_training, refuses, refuses_and_keeps
 from torch import nn
 
 import memdfa_lab as ml
@@ -28,6 +28,9 @@ def trained(rule, problem, steps=4):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         losses = [rule.step(x, y) for x, y in problem.batches(steps)]
+    drawn = ml.feedback.Stored(3)
+    for (_, i), B in rule.feedback.matrices.items():
+        assert not torch.equal(B, drawn.dense(i, B.shape[1], B.shape[0], B).t())
     return record(losses, rule.blocks, rule.optimizers), [tensor.clone() for tensor in rule.feedback.tensors()]
 
 
@@ -65,7 +68,7 @@ def test_memdfa_is_dfa_bit_for_bit(problem, optimizer, kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"keep_bytes": 2000}, {"clip_global_norm": 0.5}, {"precision": "bfloat16"}, {"pass1": "bfloat16"}],
+    [{"keep_bytes": 2000}, {"clip_norm": 0.5}, {"precision": "bfloat16"}, {"pass1": "bfloat16"}],
     ids=lambda options: next(iter(options)),
 )
 def test_so_it_is_with_options_of_the_rule(options):
@@ -74,6 +77,33 @@ def test_so_it_is_with_options_of_the_rule(options):
     dfa = DFA(problem.build(), ADAMW, feedback=learned(), **same)
     memdfa = MemDFA(problem.build(), ADAMW, feedback=learned(), **options)
     assert_same(trained(dfa, problem), trained(memdfa, problem))
+
+
+def test_with_a_norm_over_all_gradients_b_learns_once_and_dfa_is_refused():
+    problem = BY_NAME["everything"]
+    plain, clipped = (MemDFA(problem.build(), SGD, feedback=learned(), clip_global_norm=limit) for limit in (None, 1e9))
+    trained(plain, problem), trained(clipped, problem)
+    for key, B in plain.feedback.matrices.items():
+        torch.testing.assert_close(clipped.feedback.matrices[key], B, rtol=1e-3, atol=1e-4)
+    with refuses(ValueError, "clip_norm", "MemDFA"):
+        DFA(problem.build(), SGD, feedback=learned(), clip_global_norm=1.0)
+
+
+def test_b_and_its_state_stay_in_the_weights_dtype_and_are_what_angles_are_of():
+    rule = MemDFA(MLP.build(), SGD, feedback=learned(), precision="bfloat16")
+    trained(rule, MLP, 2)
+    assert {tensor.dtype for tensor in rule.feedback.tensors()} == {torch.float32}
+    angles = ml.alignment.feedback_angles(rule, MLP.x)
+    rule.feedback.matrices = {key: -B for key, B in rule.feedback.matrices.items()}
+    assert ml.alignment.feedback_angles(rule, MLP.x)[0] == pytest.approx(180 - angles[0])
+
+
+def test_another_size_of_output_is_refused_before_anything_learns():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+    rule = MemDFA(net, SGD, feedback=learned())
+    rule.step(torch.randn(6, 2, 6, 6), MLP.y)
+    with refuses_and_keeps(rule, ValueError, "learned for 48 outputs, and there are 108 now"):
+        rule.step(torch.randn(6, 2, 8, 8), MLP.y)
 
 
 @pytest.mark.parametrize("name", ["mlp_relu", "everything", "linear_on_tokens"])
@@ -193,3 +223,10 @@ def test_what_does_not_fit_is_refused_in_a_line():
             Learned(**wrong)
     with refuses(TypeError, "lr"):
         Learned()
+    for wrong in (torch.nn.Linear, "adam"):
+        with refuses(TypeError, ""):
+            Learned(lr=0.1, optimizer=wrong)
+    one, other = (make_rule("memdfa", MLP, SGD, learned(kind)) for kind in KINDS)
+    one.step(MLP.x, MLP.y)
+    with refuses_and_keeps(other, ValueError, "learns by SGD"):
+        other.load_state_dict(one.state_dict())

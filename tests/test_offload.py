@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -236,6 +237,10 @@ def test_the_optimizers_state_counts_when_the_disk_is_looked_at(tmp_path, monkey
         with refuses(ValueError, "the optimizer's state takes", "bytes free"):
             MemDFA(blocks, ADAMW, offload=store)
         MemDFA(blocks, SGD, offload=store)
+    model = MLP.build()
+    with Disk(tmp_path / "of a model") as store, refuses(ValueError, "the network takes", "bytes free"):
+        MemDFA(model, ADAMW, offload=store)
+    assert all(map(has_data, model.parameters()))
 
 
 # ------------------------------------------------------------------------------------------- never half a network
@@ -689,10 +694,15 @@ def test_what_a_batch_is_refused_for_comes_after_the_batch_before_has_been_learn
     for options in ({"clip_global_norm": 1.0}, {"keep_bytes": math.inf}):
         with refuses(ValueError, "visits each block once"):
             next(make_rule("memdfa", MLP, **options).sweep([good]))
-    noisy = make_rule("memdfa", MLP)
-    noisy.loss_fn = lambda logits, y: nn.functional.cross_entropy(logits + torch.randn(()), y)
-    with refuses(RuntimeError, "draws random numbers"):
-        next(noisy.sweep([good]))
+    found = []
+    for sweeps in (False, True):
+        noisy = make_rule("memdfa", MLP)
+        noisy.loss_fn = lambda logits, y: nn.functional.cross_entropy(logits + torch.randn(()), y)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            batches = MLP.batches(3)
+            found.append(recorded(list(noisy.sweep(batches) if sweeps else starmap(noisy.step, batches)), noisy))
+    assert_same_training(*found)  # it takes steps
 
 
 def test_a_sweep_reads_and_writes_each_weight_once_a_step(tmp_path, monkeypatch):

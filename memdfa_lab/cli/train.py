@@ -84,10 +84,11 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
 
 
 def _store(options: argparse.Namespace, run: RunSettings) -> Disk:
+    run = run.completed()
+    how = str(run.optimizer), experiments.feedback_of(run)
+    trace = experiments.profile("memdfa", run.network, 2, *how, offload=Host("cpu", ahead=0))
+    takes = trace.offloaded_bytes * (2 if options.commit_every else 1)
     store = Disk(options.offload, commit_every=options.commit_every or None)
-    run, elsewhere = run.completed(), Host("cpu", ahead=0)
-    trace = experiments.profile("memdfa", run.network, 2, str(run.optimizer), run.feedback, offload=elsewhere)
-    takes = trace.offloaded_bytes * (2 if options.commit_every else 1)  # B is there once
     where = f"goes on from step {store.steps}" if store.steps else "begins"
     disk = f"takes about {readable(takes)}; free there: {readable(store.free_bytes)}"
     print(f"{options.network} rests in {options.offload}/, and {where}; it {disk}")

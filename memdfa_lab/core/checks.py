@@ -73,13 +73,13 @@ def check_batch(x: Any) -> None:
     check_finite("x holds NaN or inf", x)
 
 
-def check_finite(problem: str, *tensors: Tensor) -> None:
-    """Raise FloatingPointError if a tensor holds NaN or infinity."""
+def check_finite(problem: str, *tensors: Tensor, so_far: str = "no weight was changed") -> None:
+    """Raise FloatingPointError if a tensor holds NaN or infinity. `so_far`: what has become of the weights by then."""
     for tensor in tensors:
         least, largest = torch.aminmax(tensor.detach())  # isfinite would allocate four tensors of this size
         if not (torch.isfinite(least) and torch.isfinite(largest)):
             raise FloatingPointError(
-                f"{problem}; no weight was changed: look for NaN and inf in the data, lower the learning rate, or clip "
+                f"{problem}; {so_far}: look for NaN and inf in the data, lower the learning rate, or clip "
                 "(clip_norm=...)"
             )
 

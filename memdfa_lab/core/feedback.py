@@ -2,11 +2,11 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memdfa_lab.core.checks import check_number
 from memdfa_lab.core.distributions import DISTRIBUTIONS as DISTRIBUTIONS
@@ -15,7 +15,7 @@ from memdfa_lab.core.matrices import POSITIONS as POSITIONS
 from memdfa_lab.core.matrices import Feedback as Feedback
 from memdfa_lab.core.matrices import Key
 from memdfa_lab.core.phases import label, phase
-from memdfa_lab.core.state import optimizer_tensors
+from memdfa_lab.core.state import described, make_optimizer, optimizer_tensors
 
 
 class Stored(Feedback):
@@ -23,7 +23,7 @@ class Stored(Feedback):
 
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         B = self.matrices.get(key)
-        if B is None or tuple(B.shape) != shape or (_would_lose_bits(B, like) and not self.learns):
+        if B is None or tuple(B.shape) != shape or _would_lose_bits(B, like):
             B = self._draw(self._generator(key), shape, factor, like)
         self.matrices[key] = B.to(device=like.device)
         return self.matrices[key].to(dtype=like.dtype)
@@ -35,10 +35,11 @@ class Learned(Stored):
     When block i has been taught, B_i goes down along e^T h_i, (C, N) @ (N, n_i), with an optimizer of its own. If the
     blocks above were one linear layer h_i W^T, that would be the gradient of W, so that what B_i and W begin with fades
     with `decay`, and they come to agree (Kolen and Pollack 1994; Akrout et al. 2019 for a weight a layer). DFA and
-    MEM-DFA alone use it. Between steps B and its optimizer's state stay in memory.
+    MEM-DFA alone use it. Between steps B and its optimizer's state stay in memory, in the weights' dtype or float32.
 
     `lr` is B's learning rate; `optimizer` makes an optimizer from (parameters, lr=, weight_decay=), Adam if not given;
-    `decay` is its weight decay. Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises.
+    `decay` is its weight decay. Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises;
+    TypeError for an optimizer that is none; later ValueError for a block whose output has another size than before.
     """
 
     learns = True
@@ -62,6 +63,13 @@ class Learned(Stored):
         check_number("decay", decay)
         self.lr, self.decay, self._make = lr, decay, optimizer
         self.optimizers: dict[Key, torch.optim.Optimizer] = {}
+        make_optimizer(self._made, [nn.Parameter(torch.zeros(1))])
+
+    def check(self, logits: Sequence[int], *outputs: Sequence[int]) -> None:
+        """Do what `Feedback.check` does. Raises ValueError for outputs of another size than B has learned for."""
+        super().check(logits, *outputs)
+        for i, shape in enumerate(self.matrix_shapes(logits, *outputs)):
+            self._check_shape(("block", i), shape[::-1])
 
     def learn(self, i: int, e: Tensor, h: Tensor, group: Group) -> None:
         """Move B_i along e^T h_i, from the error e (N, C) and block i's output h (N, ...), over all ranks."""
@@ -90,7 +98,8 @@ class Learned(Stored):
 
     def settings(self) -> dict[str, Any]:
         """Return what tells this feedback from others, without its matrices."""
-        return {**super().settings(), "lr": self.lr, "optimizer": _name(self._make), "decay": self.decay}
+        made = self._made([nn.Parameter(torch.zeros(1))])
+        return {**super().settings(), "lr": self.lr, "decay": self.decay, "optimizer": described(made)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to go on with the same matrices elsewhere; tensors are not copied."""
@@ -98,25 +107,47 @@ class Learned(Stored):
         return {**super().state_dict(), "states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over settings, copies of the matrices, and their optimizers' state."""
+        """Take over copies of the matrices and their optimizers' state. Raises ValueError for another optimizer."""
+        ours, theirs = self.settings()["optimizer"], state.get("optimizer")
+        if theirs not in (ours, None):
+            raise ValueError(f"this state's B learns by {theirs}, this feedback's by {ours}: make that one")
         super().load_state_dict(state)
-        self.lr, self.decay, self.optimizers = state["lr"], state["decay"], {}
+        self.optimizers = {}
         for key, saved in state["states"].items():
             optimizer = self.optimizer_of(key)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(saved)})
 
     def __repr__(self) -> str:
-        own = {name: value for name, value in self.settings().items() if name in ("lr", "optimizer", "decay")}
-        return f"{super().__repr__()[:-1]}, {', '.join(f'{name}={value}' for name, value in own.items())})"
+        return f"{super().__repr__()[:-1]}, lr={self.lr}, decay={self.decay}, optimizer={self.settings()['optimizer']})"
 
     def optimizer_of(self, key: Key) -> torch.optim.Optimizer:
         """Return the optimizer of a matrix that is there; it follows one that has moved to another device."""
         B, before = self.matrices[key], self.optimizers.get(key)
         if before is None or before.param_groups[0]["params"][0] is not B:
-            self.optimizers[key] = self._make([B], lr=self.lr, weight_decay=self.decay)
+            self.optimizers[key] = self._made([B])
             if before is not None:
                 self.optimizers[key].load_state_dict(before.state_dict())
         return self.optimizers[key]
+
+    def _made(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return self._make(parameters, lr=self.lr, weight_decay=self.decay)
+
+    def _check_shape(self, key: Key, shape: tuple[int, ...]) -> None:
+        B = self.matrices.get(key)
+        if B is not None and tuple(B.shape) != shape:
+            raise ValueError(
+                f"B of block {key[1]} has learned for {B.shape[0]} outputs, and there are {shape[0]} now: keep to one "
+                "size of x, or take Stored feedback; no weight was changed"
+            )
+
+    def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
+        self._check_shape(key, shape)
+        B = self.matrices.get(key)
+        if B is None:  # steps that are small beside B would be lost in half precision
+            wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+            B = self._draw(self._generator(key), shape, factor, wide)
+        self.matrices[key] = B.to(device=like.device)
+        return self.matrices[key].to(dtype=like.dtype)
 
 
 class Regenerated(Feedback):
@@ -172,7 +203,3 @@ KINDS: dict[str, type[Feedback]] = {"stored": Stored, "regenerated": Regenerated
 
 def _would_lose_bits(kept: Tensor, like: Tensor) -> bool:
     return torch.promote_types(kept.dtype, like.dtype) != kept.dtype
-
-
-def _name(function: object) -> str:
-    return getattr(function, "__name__", type(function).__name__)

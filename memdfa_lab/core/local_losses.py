@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdfa_lab.core.checks import check_int
+from memdfa_lab.core.checks import check_finite, check_int
 from memdfa_lab.core.contract import check_lengths, rows
 from memdfa_lab.core.feedback import Feedback
-from memdfa_lab.core.local import BlockGradient
+from memdfa_lab.core.local import BlockGradient, block_gradient
 from memdfa_lab.core.phases import label, phase
-from memdfa_lab.core.recompute import forward_without_trace
+from memdfa_lab.core.recompute import forward_without_trace, generators_restored
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.core.seeds import LARGEST_SEED, mix
@@ -43,12 +43,14 @@ class OnePass(Rule):
     """
 
     teaches_blocks = True
+    so_far = "blocks that came before have learned"
     prepares = True  # the first step does what later ones do not
     shapes: tuple[tuple[int, ...], ...] = ()  # of each block's output for one example, once they are known
 
     def check(self) -> None:
         given = {"clip_global_norm": self.clip_global_norm, "pass1": self.pass1}
-        needless = [name for name, value in given.items() if value is not None]
+        given |= {"float16": self.precision == "float16", "feedback that learns": self.feedback.learns}
+        needless = [name for name, value in given.items() if value]
         if needless:
             raise ValueError(f"{type(self).__name__} goes through the blocks once: leave {needless[0]} out")
 
@@ -99,9 +101,13 @@ class LocalReadout(OnePass):
     """Each block learns from the loss of a readout of its own: h_i, averaged to few positions, then one linear layer.
 
     `positions`: how many a readout sees along each dimension of images and the like. `seed`: of the readouts' weights,
-    which begin as torch's nn.Linear does and learn with the block, by an optimizer of the same kind. They are made in
-    the first step. `feedback` is not used. Raises ValueError for clip_global_norm, pass1 and several ranks.
+    which begin as torch's nn.Linear does and learn with the block, by an optimizer of the same kind, which follows the
+    block's learning rate. They are made in the first step. `clip_norm` is of a block's gradient, and of a readout's.
+    `feedback` is not used. Raises ValueError for clip_global_norm, pass1, float16, offload, penalties on weights in the
+    loss, and several ranks.
     """
+
+    uses_feedback = False
 
     def __init__(
         self,
@@ -132,14 +138,19 @@ class LocalReadout(OnePass):
 
     def local_error(self, i: int, block: BlockGradient, y: Tensor) -> Tensor:
         """Let block i's readout learn, and return the gradient of its loss by h_i, of h_i's shape."""
-        readout, optimizer = self.readouts[i], self.readout_optimizers[i]
+        readout, optimizer, of_block = self.readouts[i], self.readout_optimizers[i], self.optimizers[i]
         with torch.enable_grad(), phase("readout", i):
             h = block.output().detach().requires_grad_()
             loss = self.loss_fn(readout(self._seen(h)).view(len(h), *self.shapes[-1]), y)
             signal, *gradients = torch.autograd.grad(loss, [h, *readout.parameters()])
-            if self.optimizers[i] is not None:  # else the rule is only asked for its signals
+            check_finite(f"the loss of block {i}'s readout is not finite", loss, signal, so_far=self.so_far)
+            if of_block is not None:  # else the rule is only asked for its signals
                 for parameter, gradient in zip(readout.parameters(), gradients, strict=True):
                     parameter.grad = label("gradients", gradient)
+                if self.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(readout.parameters(), self.clip_norm)
+                settings = {name: value for name, value in of_block.param_groups[0].items() if name != "params"}
+                optimizer.param_groups[0].update(settings)  # which a scheduler may have changed
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         return label("error", signal)
@@ -154,14 +165,17 @@ class LocalReadout(OnePass):
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's state, readouts and their optimizers included; tensors are not copied."""
         own = zip(self.readouts, self.readout_optimizers, strict=True)
-        return {**super().state_dict(), "readouts": [(r.state_dict(), o.state_dict()["state"]) for r, o in own]}
+        readouts = [(readout.state_dict(), optimizer.state_dict()["state"]) for readout, optimizer in own]
+        return {**super().state_dict(), "positions": self.positions, "readouts": readouts}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over a copy of a state. Raises ValueError, and changes nothing, if it is of another rule or network."""
-        readouts = saved.get("readouts") if isinstance(saved, dict) else None
-        if readouts is None:
+        if not isinstance(saved, dict) or "readouts" not in saved:
             raise ValueError("this state has no readouts: it is of another rule")
-        super().load_state_dict({name: value for name, value in saved.items() if name != "readouts"})
+        if saved["positions"] != self.positions:
+            raise ValueError(f"this state's readouts see {saved['positions']} positions, the rule's {self.positions}")
+        readouts = saved["readouts"]
+        super().load_state_dict({name: saved[name] for name in saved if name not in ("positions", "readouts")})
         self.readouts, self.readout_optimizers = [], []
         sizes = [tuple(reversed(state["weight"].shape)) for state, _ in readouts]
         self._make(sizes, next(self.blocks.parameters()))
@@ -171,7 +185,7 @@ class LocalReadout(OnePass):
 
     def _make(self, sizes: Iterable[tuple[int, ...]], like: Tensor) -> None:
         """Make the readouts of these (inputs, classes), with the dtype and on the device of a tensor."""
-        with torch.random.fork_rng(devices=[]):
+        with generators_restored(like.device):
             for i, (inputs, classes) in enumerate(sizes):
                 torch.manual_seed(mix(self.seed, i))
                 readout = nn.Linear(inputs, classes).to(like)
@@ -193,12 +207,12 @@ class DRTP(OnePass):
     """Direct random target projection: a block is taught the targets, one hot, through a random B_i.
 
     The sign of the error is that of the prediction less the target, so the target alone says where a unit should go.
-    For labels (N,) of classes. Raises TypeError for another y, ValueError for clip_global_norm, pass1 and ranks.
+    For labels (N,) of classes. Raises TypeError for another y, and ValueError as LocalReadout does.
     """
 
     def run(self, i: int, h: Tensor) -> BlockGradient:
         """Return block i on h (N, ...), which runs while it is taught."""
-        return self.recompute(i, h)
+        return block_gradient(self.chain[i], h, phase("forward", i))
 
     def local_error(self, i: int, block: BlockGradient, y: Tensor) -> Tensor:
         """Return minus the targets, one hot, over N: (N, C)."""

@@ -53,6 +53,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
 
     # Whether each block is taught on its own, by a signal that must fit its output; else autograd carries the error.
     teaches_blocks: ClassVar[bool] = False
+    uses_feedback: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -74,9 +75,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
             raise TypeError(f"loss_fn must be a function of logits and y, such as ml.losses.mse, not {loss_fn!r}")
         self.blocks = as_blocks(blocks)
         self.chain = list(self.blocks)  # nn.Sequential counts up to its i-th module each time
-        self.loss_fn = loss_fn
-        self.feedback = feedback
-        self.precision, self.pass1 = precision, pass1
+        self.loss_fn, self.feedback, self.precision, self.pass1 = loss_fn, feedback, precision, pass1
         self._watched = state.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
         self._rehearsed: set[Any] = set()
         self._make_optimizer = partial(state.make_optimizer, optimizer)
@@ -135,7 +134,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
             settings = (self.loss_fn, self.teaches_blocks, transport and transport.check, self.store)
             outputs = contract.rehearse(self.chain, x, loss, *settings)
-        if self.teaches_blocks:
+        if self.teaches_blocks and self.uses_feedback:
             self.feedback.check(outputs[-1], *outputs[:-1])
         self._terms = None
         self._rehearsed |= {kind, shape}
@@ -189,7 +188,8 @@ class Rule(Updates, precisions.InPrecision, ABC):
 
     def _checked_error(self, compute: Any, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
         loss, e = compute(logits, y)
-        check_finite("the loss or its gradient is not finite (as is a mean over no label, if all are ignored)", loss, e)
+        why = "the loss or its gradient is not finite (as is a mean over no label, if all are ignored)"
+        check_finite(why, loss, e, so_far=self.so_far)
         if self._terms is not None:
             self._terms.check()
         return loss, e

@@ -76,6 +76,10 @@ class DFA(Rule):
 
     teaches_blocks = True
 
+    def check(self) -> None:
+        if self.feedback.learns and self.clip_global_norm is not None:
+            raise ValueError("DFA knows the norm of all gradients when B has learned: take MemDFA, or clip_norm")
+
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x, y)
         kept: deque[BlockGradient] = deque()
@@ -178,7 +182,8 @@ class MemDFA(Rule):
         Pass 2 of a batch and pass 1 of the next go through the blocks side by side, so that what rests in a store is
         read and written once a step. The next batch is taken before a loss is yielded: between losses weights must not
         change, and no random numbers be drawn. Raises what `step` raises, when the batch before has been learned from;
-        ValueError with keep_bytes, clip_global_norm or ranks; RuntimeError if the loss draws random numbers.
+        ValueError with keep_bytes, clip_global_norm or ranks; a loss that draws random
+        numbers is learned from by steps. RuntimeError if it begins to draw later.
         """
         others = {"keep_bytes": self.keep_bytes, "clip_global_norm": self.clip_global_norm}
         if any(others.values()) or self.group.size > 1:

@@ -35,6 +35,11 @@ def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) ->
     return optimizer
 
 
+def described(optimizer: Optimizer) -> str:
+    """Return an optimizer's class and settings."""
+    return f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})"
+
+
 def learning(thing: object) -> list[nn.Parameter]:
     """Return the parameters of a module that learn; other functions have none."""
     return [p for p in thing.parameters() if p.requires_grad] if isinstance(thing, nn.Module) else []

@@ -9,16 +9,18 @@ pass 2 will end.
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memdfa_lab.core.contract import check_lengths, rows, two_sums, warn_if_other
 from memdfa_lab.core.local import ByAutograd
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.precision import first_pass
-from memdfa_lab.core.recompute import state_of, without_trace
+from memdfa_lab.core.recompute import state_of, state_restored, without_trace
 from memdfa_lab.core.store import FORWARD, TEACH
 
 
@@ -31,6 +33,10 @@ def sweep(rule: Any, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
             for i in range(len(rule.chain)):
                 with rule.store.block(i, FORWARD):
                     batch.pass_block(i)
+    if batch is not None and batch.loss_draws():  # then what comes after the loss is not known
+        for x, y in chain([(batch.x, batch.y)], coming):
+            yield rule.step(x, y)
+        return
     while batch is not None:
         with rule.autocast():
             problem, after = None, None
@@ -90,6 +96,18 @@ class _Batch:
         self.by_hand = self.by_hand and way is not ByAutograd
         self.lengths.append(rows(self.h))
 
+    def loss_draws(self) -> bool:
+        """Tell whether the loss draws random numbers, and leave it as it is."""
+        loss_fn = self.rule.loss_fn
+        restored = state_restored(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext()
+        now, before = _generators(self.rule), _states(self.rule)
+        try:
+            with restored, torch.no_grad():
+                loss_fn(self.h, self.y)
+            return not all(map(_same, before, _states(self.rule)))
+        finally:
+            now()
+
     def find_error(self) -> None:
         """Find the loss and e. Raises RuntimeError if the loss draws random numbers, which pass 2 would draw after."""
         self.begin()
@@ -100,7 +118,7 @@ class _Batch:
         before = _states(rule)
         self.loss, self.e = rule.error(logits, self.y)
         if not all(map(_same, before, _states(rule))):
-            raise RuntimeError("the loss draws random numbers, so that what comes after is not known: use step")
+            raise RuntimeError("the loss has begun to draw random numbers, and what comes after is not known: use step")
         self.first_e = self.e.clone() if self.narrow and not rule._has_warned else None  # the last block may change e
 
     def check(self, logits: Tensor) -> None:

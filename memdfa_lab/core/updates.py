@@ -19,6 +19,7 @@ from memdfa_lab.core.terms import Terms
 class Updates:
     """The updates of a rule's blocks, one optimizer a block."""
 
+    so_far: ClassVar[str] = "no weight was changed"  # when the loss of a batch is found
     leaves_blocks: ClassVar[bool] = False  # whether a block, once taught, is not needed again in the step
     chain: list[nn.Module]
     parameters: list[list[nn.Parameter]]  # that learn, by block

@@ -73,7 +73,7 @@ def feedback_angles(rule: Rule, x: Tensor) -> list[float]:
 
     That is the mean over x (N, ...) of dlogits/dh_i, the slopes of the logits by the block's output. Matrices that
     learn come to agree with it. NaN for the last block, and where B_i is not dense. The rule is left as it is. Raises
-    TypeError if there is no rule.
+    TypeError if there is no rule, RuntimeError if its network rests in a store.
     """
     check_type("rule", rule, Rule, RULE)
     check_batch(x)

@@ -163,9 +163,9 @@ def bench(
         gc.unfreeze()
 
     rows = []
-    bps = {one.options.get("precision"): taken for one, taken in zip(every, seconds, strict=True) if one.rule == "bp"}
+    bps = {_alike(one): taken for one, taken in zip(every, seconds, strict=True) if one.rule == "bp"}
     for one, rule, layout, taken in zip(every, rules, layouts, seconds, strict=True):
-        alike = bps.get(one.options.get("precision"), seconds[0])
+        alike = bps.get(_alike(one), seconds[0])
         fastest, low, median, high, slowest = np.quantile(taken, (0.1, 0.25, 0.5, 0.75, 0.9))
         ratio_low, ratio, ratio_high = np.quantile(np.divide(taken, seconds[0]), (0.25, 0.5, 0.75))
         rows.append(
@@ -191,6 +191,11 @@ def bench(
         )
     table = pd.DataFrame(rows).assign(rounds=rounds, threads=given, torch=torch.__version__)
     return table.assign(noisy=bool(table["moved"][0] > NOISE))
+
+
+def _alike(one: Contender) -> tuple[Any, ...]:
+    """Return the options that BP has, too, by which a contender is compared with its like."""
+    return tuple(one.options.get(name) for name in ("precision", "clip_global_norm"))
 
 
 def wait_until_quiet(longest_s: float = 600, sample_s: float = 5) -> bool:

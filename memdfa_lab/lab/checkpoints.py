@@ -16,6 +16,7 @@ import torch
 from memdfa_lab.core.checks import first_difference
 from memdfa_lab.core.compat import tree_map_only
 from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.state import described
 from memdfa_lab.lab.distributed import digest
 from memdfa_lab.lab.examples import Examples
 from memdfa_lab.lab.files import locked, write_whole
@@ -165,7 +166,7 @@ def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> 
         "network": "\n".join([without_addresses(rule.blocks), *tensors]),
         "data": examples.facts,
         "loss": _described(rule.loss_fn),
-        "optimizer": f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})",
+        "optimizer": described(optimizer),
         "scheduler": _described(schedulers[0]) if schedulers else None,
         "clip_norm": rule.clip_norm,
         "clip_global_norm": rule.clip_global_norm,

@@ -12,7 +12,7 @@ from memdfa_lab.core.seeds import LARGEST_SEED, mix
 from memdfa_lab.core.store import FORWARD, TEACH, Store
 from memdfa_lab.lab.deferred import Deferred, check_attributes
 from memdfa_lab.lab.place import Place
-from memdfa_lab.lab.resting import Resting, Saved
+from memdfa_lab.lab.resting import Resting, Saved, state_bytes
 
 Values = Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]]  # of a block's tensors, by its number
 
@@ -78,7 +78,11 @@ class Elsewhere(Store):
                     f"{self.place} holds a network already, with which store.build(make) goes on: give MemDFA what "
                     "that returns, or take another folder for this model"
                 )
-            self._fill(rule.blocks, lambda i, tensors: {name: tensor.detach() for name, tensor in tensors.items()})
+
+            def values(i: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+                return {name: tensor.detach() for name, tensor in tensors.items()}
+
+            self._fill(rule.blocks, values, state_bytes(rule))
         resting = self._network()
         if resting.rule is not None:
             raise ValueError(f"{self.place} has the network of a rule already: give each rule a store of its own")
@@ -113,7 +117,7 @@ class Elsewhere(Store):
         """Return the context in which the place is read and written."""
         return nullcontext()
 
-    def filled(self, resting: Resting) -> None:
+    def filled(self) -> None:
         """Note that the place has a network now, which was not there before."""
 
     def check_space(self, sizes: int) -> None:
@@ -129,14 +133,17 @@ class Elsewhere(Store):
             raise RuntimeError(f"the store of {self.place} has no network yet: build one, or give MemDFA a model")
         return self._resting
 
-    def _fill(self, blocks: nn.Sequential, values: Values) -> nn.Sequential:
-        """Take over blocks, write these values unless the place has some, and return the blocks without data."""
+    def _fill(self, blocks: nn.Sequential, values: Values, more_bytes: int = 0) -> nn.Sequential:
+        """Take over blocks, write these values unless the place has some, and return the blocks without data.
+
+        There must be room for more_bytes besides.
+        """
         if self._resting is not None:
             raise ValueError(f"the store of {self.place} has a network already: make another store")
         resting, is_new = Resting(list(blocks), self.place, self.ahead), not self.place.is_filled
         if is_new:
             tensors = [tensor for i in range(len(blocks)) for tensor in resting.tensors(i).values()]
-            self.check_space(sum(tensor.numel() * tensor.itemsize for tensor in tensors))
+            self.check_space(sum(tensor.numel() * tensor.itemsize for tensor in tensors) + more_bytes)
             with self.errors_named():
                 for i in range(len(blocks)):
                     self.place.write(i, values(i, resting.tensors(i)), {})
@@ -144,7 +151,7 @@ class Elsewhere(Store):
             self.place.check(resting.network)
         self._resting = resting
         if is_new:
-            self.filled(resting)
+            self.filled()
         for i in range(len(blocks)):
             resting.take_out(i)
         return blocks

@@ -63,18 +63,23 @@ def make_rule(
     model = make().to(run.device) if offload is None else offload.build(make, run.seed)
     if sync_batchnorm is not None:
         synchronise(model, sync_batchnorm)
-    learned = partial(feedback.Learned, lr=run.feedback_lr) if run.feedback_lr else None
     return find_rule(rule)(
         model,
         optimizer=partial(OPTIMIZERS[str(run.optimizer)], lr=run.lr, **decay),
         loss_fn=LOSSES[str(run.loss)],
-        feedback=(learned or feedback.KINDS[run.feedback])(run.seed, str(run.distribution), run.scale),
+        feedback=feedback_of(run),
         clip_norm=run.clip_norm,
         clip_global_norm=run.clip_global_norm,
         precision=run.precision,
         pass1=run.pass1,
         offload=offload,
     )
+
+
+def feedback_of(run: RunSettings) -> Feedback:
+    """Return the feedback of a run whose settings are complete."""
+    kind = partial(feedback.Learned, lr=run.feedback_lr) if run.feedback_lr else feedback.KINDS[run.feedback]
+    return kind(run.seed, str(run.distribution), run.scale)
 
 
 def train(

@@ -26,7 +26,7 @@ from memdfa_lab.core.checks import check_int
 from memdfa_lab.lab.block_files import BlockFiles
 from memdfa_lab.lab.elsewhere import Elsewhere
 from memdfa_lab.lab.host_memory import HostMemory
-from memdfa_lab.lab.resting import Resting
+from memdfa_lab.lab.resting import Resting, state_bytes
 
 
 class Disk(Elsewhere):
@@ -67,7 +67,7 @@ class Disk(Elsewhere):
             if before.get(name, value) != value:
                 raise ValueError(f"{self.folder} was trained with {name} {before[name]}, and this rule has {value}")
         if not self.steps:
-            self.check_space(resting.state_bytes(rule), "the optimizer's state takes")
+            self.check_space(state_bytes(rule), "the optimizer's state takes")
         loss = self._files.rest()["loss"]
         if loss is not None and rule.loss_optimizer is not None:
             rule.loss_fn.load_state_dict(loss["module"])
@@ -109,11 +109,10 @@ class Disk(Elsewhere):
     def __exit__(self, *problem: object) -> None:
         self.close()
 
-    def filled(self, resting: Resting) -> None:
-        self._resting = resting
+    def filled(self) -> None:
         self.commit()
 
-    def check_space(self, needed: int, what: str = "the weights take") -> None:
+    def check_space(self, needed: int, what: str = "the network takes") -> None:
         twice = ", twice (with commit_every=None once)" if self._files.twice else ""
         if needed * (1 + self._files.twice) > self.free_bytes:
             raise ValueError(

@@ -93,19 +93,6 @@ class Resting:
                     {name: self._absent_as(entry, B) for name, entry in learned.items()}
                 )
 
-    def state_bytes(self, rule: Any) -> int:
-        """Return how many bytes the rule's optimizers will keep, by steps of theirs on shapes alone."""
-        total = 0
-        for parameters in filter(None, rule.parameters):
-            with ShapesAlone(), suppress(RuntimeError, NotImplementedError):  # a step may ask for values
-                alike = [nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)) for p in parameters]
-                for parameter in alike:
-                    parameter.grad = torch.empty_like(parameter)
-                optimizer = rule._make_optimizer(alike)
-                optimizer.step()
-                total += sum(tensor.numel() * tensor.itemsize for tensor in optimizer_tensors([optimizer]))
-        return total
-
     def bring_in(self, i: int, use: str) -> None:
         """Give block i's tensors the data that this use needs, and begin to read the blocks after it."""
         read_for, coming = self._coming.pop(i, (FORWARD, None))
@@ -211,6 +198,20 @@ class Saved(Mapping[str, Tensor]):
         return len(self._where)
 
 
+def state_bytes(rule: Any) -> int:
+    """Return how many bytes the rule's optimizers will keep, by steps of theirs on shapes alone."""
+    total = 0
+    for parameters in filter(None, rule.parameters):
+        with ShapesAlone(), suppress(RuntimeError, NotImplementedError):  # a step may ask for values
+            alike = [nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)) for p in parameters]
+            for parameter in alike:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer = rule._make_optimizer(alike)
+            optimizer.step()
+            total += sum(tensor.numel() * tensor.itemsize for tensor in optimizer_tensors([optimizer]))
+    return total
+
+
 def weights(i: int, block: nn.Module) -> dict[str, Tensor]:
     """Return block i's parameters and buffers, by their names in the network, without what holds no numbers."""
     named = [*block.named_parameters(), *block.named_buffers()]
@@ -227,7 +228,7 @@ def _check(i: int, block: nn.Module, device: str) -> None:
             or type(tensor) not in (Tensor, nn.Parameter)
         ):
             kind = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name} is {kind}, and what rests in a store is a plain tensor on the CPU: take memory")
+            raise ValueError(f"{name} is {kind}, but plain tensors on the CPU alone rest in a store: leave offload out")
         if held.setdefault(storage_id(tensor), name) != name:
             raise ValueError(
                 f"{held[storage_id(tensor)]} and {name} share memory, which they do not in a store: make them one"
