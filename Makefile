@@ -16,7 +16,7 @@ BIN := $(filter-out ./,$(dir $(PY)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env reproduce paper test test-notebooks test-slow test-deep check tables notebooks lab book audit clean
+.PHONY: help env reproduce paper test test-notebooks test-slow test-deep test-oldest test-gpu dist check tables notebooks student address lab book audit clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,16 @@ test-slow: $(if $(READY),$(VENV)/.book) ## the other tests: wrong rules, random 
 test-deep: $(if $(READY),$(VENV)/.book) ## test-slow with larger numbers: an hour or more
 	HYPOTHESIS_PROFILE=deep MEMDFA_FAULTS=20 MEMDFA_STEPS=20000 $(PYTEST) -m slow $(ARGS)
 
+test-oldest: .venv-oldest/.installed ## the quick tests on the oldest releases that are supported, in .venv-oldest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' $(ARGS)
+
+DEVICE ?= cuda
+test-gpu: $(READY) ## the tests of what differs on a GPU, on one: DEVICE=xpu or mps for another kind
+	MEMDFA_TEST_DEVICE=$(DEVICE) $(PY) -m pytest tests/test_gpu.py $(ARGS)
+
+dist: $(READY) ## build the source archive and the wheel into dist/
+	$(PY) -m build --outdir dist .
+
 check: $(READY) ## what a change must pass: format, lint, types, imports, tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -63,13 +73,20 @@ check: $(READY) ## what a change must pass: format, lint, types, imports, tests
 	$(MAKE) --no-print-directory test
 
 COG := -m cogapp -r -P -I reports -p 'import tables'
-tables: $(READY) ## make the tables in README and reports anew
+tables: $(READY) ## make the tables in README, the book and reports anew
 	OMP_NUM_THREADS=1 $(PY) -W ignore tests/options.py reports/options.csv
-	$(PY) $(COG) README.md reports/index.md
+	$(PY) $(COG) README.md reports/index.md notebooks/book/memory.md notebooks/book/teaching.md
 
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 notebooks: $(READY) ## run the notebooks and keep what they put out, to be committed
 	$(PY) .ci/refresh_notebooks.py $(NOTEBOOKS)
+
+student: $(READY) ## write the notebooks without solutions and outputs into student/
+	$(PY) -m nbconvert --to notebook --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=solution \
+		--ClearOutputPreprocessor.enabled=True --log-level=WARN --output-dir=student $(NOTEBOOKS)
+
+address: $(READY) ## write the repository's address, a line of pyproject.toml, wherever else it stands
+	$(PY) .ci/address.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyter lab --notebook-dir=notebooks
@@ -83,8 +100,8 @@ book: $(if $(READY),$(VENV)/.book) ## make README, the notebooks and a reference
 audit: $(if $(READY),$(VENV)/.audit) ## ask PyPI whether what is installed has known weaknesses
 	$(PY) -m pip_audit --skip-editable --progress-spinner off
 
-clean: ## remove caches and builds; .venv, data and reports stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove caches, builds and .venv-oldest; .venv, data and reports stay
+	rm -rf build dist .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find memdfa_lab notebooks tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The stamp comes last, so an interrupted install leaves none and is taken up again. A .venv that already holds a pip is
@@ -95,6 +112,11 @@ $(VENV)/.installed: pyproject.toml
 	    || { echo "memdfa_lab needs Python 3.11 or newer, found '$(PYTHON)': install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }; \
 	  echo '$(PYTHON) -m venv $(VENV)'; '$(PYTHON)' -m venv --clear $(VENV); }
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+.venv-oldest/.installed: pyproject.toml tests/oldest.txt
+	'$(PYTHON)' -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -c tests/oldest.txt -e ".[test]"
 	@touch $@
 
 $(VENV)/.book: $(READY)

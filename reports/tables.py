@@ -1,8 +1,9 @@
-"""The tables in README and reports, made from predictions and committed csv files: make tables.
+"""The tables in README, the book and reports, made from predictions, committed csv files and the notebooks: make tables.
 
-Each function prints a Markdown table. cog puts it in place: `python -m cogapp -r -P -I reports -p "import tables" README.md reports/index.md`.
+Each function prints Markdown. cog puts it in place: `python -m cogapp -r -P -I reports -p "import tables" README.md`.
 """
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,6 @@ import pandas as pd
 import torch
 
 import memdfa_lab as ml
-from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.figures import STYLES
 
 REPORTS = Path(__file__).resolve().parent
@@ -67,7 +67,7 @@ def other_models() -> None:
 def peaks() -> None:
     """The predicted peak of each rule in MiB, and what it is made of by the categories' first letters."""
     rows = []
-    for rule in ALL_RULES:
+    for rule in (*ml.RULES, *ml.LOCAL_RULES, *ml.paper.memory.COMPARED[len(ml.RULES) :]):
         cells = []
         for network, batch in PEAKS_OF.items():
             trace = ml.experiments.profile(rule, network, batch)
@@ -89,11 +89,31 @@ def authors_mnist() -> None:
     show(["rule", "test accuracy after 5 epochs, %", "after 20 epochs, %", "training, minutes a run"], rows)
 
 
-def errors(*experiments: str) -> None:
-    """Test errors of some experiments in percent, mean and standard deviation over seeds (how many)."""
-    table = paper.beside_published(histories()).set_index("source").loc[[f"here, {name}" for name in experiments]]
-    head = ["data", "network", "epochs", *(LABELS[rule] for rule in ml.RULES)]
-    show(head, table[["dataset", "network", "epochs", *ml.RULES]].to_numpy())
+def three_numbers() -> None:
+    """README's numbers: memory, test error and time of MEM-DFA, each with its limit."""
+    network, batch = "784-[256]x64-10", PEAKS_OF["784-[256]x64-10"]
+    steps = {rule: ml.experiments.profile(rule, network, batch) for rule in ("bp", "dfa", "checkpoint", "memdfa")}
+    mib = {rule: step.peak_bytes / 2**20 for rule, step in steps.items()}
+    kept = steps["bp"].peak_by_category["activations"] / 2**20
+    errors = paper.errors(histories()).set_index(["experiment", "rule"])["error"]
+    mnist, dense, normalised, plain, standardised = (
+        errors[name] for name in ("mnist_conv", "mnist_7x240", "cifar10_liao_bn", "cifar10_liao", "cifar10_liao_near")
+    )
+    table = pd.read_csv(REPORTS / "bench" / "bench.csv", keep_default_na=False)
+    ratios = table[(table["rule"] == "memdfa") & (table["feedback"] == "regenerated")]["ratio"]
+    checkpointing = table[table["rule"] == "checkpoint_step_in_backward"]["ratio"]
+    print(
+        f"- **Memory: {mib['memdfa']:.1f} MiB instead of {mib['bp']:.0f}.** This is the peak of one step of an MLP with 64 hidden layers of\n"
+        f"  width 256 at batch {batch:,}, above what rests between steps. {kept:.0f} of BP's {mib['bp']:.0f} MiB are activations. DFA takes {mib['dfa']:.0f},\n"
+        f"  BP with checkpointing {mib['checkpoint']:.0f}. MEM-DFA's number is the same at any depth. *Limit:* weights and optimizer state\n"
+        "  rest besides and grow with depth, unless they [rest on disk](reports/index.md#weights-on-disk).\n"
+        f"- **Test error: {mnist['memdfa']:.2f} % instead of {mnist['bp']:.2f} %** on MNIST with convolutions ({dense['memdfa']:.2f} instead of {dense['bp']:.2f} % with seven dense\n"
+        f"  layers), {normalised['memdfa']:.1f} instead of {normalised['bp']:.1f} % on CIFAR-10 with BatchNorm, and {plain['memdfa']:.1f} instead of {plain['bp']:.1f} %\n"
+        f"  without it. Standardised weights help there: [a matrix that learns](reports/index.md#nearer-to-bp-in-the-same-memory) then gives {standardised['memdfa']:.1f} %,\n"
+        f"  local readouts, which need no matrix but nearly BP's memory, {standardised['local_readout']:.1f} %, and BP {standardised['bp']:.1f} %. *Limit:* CIFAR-10 is one seed.\n"
+        f"- **Time: {ratios.min():.2f} to {ratios.max():.2f} times BP's step** on [six networks](reports/index.md#time). It runs forward twice, but does not\n"
+        f"  send the error back through the layers. Checkpointing with a step in backward takes {checkpointing.min():.2f} to {checkpointing.max():.2f}."
+    )
 
 
 def times() -> None:
@@ -113,7 +133,7 @@ def times() -> None:
 
 
 def pass1() -> None:
-    """Step time of MEM-DFA over BP's in one run: an exact pass 1, bfloat16 and int8, by threads; and all in bfloat16."""
+    """Step time of MEM-DFA over BP's in one run: an exact pass 1, bfloat16 and int8, by threads; all in bfloat16; peaks."""
     folder = REPORTS / "bench" / "pass1"
     runs = pd.concat([pd.read_csv(folder / name / "bench.csv", keep_default_na=False) for name in ("float32", "wide")])
     alike = pd.read_csv(folder / "all_bfloat16" / "bench.csv", keep_default_na=False)
@@ -125,9 +145,53 @@ def pass1() -> None:
             row += [f"{found.set_index('setting')['ratio'][setting]:.2f}" for setting in passes]
         own = alike[(alike["network"] == network) & (alike["rule"] == "memdfa")].set_index("setting")["ratio_alike"]
         names = "precision=bfloat16", "precision=bfloat16, pass1=int8"
-        rows.append(row + [f"{own[name]:.2f}" if len(own) else "" for name in names])
+        peaks = found.set_index("setting")["peak_bytes"]
+        row += [f"{own[name]:.2f}" if len(own) else "" for name in names]
+        rows.append([*row, ", ".join(f"{peaks[setting] / 2**20:.2f}" for setting in passes)])
     head = [f"{name}, {threads} threads" for threads in (1, 2) for name in passes.values()]
-    show(["network, batch", *head, "all bfloat16", "and pass 1 int8"], rows)
+    show(["network, batch", *head, "all bfloat16", "and pass 1 int8", "peaks, MiB"], rows)
+
+
+def kept() -> None:
+    """Step time of MEM-DFA over BP's and its peak in MiB, by what it keeps of pass 1 and by what pass 1 runs in."""
+    table = pd.read_csv(REPORTS / "bench" / "kept.csv", keep_default_na=False)
+    table["cell"] = [f"{r.ratio:.2f}, {r.peak_bytes / 2**20:.1f}" for r in table.itertuples()]
+    rows = []
+    for (network, batch, keeps), of in table[table["keeps"] != ""].groupby(["network", "batch_size", "keeps"], sort=False):
+        for rule, cells in of.groupby("rule", sort=False):
+            label = keeps + (", packed" if rule == "packed" else "")
+            rows.append([f"{network}, {batch}", label, *cells.set_index("pass1")["cell"][["exact", "bfloat16", "int8"]]])
+    show(["network, batch", "keeps", "exact", "bfloat16", "int8"], rows)
+
+
+def narrowing() -> None:
+    """Print, as a sentence, what part of a step narrowing weights takes, and what part a cheap pass 1 saves."""
+    table = pd.read_csv(REPORTS / "bench" / "narrowing.csv")
+    said = []
+    for pass1, of in table.groupby("pass1", sort=False):
+        share, saved = (100 * of[name] for name in ("narrowing_share", "saved_share"))
+        said.append(f"{share.min():.1f} to {share.max():.1f} % in {pass1}, which saves {saved.min():.0f} to {saved.max():.0f} %")
+    print(f"Of an exact step's time, narrowing the weights of these networks takes {', and '.join(said)}.")
+
+
+def packing() -> None:
+    """The fastest setting of MEM-DFA that packs, and the fastest that does not at no larger a peak: time over BP's."""
+    table = pd.read_csv(REPORTS / "bench" / "kept.csv", keep_default_na=False)
+    rows = []
+    for (network, batch), of in table.groupby(["network", "batch_size"], sort=False):
+        packed = of[of["rule"] == "packed"].nsmallest(1, "ratio").iloc[0]
+        plain = of[(of["rule"] == "memdfa") & (of["peak_bytes"] <= packed["peak_bytes"])].nsmallest(1, "ratio").iloc[0]
+        cells = [f"{one['ratio']:.2f} ({one['keeps']}, {one['pass1']})" for one in (packed, plain)]
+        rows.append([f"{network}, {batch}", f"{packed['peak_bytes'] / 2**20:.1f}", *cells])
+    show(["network, batch", "peak, MiB", "packed", "not packed, no larger peak"], rows)
+
+
+def packed_accuracy() -> None:
+    """Test accuracy in percent, mean and standard deviation over seeds, by what activations are packed to."""
+    table = pd.read_csv(REPORTS / "pass1" / "packed.csv")
+    found = (100 * table.set_index(["network", "pack", "seed"])["test_accuracy"]).groupby(level=[0, 1], sort=False)
+    cells = found.agg(lambda of: f"{of.mean():.1f} ± {of.std():.1f}").unstack()[["exact", "int8", "4bit"]]
+    show(["network", *cells.columns], [[network, *row] for network, row in zip(cells.index, cells.values, strict=True)])
 
 
 def depth() -> None:
@@ -196,6 +260,51 @@ def goals() -> None:
     show(list(table), table.to_numpy())
 
 
+def near() -> None:
+    """Test error and what is held at the peak, on the networks on which other ways than BP and a fixed B were run."""
+    table = paper.against_memory(histories())
+    table = table[table["learner"].isin(["bp", "memdfa", "memdfa learned", *ml.LOCAL_RULES])]
+    table = table[(~table["learner"].isin(["bp", "memdfa"])).groupby([table["dataset"], table["network"]]).transform("any")]
+    table = table.sort_values(["dataset", "network"], kind="stable")
+    names = {**LABELS, "memdfa": "MEM-DFA, B fixed", "memdfa learned": "MEM-DFA, B learns"}
+    rows = []
+    for row in table.to_dict("records"):
+        spread = "" if row["seeds"] == 1 else f" ± {row['spread']:.2f}"
+        error, held = f"{row['error']:.2f}{spread} ({row['seeds']})", f"{row['held_bytes'] / 2**20:.1f}"
+        rows.append([row["dataset"], row["network"].partition("@")[0], names[row["learner"]], error, held])
+    show(["dataset", "network", "way", "test error, %", "held, MiB"], rows)
+
+
+def learned_by_rivals() -> None:
+    """Test error, and what is held at the peak, of each way on the network on which all of them were run."""
+    table = paper.against_memory(histories())
+    table = table[table["network"].isin(["[400 tanh]x8 classes@1x28x28", "reversible-784-[400]x14-10"])].sort_values("error")
+    names = {**LABELS, "memdfa": "MEM-DFA, B fixed", "memdfa learned": "MEM-DFA, B learns"}
+    rows = []
+    for row in table.to_dict("records"):
+        error, held = f"{row['error']:.2f} ± {row['spread']:.2f} ({row['seeds']})", f"{row['held_bytes'] / 2**20:.2f}"
+        rows.append([names[row["learner"]], row["network"].partition("@")[0], error, held, f"{row['peak_bytes'] / 2**20:.2f}"])
+    show(["way", "network", "test error, %", "held, MiB", "of it above rest"], rows)
+
+
+def missing() -> None:
+    """What of the plan has not been run: seeds by rule."""
+    table = paper.missing(histories()).fillna("")
+    show([LABELS.get(name, name) for name in table], table.to_numpy())
+
+
+def growth() -> None:
+    """What was tried against ReLUs that grow: error on held-out images, and how much larger the last hidden output is."""
+    table = pd.read_csv(REPORTS / "learning" / "growth.csv")
+    rows = []
+    for row in table.to_dict("records"):
+        settings = ast.literal_eval(row["settings"])
+        told = [f"{name} {value:g}" for name, value in settings.items() if isinstance(value, float) and (name, value) != ("lr", 0.001)]
+        rule = LABELS[row["rule"]] + (f", B {settings['distribution']}" if "distribution" in settings else "")
+        rows.append([rule, row["weights"], ", ".join(told), f"{row['error']:.1f}", f"{row['growth']:,.0f}"])
+    show(["rule", "weights", "settings", "error (%)", "growth"], rows)
+
+
 def superseded() -> None:
     """Runs that others replaced: their last test errors in percent, mean over seeds."""
     table = pd.read_csv(REPORTS / "paper" / "superseded.csv")
@@ -209,6 +318,58 @@ def superseded() -> None:
     rules = [rule for rule in ml.RULES if rule in means]
     names = [*means.columns[:3], *(LABELS[rule] for rule in rules)]
     show(names, means[[*means.columns[:3], *rules]].to_numpy())
+
+
+def rivals(*networks: str) -> None:
+    """Step time over BP's and peak of the frontier's contenders, a column a network; in brackets how each is set."""
+    table = pd.read_csv(REPORTS / "bench" / "frontier" / "bench.csv", keep_default_na=False)
+    table = table[table["network"].isin(networks)]
+    table["way"] = table["rule"].map(LABELS) + table["pass1"].map(lambda pass1: f", pass 1 in {pass1}" if pass1 else "")
+    table["place"] = table.groupby(["network", "way"]).cumcount()
+    settings = table["setting"].map(lambda setting: f" ({setting})" if setting else "")
+    table["cell"] = table["ratio"].map("{:.2f}, ".format) + (table["peak_bytes"] / 2**20).map("{:.2f}".format) + settings
+    wide = table.pivot(index=["way", "place"], columns="network", values="cell").fillna("")
+    order = sorted(wide.index, key=lambda key: (list(table["way"].unique()).index(key[0]), key[1]))
+    show(["", *networks], [[way, *wide.loc[(way, place), list(networks)]] for way, place in order])
+
+
+def packages() -> None:
+    """Allocator's peak and time of reversible networks: ours, and the packages'."""
+    table = pd.read_csv(REPORTS / "rivals" / "packages.csv")
+    rows = []
+    for (width, couplings, batch), runs in table.groupby(["width", "couplings", "batch"], sort=False):
+        cells = [f"{run.allocator_bytes / 1e6:.2f}, {run.ratio:.2f}" for run in runs.itertuples()]
+        rows.append([f"{width} x {couplings}, {batch}", *cells])
+    show(["width x couplings, batch", *table["name"].unique()], rows)
+
+
+def estimators() -> None:
+    """What torchinfo and MemTracker say that a step with Adam takes, in MiB, beside our ledger and torch's allocator."""
+    table = pd.read_csv(REPORTS / "rivals" / "estimators.csv")
+    names = ["torchinfo", "tracker", "ledger", "allocator", "rest"]
+    cells = (table[names] / 2**20).map(lambda mib: "refuses" if pd.isna(mib) else f"{mib:.1f}")
+    places = table["network"] + ", " + table["batch_size"].astype(str)
+    rows = [[place, LABELS[rule], *row] for place, rule, row in zip(places, table["rule"], cells.to_numpy(), strict=True)]
+    show(["network, batch", "rule", "torchinfo", "MemTracker", "ledger", "allocator", "of it at rest"], rows)
+
+
+def course() -> None:
+    """The course: minutes to read (words / 200), time of a run, words, figures and exercises of each notebook."""
+    rows, totals = [], [0] * 4
+    for path in sorted((REPORTS.parent / "notebooks").glob("[0-9]*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        tags = [cell["metadata"].get("tags", []) for cell in cells]
+        text = "\n".join(re.sub(r"<details>.*?</details>", "", one, flags=re.DOTALL) for one in texts)
+        outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+        pictures = sum("image/png" in data or "data:image/" in "".join(data.get("text/html", "")) for data in outputs)
+        runs = re.search(r"runs\s+in\s+([^.,;]*?)(?:\s+on\s+two\s+cores)?[.,;]", texts[0])
+        numbers = [-(-len(text.split()) // 200), len(text.split()), pictures, sum("exercise" in tag for tag in tags)]
+        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        title = texts[0].partition("\n")[0].removeprefix("# ")
+        rows.append([f"[{title}](../{path.name})", numbers[0], " ".join(runs[1].split()) if runs else "", *(f"{n:,}" for n in numbers[1:])])
+    rows.append(["all", totals[0], "", *(f"{total:,}" for total in totals[1:])])
+    show(["notebook", "minutes to read", "it runs in", "words", "figures", "exercises"], rows)
 
 
 def histories() -> pd.DataFrame:

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def learner(group, rule, net, optimizer=OPTIMIZERS["sgd"], dtype=torch.float64, 
     model = build(net, dtype, seed)
     if sync:
         synchronise(model, group)
-    found = {**ml.RULES, **ml.BASELINES}[rule](model, optimizer, **options)
+    found = {**ml.RULES, **ml.BASELINES, **ml.LOCAL_RULES}[rule](model, optimizer, **options)
     found.group = group
     return found
 
@@ -332,7 +333,8 @@ for i, rule in enumerate(ml.RULES):
         optimizer = list(OPTIMIZERS)[(i + k) % 3]
         last = 2 if net == "mlp_batchnorm" else 1  # too small for two ranks, but where BatchNorm needs two examples
         EQUAL[f"{rule} {net}"] = {"rule": rule, "optimizer": optimizer, "net": net, "sizes": [12, 13, last]}
-for rule, optimizer in zip(ml.BASELINES, ["adamw", "sgd", "clipped", "adamw"], strict=True):
+ALONE = ("mezo",)  # baselines that are for one process
+for rule, optimizer in zip([rule for rule in ml.BASELINES if rule not in ALONE], cycle(["adamw", "sgd", "clipped"])):
     EQUAL[rule] = {"rule": rule, "optimizer": optimizer, "net": "mlp", "sizes": [12, 13]}
 # 2 images on rank 0 outweigh the filters, 1 on rank 1 does not: their gradients come in two layouts.
 EQUAL["layouts"] = {"rule": "dfa", "optimizer": "sgd", "net": "conv", "sizes": [3, 5], "dtype": torch.float32}
@@ -343,6 +345,10 @@ EQUAL["learned B"] = {
     "sizes": [12, 13, 1],
     "B_lr": 0.01,
 }
+LOCAL = {"local_readout": "mlp", "drtp": "conv_batchnorm", "similarity": "conv_batchnorm"}
+for (rule, net), optimizer in zip(LOCAL.items(), OPTIMIZERS, strict=True):
+    one = {"rule": rule, "optimizer": optimizer, "net": net, "sizes": [12, 13, 1]}
+    EQUAL[rule] = one | ({"rule": "local_readout", "similarity": 0.8} if rule == "similarity" else {})
 EQUAL["some kept"] = {"rule": "memdfa", "optimizer": "adamw", "net": "mlp", "sizes": [12, 13], "keep_bytes": 3000}
 
 

@@ -90,11 +90,19 @@ OPTIONS: dict[str, Option] = {
     "BP, 2 segments": Option("rule", {"rule": "checkpoint", **of_rule(segments=2)}, {"rule": "bp"}),
     "BP, step in backward": Option("rule", {"rule": "step_in_backward"}, {"rule": "bp"}),
     "BP, both": Option("rule", {"rule": "checkpoint_step_in_backward"}, {"rule": "bp"}),
+    "BP, binomial": Option("rule", {"rule": "binomial"}, {"rule": "bp"}),
+    "BP, 1 snapshot": Option("rule", {"rule": "binomial", **of_rule(snapshots=1)}, {"rule": "bp"}),
+    "BP, reversible": Option("rule", {"rule": "reversible"}, {"rule": "bp"}),
+    "BP, activations on disk": Option("rule", {"rule": "activation_offload"}, {"rule": "bp"}),
+    "MeZO": Option("rule", {"rule": "mezo"}),
     "last layer": Option("rule", {"rule": "last_layer"}),
+    "local readouts": Option("rule", {"rule": "local_readout"}),
+    "DRTP": Option("rule", {"rule": "drtp"}),
     "stored B": Option("feedback", {"feedback": "stored"}, {}),
     "shared B": Option("feedback", {"feedback": "shared"}),
     "learned B": Option("feedback", {"feedback": "learned"}),
     "keep_bytes": Option("keep", of_rule(keep_bytes=1500), {}),
+    "pack": Option("pack", of_rule(pack="int8")),
     "offload": Option("offload", {"offload": True}, {}),
     "clip_norm": Option("clip", of_rule(clip_norm=0.05)),
     "clip_global_norm": Option("clip", of_rule(clip_global_norm=0.05)),
@@ -130,7 +138,9 @@ def changed(run: Run, changes: dict[str, Any]) -> Run:
 
 def stand_in(alone: Run, same_as: dict[str, Any]) -> Run:
     """Return the run whose results are expected: without the options that only the rule in question has."""
-    of_all = {name: value for name, value in alone.of_rule.items() if name not in ("keep_bytes", "segments")}
+    of_all = {
+        name: value for name, value in alone.of_rule.items() if name not in ("keep_bytes", "segments", "snapshots")
+    }
     return replace(alone, **same_as, of_rule=of_all, offload=False) if same_as else alone
 
 
@@ -148,7 +158,7 @@ def train(run: Run, group: Any = None) -> Tensor:
     data = ml.datasets.Data("made", x[:34], y[:34], x[34:], y[34:], torch.zeros(1, 1, 1), 1.0, 5)
     kinds = {"stored": ml.feedback.Stored, "regenerated": ml.feedback.Regenerated, "shared": ml.feedback.Shared}
     kinds["learned"] = partial(ml.feedback.Learned, lr=0.01)
-    kind = {**ml.RULES, **ml.BASELINES}[run.rule]
+    kind = {**ml.RULES, **ml.BASELINES, **ml.LOCAL_RULES}[run.rule]
 
     def made(folder: Path) -> ml.Rule:
         model, more = copy.deepcopy(net), {}
@@ -211,7 +221,7 @@ def with_ranks(name: str, group: Any) -> str:
     except REFUSALS as problem:
         return f"refused: {problem}"
     expected = train(run)
-    assert far(found, expected) < (0.05 if name in ("autocast", "bfloat16") else 1e-4), (
+    assert far(found, expected) < (0.05 if name in ("autocast", "bfloat16", "pack") else 1e-4), (
         f"{name} on two ranks has other results"
     )
     return "works"

@@ -288,7 +288,11 @@ OPTIMIZERS = {
 }
 STORAGES = feedback.KINDS
 RULE_NAMES = list(RULES)
+AS_BP = [name for name in BASELINES if name not in ("mezo", "last_layer")]  # which train as BP does, bit for bit
 EVERY_RULE: dict[str, type[Rule]] = {**RULES, **BASELINES}
+# which know the norm of all gradients never, or too late
+WITHOUT_GLOBAL_NORM = tuple(name for name in BASELINES if name not in ("checkpoint", "last_layer"))
+BY_GRADIENT = [name for name in EVERY_RULE if name != "mezo"]
 
 
 def params(wanted: Callable[[Problem], bool] = lambda problem: True) -> list[Any]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from problems import Problem, Record, record, train
 from torch import Tensor, nn
 
+import memdfa_lab as ml
 from memdfa_lab.core.compat import ANY_CONVOLUTION
 from memdfa_lab.core.feedback import Feedback, Regenerated
 from memdfa_lab.core.rule import Rule
@@ -390,3 +391,10 @@ def assert_matches_twin(rule: Rule, twin: str, problem: Problem, steps: int = 4)
     got = train(rule, problem, steps)
     assert_close(got.losses, losses, "losses")
     assert_close(got.tensors, reference.parameters(), "weights")
+
+
+def held_by_formula(rule: str, depth: int, batch: int, width: int, inputs: int, classes: int, **how: str) -> int:
+    """Return what is in memory at the peak of a step of an MLP of equal hidden layers, by the closed form."""
+    f = ml.memory.formula
+    numbers = {f.N: batch, f.n: width, f.n_0: inputs, f.L: depth, f.C: classes, f.s: 4, f.k: f.SMALL_BYTES}
+    return int((f.resting(rule, **how) + f.peak(rule, **how)).subs({symbol: int(n) for symbol, n in numbers.items()}))

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from problems import BY_NAME, RULE_NAMES, Words, make_rule, params, rotated, train
+from problems import AS_BP, BY_NAME, RULE_NAMES, Words, make_rule, params, rotated, train
 from reference import Twin, assert_identical, assert_same_training, refuses
 from torch import nn
 
@@ -57,7 +57,7 @@ def is_nan(found):
 # -------------------------------------------------------------------------------------------------- what is right
 
 
-@rotated("problem rule of", params(), ["bp", *(rule for rule in ml.BASELINES if rule != "last_layer")], OF, turns=2)
+@rotated("problem rule of", params(), ["bp", *AS_BP], OF, turns=2)
 def test_bp_has_no_angle_to_itself(problem, rule, of):
     learner = {**ml.RULES, **ml.BASELINES}[rule](problem.build(), optimizer=SGD, loss_fn=problem.loss)
     found = angles_of(learner, problem, of)

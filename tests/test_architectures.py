@@ -29,6 +29,7 @@ BY_HAND = {
     "7 relu classes": [nn.Flatten(), nn.Linear(396, 7), nn.ReLU(), nn.Linear(7, 5)],
     "bn 7 bn": [nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(396, 7), nn.BatchNorm1d(7)],
     "[conv1x1(2) tanh]x2 [classes]x1": TWICE,
+    "dropout0.25 7 dropout0.5": [nn.Dropout(0.25), nn.Flatten(), nn.Linear(396, 7), nn.Dropout(0.5)],
     **{name: [module()] for name, module in ACTIVATIONS.items()},
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import BY_NAME, OPTIMIZERS, Problem, make_rule, params, rotated, train
+from problems import AS_BP, BY_NAME, OPTIMIZERS, Problem, make_rule, params, rotated, train
 from reference import assert_same_training, refuses, train_plainly
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,14 +23,13 @@ from memdfa_lab.lab import models
 from memdfa_lab.rivals import BASELINES
 from memdfa_lab.rivals.last_layer import LastLayer
 
-AS_BP = ["checkpoint", "step_in_backward", "checkpoint_step_in_backward"]
 IN_SEGMENTS = ["checkpoint", "checkpoint_step_in_backward"]
 IN_BACKWARD = ["step_in_backward", "checkpoint_step_in_backward"]
 DEEP = Problem("deep", lambda: models.mlp(8, [12] * 9, 5, activation="tanh"), (8,))
 
 
 def check_equals_bp(rule: str | type[Rule], problem: Problem, optimizer: Any = "momentum", **options: Any) -> None:
-    common = {name: value for name, value in options.items() if name != "segments"}
+    common = {name: value for name, value in options.items() if name not in ("segments", "snapshots")}
     expected = train(make_rule("bp", problem, optimizer, **common), problem)
     assert_same_training(expected, train(make_rule(rule, problem, optimizer, **options), problem))
 
@@ -49,7 +48,7 @@ def test_it_trains_as_bp_with_any_number_of_segments(problem, rule):
         check_equals_bp(rule, problem, segments=segments)
 
 
-@rotated("name rule", ["batchnorm", "everything", "partly_frozen"], AS_BP)
+@rotated("name rule", ["batchnorm", "everything", "partly_frozen"], AS_BP, turns=2)
 def test_clip_norm_limits_each_blocks_gradient_as_in_bp(name, rule):
     check_equals_bp(rule, BY_NAME[name], clip_norm=0.01)
     with pytest.raises(AssertionError):  # the norms are larger than that

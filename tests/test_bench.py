@@ -13,11 +13,14 @@ from memdfa_lab.lab.bench import Contender, bench, contenders, frontier
 from memdfa_lab.lab.example import example_step
 
 NETWORK = "784-[16]x8-10"
+KINDS = ("", "reversible-", "residual-")
 
 
 def test_only_rules_that_use_feedback_run_once_a_kind():
     found = [(one.rule, one.feedback) for one in contenders(["memdfa", "bp", "checkpoint"], ["regenerated", "stored"])]
     assert found == [("bp", "none"), ("memdfa", "regenerated"), ("memdfa", "stored"), ("checkpoint", "none")]
+    found = [(one.rule, one.feedback) for one in contenders(["drtp", "local_readout"], ["shared"], passes=["int8"])]
+    assert found == [("bp", "none"), ("drtp", "shared"), ("local_readout", "none")]
 
 
 def test_the_frontier_goes_from_the_papers_memdfa_to_dfas_cost():
@@ -25,8 +28,14 @@ def test_the_frontier_goes_from_the_papers_memdfa_to_dfas_cost():
     kept = [one.options["keep_bytes"] for one in found if one.rule == "memdfa"]
     everything = 4 * 64 * (8 * 16 + 10)
     assert kept == [0, everything // 4, everything // 2, everything * 3 // 4, math.inf]
+    cheap = [one for one in frontier(NETWORK, 64, passes=["int8"]) if one not in found]
+    assert [one.options for one in cheap] == [{"keep_bytes": number, "pass1": "int8"} for number in kept[:-1]]
     segments = {one.options["segments"] for one in found if one.rule == "checkpoint"}
     assert segments == {1, 2, 3, 6, 9}
+    assert [one.options["snapshots"] for one in found if one.rule == "binomial"] == [2, 3, 8]
+    others = {f"{kind}{NETWORK}": [one.rule for one in frontier(f"{kind}{NETWORK}", 64)[-3:]] for kind in KINDS}
+    assert [rules.count("reversible") for rules in others.values()] == [0, 1, 0]
+    assert all(rules[-2:] == ["activation_offload", "mezo"] for rules in others.values())
     predict = partial(ml.memory.predict, "memdfa", ml.models.build(NETWORK), (64, 784))
     peaks = [predict(keep_bytes=number).peak_bytes for number in kept]
     assert peaks == sorted(peaks)

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -55,7 +57,8 @@ def docstrings(path):
 
 
 REPORTS = [path for path in (ROOT / "reports").rglob("*.md") if "runs" not in path.relative_to(ROOT).parts]
-TEXTS = {path: markdown(path) for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *REPORTS, *NOTEBOOKS]}
+BOOK = sorted((ROOT / "notebooks" / "book").glob("*.md"))
+TEXTS = {path: markdown(path) for path in [*ROOT.glob("*.md"), *BOOK, *REPORTS, *NOTEBOOKS]}
 DOCSTRINGS = {path: docstrings(path) for path in sorted((ROOT / "memdfa_lab").rglob("*.py"))}
 
 
@@ -188,6 +191,61 @@ def test_spelling_is_british():
     assert wrong_in(TEXTS | DOCSTRINGS, american_words) == {}
 
 
+# the chart to turn
+
+
+PEAKS = runpy.run_path(str(ROOT / "notebooks" / "book" / "peaks.py"))
+DATA = json.loads(PEAKS["DATA"].read_text(encoding="utf-8").removeprefix("const PEAKS = ").removesuffix(";\n"))
+SETTINGS = [(optimizer, width) for optimizer in PEAKS["OPTIMIZERS"] for width in PEAKS["WIDTHS"]]
+
+
+def test_the_chart_has_the_peaks_of_the_closed_forms():
+    for optimizer, width in SETTINGS:
+        for rule in PEAKS["CLOSED"]:
+            assert DATA["peaks"][rule][f"{optimizer} {width}"] == PEAKS["closed"](rule, optimizer, width)
+            assert DATA["rest"][rule][f"{optimizer} {width}"] == PEAKS["resting"](rule, optimizer, width)
+
+
+def test_the_chart_has_the_peaks_that_are_predicted():
+    """One of each table's numbers in turn."""
+    for i, (rule, (optimizer, width)) in enumerate((rule, setting) for rule in DATA["peaks"] for setting in SETTINGS):
+        depth, batch = i % 5, (3 * i) % len(DATA["batches"])
+        found = PEAKS["predicted"](rule, optimizer, width, DATA["depths"][depth], DATA["batches"][batch])
+        assert DATA["peaks"][rule][f"{optimizer} {width}"][depth][batch] == found, (rule, optimizer, width)
+
+
+def turn(page):
+    """Turn the chart on this page in a browser, if there is one, and return the table's bytes before and after."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 390, "height": 800})
+        wrong = []
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.goto(page.as_uri())
+
+        def peaks():
+            rows = tab.locator("#peaks tbody tr")
+            return {row.get_attribute("data-rule"): int(row.get_attribute("data-peak")) for row in rows.all()}
+
+        before = peaks()
+        tab.get_by_label("Hidden layers:").press("ArrowLeft")
+        tab.get_by_label("Batch:").press("Home")
+        tab.get_by_label("1,024").check()
+        tab.get_by_label("Adam").check()
+        tab.get_by_label("DFA", exact=True).uncheck()
+        after, caption = peaks(), tab.locator("#peaks-caption").inner_text()
+        assert tab.get_by_label("Hidden layers:").get_attribute("aria-valuetext") == "32"
+        assert tab.locator("#peaks-lines polyline").count() == len(after)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    assert wrong == []
+    return before, after, caption
+
+
 # the pages
 
 
@@ -250,8 +308,25 @@ def test_the_book(tmp_path, subtests):
             written = [one for one in TEXTS[path].split("<details>")[1:] if "```python" in one]
             assert sum("highlight-python" in one for one in folded) == len(written)
 
-    with subtests.test("the reference has the public names"):
+    with subtests.test("it can be searched"):
+        index = (book / "searchindex.js").read_text(encoding="utf-8")
+        assert (book / "search.html").is_file()
+        assert all(f'"{path.relative_to(ROOT).with_suffix("").as_posix()}"' in index for path in (*NOTEBOOKS, *BOOK))
+
+    with subtests.test("the chart turns, by the keyboard, without a kernel"):
+        before, after, caption = turn(book / "notebooks" / "book" / "peaks.html")
+        depth, batch = DATA["depths"].index(64), DATA["batches"].index(2048)
+        assert before == {rule: table["sgd 256"][depth][batch] for rule, table in DATA["peaks"].items()}
+        assert caption == "Predicted, one step of 784-[1024]x32-10 at batch 8, Adam"
+        left = {rule: table["adam 1024"][depth - 1][0] for rule, table in DATA["peaks"].items() if rule != "dfa"}
+        assert after == left
+
+    with subtests.test("the reference has the public names, and the signatures of classes and functions"):
         text = (book / "notebooks" / "book" / "api.html").read_text(encoding="utf-8")
         public = {name: getattr(ml, name) for name in (*ml.__all__, *ml.LATER)}
         ids = {n: f"module-{x.__name__}" if isinstance(x, ModuleType) else f"memdfa_lab.{n}" for n, x in public.items()}
         assert [name for name, target in ids.items() if f'id="{target}"' not in text] == []
+        for name, thing in public.items():
+            if callable(thing):
+                heading = text.split(f'id="memdfa_lab.{name}"')[1].split("</dt>")[0]
+                assert 'class="sig-paren"' in heading, name

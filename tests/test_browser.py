@@ -177,6 +177,12 @@ def slider(explorer, name):
     return row.locator(".noUi-handle")
 
 
+def enter(field, text):
+    """Write a text into a field, as someone does who ends with Enter."""
+    field.fill(text)
+    field.press("Enter")
+
+
 def press(explorer, name, *keys):
     slider(explorer, name).focus()
     for key in keys:
@@ -201,38 +207,42 @@ def play_with_memory(explorer):
     shows()
     before = explorer.locator("img").first.get_attribute("src")
     press(explorer, "hidden layers", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight")
-    shows(depth=34)
+    shows(depth=48)  # the slider is logarithmic
     assert explorer.locator("img").first.get_attribute("src") != before
     press(explorer, "units, or filters", *["ArrowLeft"] * 5)
     shows(width=128)
     press(explorer, "batch size", "ArrowLeft")
     shows(batch=100)
-    explorer.get_by_label("inputs").select_option("3,072 (CIFAR)")
+    explorer.get_by_label("inputs", exact=True).select_option("3,072 (CIFAR)")
     shows(inputs=3072)
-    explorer.get_by_label("optimizer").select_option("adam")
+    explorer.get_by_label("optimizer", exact=True).select_option("adam")
     explorer.get_by_label("FA", exact=True).uncheck()
     shows(optimizer="adam", rules=("bp", "dfa", "memdfa"))
-    explorer.get_by_label("matrices B").select_option("stored")
-    explorer.get_by_label("activation").select_option("gelu")
+    explorer.get_by_label("matrices B", exact=True).select_option("stored")
+    explorer.get_by_label("activation", exact=True).select_option("gelu")
     shows(feedback="stored", activation="gelu")
     explorer.get_by_label("BatchNorm").check()
     explorer.get_by_label("draw what rests").check()
     shows(batch_norm=True, count_rest=True)
-    explorer.get_by_label("precision").select_option("bfloat16")
-    explorer.get_by_label("family").select_option("3x3 convolutions")
+    explorer.get_by_label("precision", exact=True).select_option("bfloat16")
+    explorer.get_by_label("family", exact=True).select_option("3x3 convolutions")
     shows(precision="bfloat16", family="convnet")
     # The line of code says the same, and so does the prediction of the whole network that it makes.
     traces = eval(explorer.locator("pre").inner_text(), {"ml": ml})
     for trace in traces.values():
         expect(explorer.locator(f"span[title='{trace.peak_bytes:,} bytes']").first).to_be_visible()
     budget = explorer.get_by_label("memory")
-    budget.fill("much")
-    budget.press("Enter")
+    enter(budget, "much")
     expect(explorer.get_by_role("alert")).to_contain_text("the budget must be a size")
-    budget.fill("24 GB")
-    budget.press("Enter")
+    enter(budget, "24 GB")
     expect(explorer.get_by_text("What fits into 24 GB")).to_be_visible()
     expect(explorer.get_by_role("alert")).to_have_count(0)
+    explorer.get_by_label("family", exact=True).select_option("a model by name")
+    name = explorer.get_by_label("model's name")
+    enter(name, "resnet1")
+    expect(explorer.get_by_role("alert")).to_contain_text("did you mean 'resnet18'")
+    enter(name, "resnet18@3x32x32")
+    shows(family="model", model="resnet18@3x32x32", budget="24 GB")
 
 
 def play_with_step(explorer):
@@ -242,8 +252,9 @@ def play_with_step(explorer):
         label = re.search("aria-label='(.*?)'", step.picture(films, at, 6))[1].replace("&#x27;", "'")
         playwright.expect(explorer.locator("div[role=img]")).to_have_attribute("aria-label", label)
 
-    shows(0)
-    press(explorer, "moment", *["ArrowRight"] * 12)
+    totals = [moment.total_bytes for moment in films["bp"]]
+    shows(totals.index(max(totals)))  # it opens at BP's peak
+    press(explorer, "moment", "Home", *["ArrowRight"] * 12)
     shows(12)
     press(explorer, "moment", "End")
     shows(max(map(len, films.values())))
@@ -253,7 +264,7 @@ def play_with_step(explorer):
     later = re.compile("MEM-DFA: (recompute|gradient|update|free)")
     playwright.expect(explorer.locator("div[role=img]")).to_have_attribute("aria-label", later)
     explorer.locator(".widget-play button").first.click()
-    explorer.get_by_label("optimizer").select_option("adam")
+    explorer.get_by_label("optimizer", exact=True).select_option("adam")
     explorer.get_by_label("BP", exact=True).uncheck()
     playwright.expect(explorer.locator("div[role=img]")).to_have_attribute("aria-label", re.compile("^FA: "))
 
@@ -274,10 +285,10 @@ def play_with_training(explorer):
     button["Resume"].click()
     expect(status).to_contain_text("training")
     expect(status).not_to_contain_text(step)
-    explorer.get_by_label("speed").select_option("1 step a second")
+    explorer.get_by_label("speed", exact=True).select_option("1 step a second")
     press(explorer, "hidden layers", "ArrowLeft")  # a change starts anew
     expect(status).to_contain_text("not started, step 0 of 3,000")
-    explorer.get_by_label("speed").select_option("as fast as it goes")
+    explorer.get_by_label("speed", exact=True).select_option("as fast as it goes")
     return status, button
 
 
@@ -287,16 +298,16 @@ def play_with_feedback(explorer):
     expect(done).to_have_count(3)
     own = widgets.Matrix().singular_values()
     expect(explorer.locator("td").get_by_text(f"{own[0]:.4g}", exact=True).first).to_be_visible()
-    explorer.get_by_label("distribution").select_option("orthogonal")
+    explorer.get_by_label("distribution", exact=True).select_option("orthogonal")
     expect(explorer.locator("tr").filter(has_text="in theory").locator("td")).to_have_text(["1", "1"])
-    explorer.get_by_label("storage").select_option("shared")
+    explorer.get_by_label("storage", exact=True).select_option("shared")
     expect(explorer.get_by_role("alert")).to_contain_text("a slice of an orthogonal matrix is not orthogonal")
-    explorer.get_by_label("distribution").select_option("normal")
+    explorer.get_by_label("distribution", exact=True).select_option("normal")
     expect(explorer.get_by_role("alert")).to_have_count(0)
     press(explorer, "C, size of e", "ArrowRight")
     own = widgets.Matrix(distribution="normal", storage="shared", outputs=30).singular_values()
     expect(explorer.locator("td").get_by_text(f"{own[0]:.4g}", exact=True).first).to_be_visible()
-    explorer.get_by_label("rule").select_option("FA")
+    explorer.get_by_label("rule", exact=True).select_option("FA")
     expect(explorer.locator("tr").filter(has_text="at each step").locator("td").nth(1)).to_have_text("0.0°")
 
 

@@ -1,14 +1,21 @@
 """Figures from plain tables: what is drawn is what the table says, and the same table gives the same file."""
 
 import io
+import itertools
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+import torch
+from matplotlib.text import Text
 
 import memdfa_lab as ml
 from memdfa_lab import figures
+from memdfa_lab.figures.lives import lives
 
 MIB = 2**20
 TABLE = pd.DataFrame(
@@ -148,6 +155,34 @@ def test_lifetimes_show_two_activations_at_once_for_memdfa_and_all_for_bp():
 # Peaks
 
 
+def test_the_algorithm_is_drawn_from_predictions_and_is_readmes_picture():
+    drawn = ElementTree.fromstring(figures.algorithm(layers=3, units=64, batch=2048))
+    size = 4 * 64 * 2048
+    optimizer, B = partial(torch.optim.SGD, lr=0.1), ml.feedback.Regenerated(0)
+    for rule in ml.RULES:
+        trace = ml.memory.predict(rule, partial(ml.models.mlp, 64, [64] * 3, 10), (2048, 64), optimizer, B)
+        assert f"{ml.figures.label(rule)} {trace.peak_bytes / size:.1f}" in drawn.attrib["aria-label"]
+    svg = "{http://www.w3.org/2000/svg}"
+    boxes = {group.get("class"): group.get("opacity") for group in drawn.iter(f"{svg}g")}
+    lit = {rule: [boxes[f"memdfa-{rule}-box{row}"] for row in range(4)].count("1") for rule in ml.RULES}
+    assert lit == {"bp": 4, "fa": 4, "dfa": 4, "memdfa": 2}  # the still picture is each rule's peak
+    committed = ElementTree.parse(Path(__file__).parents[1] / "reports/memdfa.svg").getroot()
+    now = ElementTree.fromstring(figures.algorithm())
+    numbers, ours = ([part.text for part in picture.iter(f"{svg}text")] for picture in (committed, now))
+    assert numbers == ours, "write it anew: the docstring of figures.algorithm says how"
+
+
+@pytest.mark.parametrize("rule", ml.RULES)
+def test_a_life_is_as_long_as_the_work_in_it(rule):
+    trace = ml.memory.predict(rule, partial(ml.models.mlp, 64, [64] * 3, 10), (2048, 64))
+    bars = lives(trace, blocks=4)
+    births = sorted(bar.born for bar in bars if bar.category == "activations" and bar.row == 2)
+    assert births[0] == 2  # two forward passes of a block come before
+    assert (births[-1] > 4) == (rule == "memdfa")  # it alone makes the activation again
+    held = [sum(bar.size_bytes for bar in bars if bar.born <= one.born < bar.end) for one in bars]
+    assert trace.peak_bytes == pytest.approx(max(held), abs=64)  # single numbers are left out
+
+
 def test_a_peaks_bar_is_stacked_and_its_legend_names_what_can_be_seen():
     row = {"rule": "bp", "activations": 4 * MIB, "error": MIB, "gradients": 100}
     figure = figures.peak_fillings(pd.DataFrame([row]))
@@ -159,16 +194,45 @@ def test_a_peaks_bar_is_stacked_and_its_legend_names_what_can_be_seen():
     assert labels(figure.legends[0]) == ["feedback", "activations", "error", "gradients"]
 
 
+def test_bars_stand_in_a_panel_for_each_value_and_are_named_by_rule_and_text():
+    rows = [("bp", "a", "2 layers", MIB, 3 * MIB), ("memdfa", "a", "9", MIB, 0), ("bp", "b", "2 layers", 0, 2 * MIB)]
+    table = pd.DataFrame(rows, columns=["rule", "where", "layers", "parameters", "gradients"])
+    figure = figures.peak_fillings(table, panel="where", of="layers", xlabel="all (MiB)")
+    first, second = figure.axes
+    assert [(axes.get_title(), axes.get_xlabel()) for axes in figure.axes] == [("a", "all (MiB)"), ("b", "all (MiB)")]
+    assert [bar.get_width() for bar in first.patches] == [1, 1, 3, 0]
+    assert [bar.get_width() for bar in second.patches] == [0, 2]
+    assert [text.get_text().strip() for text in first.texts] == ["4", "1"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["BP, 2 layers", "MEM-DFA, 9"]
+
+
+def test_lines_are_named_at_their_ends_without_one_name_on_another():
+    rules = ("bp", "fa", "dfa", "memdfa", "checkpoint_step_in_backward")
+    ends = {"bp": 100, "fa": 100, "dfa": 95, "checkpoint_step_in_backward": 98, "memdfa": 1}
+    table = pd.DataFrame([(rule, x, ends[rule] * x) for rule in rules for x in (1, 2)], columns=["rule", "x", "n"])
+    figure = figures.direct_labels(figures.lines(table, "x", "n", marks={"measured": table[:1]}))
+    assert not figure.legends
+    (axes,) = figure.axes
+    assert labels(axes.get_legend()) == ["measured"]
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}  # without the lines to them
+    assert list(boxes) == ["MEM-DFA", "DFA", "BP, checkpointing\n+ step in backward", "BP · FA"]  # upwards
+    for lower, upper in itertools.pairwise(boxes.values()):
+        assert lower.y1 <= upper.y0
+    assert max(box.x1 for box in boxes.values()) <= figure.bbox.x1
+
+
 def test_the_frontier_has_a_point_a_rule_and_joins_settings():
     row = {"network": "n", "batch_size": 4, "ratio": 1.0, "ratio_low": 0.4, "ratio_high": 1.2, "peak_bytes": MIB}
     rows = [row | {"rule": rule, "feedback": "none"} for rule in figures.STYLES]
     rows.append(rows[0] | {"rule": "memdfa", "feedback": "stored", "ratio": 0.5})
     rows += [rows[0] | {"rule": "dfa", "feedback": "stored", "ratio": ratio} for ratio in (0.6, 0.7)]
+    rows.append(rows[0] | {"rule": "memdfa", "pass1": "int8", "ratio": 0.8})
     figure = figures.frontier(pd.DataFrame(rows))
     points = [line for line in figure.axes[0].lines if line.get_marker() in "osD^vPX*"]
-    assert sorted(len(line.get_ydata()) for line in points) == [1] * 9 + [2]
-    assert {tuple(line.get_ydata()) for line in points} == {(1.0,), (0.5,), (0.6, 0.7)}
-    assert labels(figure.legends[0])[-2:] == ["MEM-DFA, B stored", "DFA, B stored"]
+    assert sorted(len(line.get_ydata()) for line in points) == [1] * 10 + [2]
+    assert {tuple(line.get_ydata()) for line in points} == {(1.0,), (0.5,), (0.8,), (0.6, 0.7)}
+    assert labels(figure.legends[0])[-3:] == ["MEM-DFA, B stored", "DFA, B stored", "MEM-DFA, pass 1 in int8"]
 
 
 # Signals
@@ -190,6 +254,13 @@ def test_every_rule_has_a_style_of_its_own_and_so_has_each_of_the_other_looks():
     for looks in ([style for _, style in figures.STYLES.values()], figures.LOOKS):
         for parts in (("color",), ("marker",), ("color", "marker", "linestyle")):
             assert len({tuple(str(look[part]) for part in parts) for look in looks}) == len(looks)
+
+
+def test_a_colour_is_for_a_rule_or_for_a_kind_of_memory():
+    rules = {look["color"].lower() for _, look in figures.STYLES.values()}
+    kinds = [color.lower() for color, _ in figures.FILLS.values()]
+    assert len(set(kinds)) == len(kinds)
+    assert not rules & set(kinds)
 
 
 def test_the_same_table_gives_the_same_files(tmp_path):

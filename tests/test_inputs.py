@@ -145,7 +145,7 @@ REFUSED = {
     "steps": (lambda d: memory.measure(rule(), X, steps=-1), "steps must be a whole number from 0 on"),
     "warm-up": (lambda d: memory.measure(rule(), X, warm_up=-1), "warm_up must be a whole number from 0 on"),
     "measure nothing": (lambda d: memory.measure(None, X), "not a NoneType"),
-    "measure lists": (lambda d: memory.measure(rule(), X.tolist()), "a batch is tensors"),
+    "measure lists": (lambda d: memory.measure(rule(), X.tolist()), "a batch must be tensors"),
     "predict nothing": (lambda d: memory.predict("bp", None, (6, 8)), "network must be a model"),
     "predict width": (lambda d: memory.predict("bp", net(), (6, 9)), "[6, 9]"),
     "too large": (lambda d: memory.predict("bp", net(), (10**18, 8)), "overflow"),
@@ -192,7 +192,7 @@ REFUSED = {
     "widths": (lambda d: models.mlp(8, 3, 5), "hidden must be a list"),
     "part of a unit": (lambda d: models.mlp(8, [3.5], 5), "got 3.5"),
     # experiments
-    "device": (lambda d: experiments.train("bp", "fc_relu", d, 1, device="cud"), "device 'cud' is not there"),
+    "device": (lambda d: experiments.train("bp", "fc_relu", d, 1, device="cud"), "unknown device 'cud'"),
     "rules": (lambda d: experiments.compare("fc_relu", d, "bp", [0], 1), "rules and seeds are lists"),
     "no seeds": (lambda d: experiments.compare("fc_relu", d, ["bp"], [], 1), "rules and seeds are lists"),
     "batch": (lambda d: experiments.profile("bp", "fc_relu", 0), "the batch size must be a whole number from 1 on"),
@@ -221,6 +221,8 @@ REFUSED = {
     "follow seed": (lambda d: alignment.follow(rule(), d, [1], seed=-1), "seed must be"),
     "before step": (lambda d: alignment.follow(rule(), d, [1], before_step=3), "a function of the rule and the step"),
     # figures: those of tables are below
+    "algorithm": (lambda d: figures.algorithm(9), "layers must be a whole number from 1 to 8, got 9"),
+    "algorithm's units": (lambda d: figures.algorithm(units=0), "units must be a whole number from 1 on, got 0"),
     "save": (lambda d: figures.save(None, "a"), "figure must be a matplotlib Figure, not a NoneType"),
     "picture": (lambda d: figures.picture("a", "b"), "figure must be a matplotlib Figure"),
     "images": (lambda d: figures.images(X), "images takes data as ml.datasets.load returns it, not a Tensor"),
@@ -308,9 +310,12 @@ def made(name: str) -> pd.DataFrame:
 
 def test_every_figure_is_among_those_whose_input_is_looked_at():
     others = {
+        "algorithm",
+        "direct_labels",
         "draw_lines",
         "feedback",
         "images",
+        "label",
         "legend",
         "marchenko_pastur",
         "panels",

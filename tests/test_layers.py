@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LIBRARIES = {
     "core": {"torch"},
     "rivals": {"torch"},
+    "neighbours": {"torch"},
     "memory": {"torch", "numpy", "pandas", "sympy"},
     "lab": {"torch", "numpy", "pandas", "pydantic", "pydantic_core", "filelock", "torchvision", "mlxtend", "tqdm"},
 }

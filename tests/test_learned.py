@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -40,24 +41,43 @@ def assert_same(one, other) -> None:
     assert all(map(torch.equal, one[1], other[1]))
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU())])
-@pytest.mark.parametrize("decay", [0, 0.1])
-def test_b_goes_down_along_the_product_of_error_and_output_after_it_has_made_the_signal(make, decay):
+def check_b_goes_down(make=lambda: nn.Linear(6, 4), decay=0.1, rule=MemDFA, kind=Learned):
+    """Along the product of error and output, after it has made the signal."""
     torch.manual_seed(0)
     block = make()
     x = torch.randn(5, 6) if isinstance(block, nn.Linear) else torch.randn(5, 2, 4, 4)
     h = block(x).detach()
     net = nn.Sequential(block, nn.Sequential(nn.Flatten(), nn.Linear(h[0].numel(), 3)))
     y = torch.arange(5) % 3
-    feedback = Learned(3, lr=0.2, optimizer=torch.optim.SGD, decay=decay)
+    feedback = kind(3, lr=0.2, optimizer=torch.optim.SGD, decay=decay)
     B = feedback.dense(0, 3, h[0].numel(), h).clone()
     logits = net(x).detach().requires_grad_()
     (e,) = torch.autograd.grad(nn.functional.cross_entropy(logits, y), logits)
-    (fixed := MemDFA(__import__("copy").deepcopy(net), SGD, feedback=ml.feedback.Stored(3))).step(x, y)
-    (rule := MemDFA(net, SGD, feedback=feedback)).step(x, y)
-    assert_identical(dict(rule.blocks.state_dict()), dict(fixed.blocks.state_dict()))  # of this step
+    (fixed := MemDFA(deepcopy(net), SGD, feedback=ml.feedback.Stored(3))).step(x, y)
+    (taught := rule(net, SGD, feedback=feedback)).step(x, y)
+    assert_identical(dict(taught.blocks.state_dict()), dict(fixed.blocks.state_dict()))  # of this step
     expected = B - 0.2 * (e.t() @ h.flatten(1) + decay * B)
     torch.testing.assert_close(feedback.matrices["block", 0].t(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU())])
+@pytest.mark.parametrize("decay", [0, 0.1])
+def test_b_goes_down_along_the_product_of_error_and_output_after_it_has_made_the_signal(make, decay):
+    check_b_goes_down(make, decay)
+
+
+def test_b_may_begin_at_zero_and_then_learns_first():
+    rule = MemDFA(MLP.build(), SGD, feedback=(B := Learned(3, "zero", lr=0.2, optimizer=torch.optim.SGD)))
+    before = {name: value.clone() for name, value in rule.blocks.state_dict().items()}
+    h = rule.chain[0](MLP.x).detach()
+    logits = rule.blocks(MLP.x).detach().requires_grad_()
+    (e,) = torch.autograd.grad(nn.functional.cross_entropy(logits, MLP.y), logits)
+    rule.step(MLP.x, MLP.y)
+    torch.testing.assert_close(B.matrices["block", 0].t(), -0.2 * e.t() @ h, rtol=1e-5, atol=1e-7)
+    moved = [not torch.equal(before[name], value) for name, value in rule.blocks.state_dict().items()]
+    assert moved == [False] * 4 + [True] * 2
+    rule.step(MLP.x, MLP.y)
+    assert not any(torch.equal(before[name], value) for name, value in rule.blocks.state_dict().items())
 
 
 @rotated("problem optimizer kind", params(), OPTIMIZERS, KINDS)
@@ -89,6 +109,15 @@ def test_with_a_norm_over_all_gradients_b_learns_once_and_dfa_is_refused():
         DFA(problem.build(), SGD, feedback=learned(), clip_global_norm=1.0)
 
 
+@pytest.mark.parametrize(("weights", "kept"), [("float64", "float64"), ("bfloat16", "float32"), ("float16", "float32")])
+def test_b_and_its_state_are_in_the_weights_dtype_or_float32(weights, kept):
+    dtype = getattr(torch, weights)
+    rule = MemDFA(MLP.build().to(dtype), SGD, feedback=learned())
+    for x, y in MLP.batches(2):
+        rule.step(x.to(dtype), y)
+    assert {tensor.dtype for tensor in rule.feedback.tensors() if tensor.dim()} == {getattr(torch, kept)}
+
+
 def test_b_and_its_state_stay_in_the_weights_dtype_and_are_what_angles_are_of():
     rule = MemDFA(MLP.build(), SGD, feedback=learned(), precision="bfloat16")
     trained(rule, MLP, 2)
@@ -109,15 +138,15 @@ def test_another_size_of_output_is_refused_before_anything_learns():
 @pytest.mark.parametrize("name", ["mlp_relu", "everything", "linear_on_tokens"])
 def test_what_is_predicted_is_measured_to_the_byte(name):
     problem = BY_NAME[name]
-    for kind in KINDS:
-        rule = MemDFA(problem.build(), SGD, problem.loss, learned(kind))
+    for kind, start in zip(KINDS, ("uniform", "zero"), strict=True):
+        rule = MemDFA(problem.build(), SGD, problem.loss, learned(kind, distribution=start))
         trace = ml.memory.measure(rule, problem.x, problem.y, warm_up=1)
         predicted = ml.memory.predict(
             "memdfa",
             problem.build(),
             problem.x.shape,
             SGD,
-            learned(kind),
+            learned(kind, distribution=start),
             loss_fn=problem.loss,
             y_dtype=torch.long,
             y_shape=tuple(problem.y.shape),
@@ -216,6 +245,9 @@ def test_b_comes_to_agree_with_what_it_stands_for_and_linear_blocks_have_it_exac
 def test_what_does_not_fit_is_refused_in_a_line():
     with refuses(ValueError, "FA", "Stored"):
         make_rule("fa", MLP, storage=learned())
+    for kind in ml.feedback.KINDS.values():
+        with refuses(ValueError, "zero", "teaches nothing", "Learned"):
+            kind(distribution="zero")
     with refuses(ValueError, "grid"):
         learned(grid=2)
     for wrong in ({"lr": 0}, {"lr": -1.0}, {"lr": 0.1, "decay": -1.0}):

@@ -245,13 +245,14 @@ def test_a_convnet_takes_what_one_block_takes(network, storage):
     ("kernel", "features", "batch", "sizes"),
     [
         (3, (16, 32, 32), 37, [5] * 7 + [2]),  # eighths
+        (3, (16, 8, 8), 100, [25] * 4),  # quarters: eighths would put out less than 256 KiB
         (3, (16, 4, 4), 100, [64, 36]),  # 64 KiB of output
         (33, (16, 32, 32), 37, [18, 18, 1]),  # as much output as there are filters
     ],
 )
 def test_parts_are_eighths_but_for_small_outputs_and_large_filters(kernel, features, batch, sizes, monkeypatch):
     run, ran = by_hand.run, []
-    monkeypatch.setattr(by_hand, "run", lambda layers, h: ran.append(len(h)) or run(layers, h))
+    monkeypatch.setattr(by_hand, "run", lambda layers, h, *more: ran.append(len(h)) or run(layers, h, *more))
     with torch.device("meta"):
         block, h = nn.Sequential(nn.Conv2d(16, 16, kernel, padding="same"), nn.ReLU()), torch.empty(batch, *features)
         block_gradient(block, h).forward()

@@ -16,50 +16,100 @@ from memdfa_lab import cli
 from memdfa_lab.core.local_losses import DRTP, LOCAL_RULES, LocalReadout
 from memdfa_lab.core.seeds import mix
 
-MLP, CONV, SGD = BY_NAME["mlp_relu"], BY_NAME["conv_pool"], OPTIMIZERS["sgd"]
+MLP, SGD = BY_NAME["mlp_relu"], OPTIMIZERS["sgd"]
+RULES = {name: (name, {}) for name in LOCAL_RULES} | {"similarity": ("local_readout", {"similarity": 0.9})}
+IN_LOOP = ("mlp_relu", "conv_pool", "batchnorm")
 
 
-def readouts_of(blocks, x, classes: int, positions: int) -> list[nn.Sequential]:
-    found = []
+class Head(nn.Module):
+    """A readout in torch's own layers, and the similarity loss from Nøkland and Eidnes's description."""
+
+    def __init__(self, h, classes: int, positions: int, similarity: float):
+        super().__init__()
+        on_map = h.dim() == 4
+        pool = [nn.AdaptiveAvgPool2d([min(positions, n) for n in h.shape[2:]])] if on_map else []
+        self.seen, self.similarity = nn.Sequential(*pool, nn.Flatten()), similarity
+        self.linear = nn.Linear(self.seen(h).shape[1], classes)
+        if similarity:
+            C = h.shape[1]
+            self.mix = nn.Conv2d(C, C, 3, padding=1, bias=False) if on_map else nn.Linear(C, C, bias=False)
+
+    def forward(self, h, y):
+        loss = F.cross_entropy(self.linear(self.seen(h)), y)
+        if not self.similarity:
+            return loss
+        mixed = self.mix(h)
+        mixed = mixed.flatten(2).std(2) if h.dim() == 4 else mixed
+        alike, wanted = (torch.corrcoef(rows) for rows in (mixed, F.one_hot(y, self.linear.out_features).to(h)))
+        return (1 - self.similarity) * loss + self.similarity * (alike - wanted).square().mean()
+
+
+def heads_of(blocks, x, classes: int, positions: int, similarity: float) -> list[nn.Module]:
+    found: list[nn.Module] = []
     for i, block in enumerate(blocks[:-1]):
         x = block(x)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(5, i))
-            pool = [nn.AdaptiveAvgPool2d([min(positions, n) for n in x.shape[2:]])] if x.dim() == 4 else []
-            size = nn.Sequential(*pool, nn.Flatten())(x).shape[1]
-            found.append(nn.Sequential(*pool, nn.Flatten(), nn.Linear(size, classes)))
-    return found
+            found.append(Head(x, classes, positions, similarity).to(x))
+    return [*found, lambda h, y: F.cross_entropy(h, y)]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])  # AdamW makes a step of the rounding before BatchNorm
-@pytest.mark.parametrize("problem", [MLP, CONV, BY_NAME["batchnorm"]], ids=lambda problem: problem.name)
-def test_each_block_learns_from_its_own_readout_and_no_other(problem: Problem, optimizer):
-    factory = OPTIMIZERS[optimizer]
-    rule = LocalReadout(problem.build(), factory, positions=2, seed=5)
+# AdamW makes a step of the rounding before BatchNorm
+@rotated(
+    "problem optimizer similarity",
+    params(lambda problem: problem.name in IN_LOOP),
+    ["sgd", "momentum"],
+    [0.0, 0.7],
+    turns=2,
+)
+def test_each_block_learns_from_its_own_readout_and_no_other(problem: Problem, optimizer, similarity):
+    check_equals_a_plain_loop(problem, optimizer, similarity)
+
+
+def check_equals_a_plain_loop(problem: Problem, optimizer="sgd", similarity=0.7, rule=LocalReadout):
+    problem, factory = problem.double(), OPTIMIZERS[optimizer]
+    rule = rule(problem.build(), factory, positions=2, similarity=similarity, seed=5)
     twin = ml.as_blocks(problem.build())
     with torch.random.fork_rng(devices=[]):
         x, y = next(problem.batches(1))
-        heads = [*readouts_of(ml.as_blocks(problem.build()), x, problem.y.max() + 1, 2), nn.Identity()]
-    steps = [factory([*block.parameters(), *head.parameters()]) for block, head in zip(twin, heads, strict=True)]
+        heads = heads_of(ml.as_blocks(problem.build()), x, int(problem.y.max()) + 1, 2, similarity)
+    own = [[*block.parameters(), *getattr(head, "parameters", list)()] for block, head in zip(twin, heads, strict=True)]
+    steps = [factory(parameters) for parameters in own]
     for x, y in problem.batches(4):
         loss = rule.step(x, y)
         h = x
         for block, head, step in zip(twin, heads, steps, strict=True):
             h = block(h.detach())
-            own = F.cross_entropy(head(h), y)
-            own.backward()
+            own_loss = head(h, y)
+            own_loss.backward()
             step.step()
             step.zero_grad()
-        torch.testing.assert_close(loss, own.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, own_loss.detach(), rtol=1e-12, atol=1e-12)
     for name, value in twin.state_dict().items():
-        torch.testing.assert_close(rule.blocks.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(rule.blocks.state_dict()[name], value, rtol=1e-10, atol=1e-10)
     for readout, head in zip(rule.readouts, heads, strict=False):
-        torch.testing.assert_close(readout.weight, head[-1].weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(readout.weight, head.linear.weight, rtol=1e-10, atol=1e-10)
+        if similarity:
+            torch.testing.assert_close(readout.mix.weight, head.mix.weight, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_similarity_is_finite_where_examples_are_not_told_apart(dims):
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    pools = nn.AdaptiveAvgPool3d if dims == 3 else nn.AdaptiveAvgPool2d if dims == 2 else nn.AdaptiveAvgPool1d
+    net = nn.Sequential(conv(2, 5, 3), nn.ReLU(), conv(5, 6, 1), pools(1), nn.Flatten(), nn.Linear(6, 3))
+    rule = LocalReadout(net, SGD, similarity=0.99)
+    for _ in range(2):
+        assert rule.step(torch.zeros(4, 2, *[3] * dims), torch.tensor([0, 1, 2, 0])).isfinite()
 
 
 def test_drtp_sends_the_targets_through_b():
+    check_sends_the_targets()
+
+
+def check_sends_the_targets(rule=DRTP):
     net = MLP.build()
-    rule, (x, y) = DRTP(MLP.build(), SGD, feedback=ml.feedback.Stored(3)), (MLP.x, MLP.y)
+    rule, (x, y) = rule(MLP.build(), SGD, feedback=ml.feedback.Stored(3)), (MLP.x, MLP.y)
     before = {name: value.clone() for name, value in rule.blocks.state_dict().items()}
     rule.step(x, y)
     target = -F.one_hot(y, 5).float() / len(y)
@@ -74,10 +124,10 @@ def test_drtp_sends_the_targets_through_b():
         h = out.detach()
 
 
-@rotated("problem name optimizer", params(), LOCAL_RULES, OPTIMIZERS)
-def test_what_is_predicted_is_measured_to_the_byte(problem, name, optimizer):
-    factory = OPTIMIZERS[optimizer]
-    rule = LOCAL_RULES[name](problem.build(), factory, problem.loss)
+@rotated("problem rule optimizer", params(), RULES, OPTIMIZERS)
+def test_what_is_predicted_is_measured_to_the_byte(problem, rule, optimizer):
+    factory, (name, options) = OPTIMIZERS[optimizer], RULES[rule]
+    rule = LOCAL_RULES[name](problem.build(), factory, problem.loss, **options)
     with torch.random.fork_rng(devices=[]):
         measured = ml.memory.measure(rule, problem.x, problem.y, warm_up=1)
     how = {
@@ -86,7 +136,7 @@ def test_what_is_predicted_is_measured_to_the_byte(problem, name, optimizer):
         "y_dtype": torch.long,
         "x_dtype": problem.x.dtype,
     }
-    predicted = ml.memory.predict(name, problem.build(), problem.x.shape, factory, **how)
+    predicted = ml.memory.predict(name, problem.build(), problem.x.shape, factory, **how, **options)
     assert measured.changes.tolist() == predicted.changes.tolist()
     assert measured.resting_by_category == predicted.resting_by_category
 
@@ -129,7 +179,7 @@ def test_what_is_not_finite_in_a_readout_is_refused():
     rule.step(MLP.x, MLP.y)
     with torch.no_grad():
         rule.readouts[1].weight.fill_(torch.inf)
-    with refuses(FloatingPointError, "block 1's readout", "blocks that came before have learned"):
+    with refuses(FloatingPointError, "block 1's readout", "earlier blocks have learned"):
         rule.step(MLP.x, MLP.y)
 
 
@@ -138,15 +188,15 @@ def test_shapes_that_matter_to_b_alone_do_not_to_readouts():
     LocalReadout(net, SGD, F.mse_loss).step(torch.randn(4, 5, 5), torch.randn(4, 5, 5))
 
 
-@pytest.mark.parametrize("name", LOCAL_RULES)
-def test_a_run_that_was_cut_goes_on_bit_for_bit(name, tmp_path):
-    problem, found = BY_NAME["dropout"], []
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_that_was_cut_goes_on_bit_for_bit(rule, tmp_path):
+    problem, found, (name, options) = BY_NAME["dropout"], [], RULES[rule]
     data = problem.x.repeat(3, 1, 1, 1), problem.y.repeat(3)
     for cuts in ([3], [1, 3]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(4)
             for epochs in cuts:
-                rule = LOCAL_RULES[name](problem.build(), OPTIMIZERS["adamw"])
+                rule = LOCAL_RULES[name](problem.build(), OPTIMIZERS["adamw"], **options)
                 ml.fit(rule, data, epochs, 8, checkpoint=tmp_path / f"{len(cuts)}.pt", progress=False)
             own = nn.ModuleList([rule.blocks, *getattr(rule, "readouts", [])])
             found.append(record([], own, [*rule.optimizers, *getattr(rule, "readout_optimizers", [])]))
@@ -171,11 +221,14 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
             kind(MLP.build(), SGD, offload=ml.offload.Host("cpu"))
         with refuses(ValueError, "feedback that learns"):
             kind(MLP.build(), SGD, feedback=ml.feedback.Learned(lr=0.1))
-    for wrong in ({"positions": 0}, {"seed": -1}):
+    for wrong in ({"positions": 0}, {"seed": -1}, {"similarity": -0.1}, {"similarity": 1.1}):
         with refuses(ValueError, next(iter(wrong))):
             LocalReadout(MLP.build(), SGD, **wrong)
     with refuses(TypeError, "labels", "MemDFA"):
         DRTP(MLP.build(), SGD, F.mse_loss).step(MLP.x, torch.randn(6, 5))
+    compared = LocalReadout(MLP.build(), SGD, F.mse_loss, similarity=0.5)
+    with refuses_and_keeps(compared, TypeError, "labels", "leave it out"):
+        compared.step(MLP.x, torch.randn(6, 5))
     for kind in LOCAL_RULES.values():
         rule = kind(MLP.build(), SGD)
         rule.loss_fn = lambda z, y, net=rule.blocks: (
@@ -187,5 +240,6 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
     with refuses(ValueError, "no readouts"):
         rule.load_state_dict(other.state_dict())
     rule.step(MLP.x, MLP.y)
-    with refuses(ValueError, "see 4 positions"):
-        LocalReadout(MLP.build(), SGD, positions=2).load_state_dict(rule.state_dict())
+    for name, value in {"positions": 2, "similarity": 0.5}.items():
+        with refuses_and_keeps(other := LocalReadout(MLP.build(), SGD, **{name: value}), ValueError, f"not {value}"):
+            other.load_state_dict(rule.state_dict())

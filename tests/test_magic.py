@@ -1,4 +1,4 @@
-"""%%memory in a notebook's shell."""
+"""%%memory and %%exercise in a notebook's shell."""
 
 import re
 
@@ -96,3 +96,23 @@ def test_a_rules_step_has_its_table_and_no_sentence(shell):
         )
         shell.run_cell("%%memory trace\nrule.step(x, y)")
     assert "The peak is" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ("answer = 3", "Right."),
+        ("answer = 4", "Not yet: three sides"),
+        ("answer = ...", "Not yet: put your answer in place of each ..."),
+        ("answer = 1 / 0", "Not yet: ZeroDivisionError in line 2 of the cell: division by zero"),
+        ("answer = 3 +", "Not yet: SyntaxError in line 2 of the cell: invalid syntax"),
+        ("answer = int('x')", "Not yet: ValueError in line 2 of the cell: invalid literal for int() with base 10: 'x'"),
+    ],
+)
+def test_an_exercise_says_in_a_line_whether_it_is_right(shell, answer, line):
+    with capture_output() as shown:
+        result = shell.run_cell(f"%%exercise\n{answer}\n# check\nassert answer == 3, 'three sides'")
+    assert result.success  # the cells after it run
+    assert shown.stdout.startswith(line)
+    assert shown.stdout.count("\n") == 1
+    assert shell.user_ns.pop("answer", 3) in (3, 4)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import assert_identical
+from reference import assert_identical, refuses
 from torchvision.models import resnet18, resnet34, resnet50
 
 import memdfa_lab as ml
+from memdfa_lab.cli import main
 from memdfa_lab.lab.settings import RunSettings
 
 VGG_FILTERS = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
@@ -134,6 +135,7 @@ def test_weights_come_from_the_seed_and_the_global_generator_is_left_alone():
         ("uniform", (1 / 3 / 800) ** 0.5, (1 / 800) ** 0.5),
         ("xavier_uniform", (2 / 1600) ** 0.5, (6 / 1600) ** 0.5),
         ("zero", 0.0, 0.0),
+        ("orthogonal", 1.05 * (1 / 800) ** 0.5, None),
     ],
 )
 def test_initialisations_have_the_spread_of_their_name(how, deviation, bound):
@@ -142,6 +144,30 @@ def test_initialisations_have_the_spread_of_their_name(how, deviation, bound):
     if bound is not None:
         assert layer.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
     assert layer.bias.any() == (how == "uniform")
+
+
+TEXT = "conv3x3(4) maxpool2/2 [6 tanh dropout0.5]x2 classes"
+
+
+def test_a_network_is_written_as_text_wherever_its_name_is_taken(capsys, monkeypatch, tmp_path):
+    data = ml.datasets.load("mnist5k").subset(20, 10)
+    made = ml.experiments.make_rule("memdfa", TEXT, data).blocks
+    assert_identical(made.state_dict(), ml.models.from_layers(TEXT, (1, 28, 28), 10).state_dict())
+    assert ml.models.sizes(f"{TEXT}@3x8x8")["output"].tolist() == [(64,), (6,), (6,), (10,)]
+    assert ml.experiments.profile("memdfa", f"{TEXT}@1x28x28", 5).peak_bytes > 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ml.experiments, "load_for", lambda *_: data)
+    assert main(["train", "--network", TEXT, "--epochs", "1"]) == 0
+    assert [path.name for path in (tmp_path / "reports" / "runs").iterdir()] == [
+        f"{TEXT.replace('/', '_')}-{data.name}-seed0"
+    ]
+    for text, message in {
+        TEXT: "end it in @3x32x32",
+        "nonsense here": "'nonsense' is not a part of a network",
+        f"{TEXT}@3y2": "a shape is written as in 3x224x224",
+    }.items():
+        with refuses(ValueError, message):
+            ml.experiments.profile("memdfa", text, 5)
 
 
 # name -> learning rate of BP, of the others, batch size, epochs, as the source says

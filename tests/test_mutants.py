@@ -10,21 +10,33 @@ from typing import Any
 import pytest
 import torch
 from problems import BY_NAME, OPTIMIZERS, Problem, make_rule, train
-from reference import assert_matches_twin, assert_same_training, refuses_and_keeps, train_plainly
+from reference import (
+    assert_close_training,
+    assert_matches_twin,
+    assert_same_training,
+    refuses_and_keeps,
+    train_plainly,
+)
 from test_baselines import check_equals_bp
+from test_learned import check_b_goes_down
+from test_local_losses import check_equals_a_plain_loop, check_sends_the_targets
 from test_recompute import assert_left_as_it_was
+from test_rivals import REVERSIBLE, train_by_moving
 from test_steps import nan
 from torch import Tensor
+from torch.nn.functional import mse_loss, normalize
 from torch.utils.checkpoint import checkpoint
 
+import memdfa_lab as ml
 from memdfa_lab.core.blocks import run_block
-from memdfa_lab.core.feedback import Stored
+from memdfa_lab.core.feedback import Learned, Stored
 from memdfa_lab.core.local import block_gradient
+from memdfa_lab.core.local_losses import DRTP, LocalReadout
 from memdfa_lab.core.recompute import buffers_restored
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import BP, DFA, FA, MemDFA
 from memdfa_lab.core.signal import Signal
-from memdfa_lab.rivals import lean_bp
+from memdfa_lab.rivals import activation_offload, lean_bp
 
 pytestmark = pytest.mark.slow
 
@@ -222,6 +234,97 @@ def test_the_same_checks_pass_the_right_rules(check):
             check(rule, BY_NAME[name])
 
 
+# ------------------------------------------------------------------- a B that learns, readouts, targets in place of e
+
+
+class GoesUp(Learned):
+    def learn(self, i: int, e: Tensor, h: Tensor, group: Any) -> None:
+        super().learn(i, -e, h, group)
+
+
+class WithoutDecay(Learned):
+    def _made(self, parameters: Any) -> torch.optim.Optimizer:
+        return self._make(parameters, lr=self.lr)
+
+
+class LearnsFirst(MemDFA):
+    """B learns before it has made the signal."""
+
+    def teach(self, i: int, block: Any, e: Tensor) -> Tensor:
+        if i < len(self.chain) - 1:
+            block.begin()
+            self.feedback.learn(i, e, block.output(), self.group)
+        self.feedback.learns = False
+        try:
+            return super().teach(i, block, e)
+        finally:
+            del self.feedback.learns
+
+
+class SignalAfterUpdate(LocalReadout):
+    def local_error(self, i: int, block: Any, y: Tensor) -> Tensor:
+        super().local_error(i, block, y)
+        with torch.enable_grad():
+            return self._gradients(i, block.output().detach().requires_grad_(), y)[0]
+
+
+class ReadoutsRest(LocalReadout):
+    def local_error(self, i: int, block: Any, y: Tensor) -> Tensor:
+        optimizers, self.optimizers = self.optimizers, [None] * len(self.optimizers)
+        try:
+            return super().local_error(i, block, y)
+        finally:
+            self.optimizers = optimizers
+
+
+class Swapped(LocalReadout):
+    """The second loss has the first one's weight."""
+
+    def __init__(self, *given: Any, similarity: float, **options: Any):
+        super().__init__(*given, similarity=1 - similarity, **options)
+
+
+class NotCentred(LocalReadout):
+    def prepare(self, x: Tensor, y: Tensor) -> None:
+        super().prepare(x, y)
+        for readout in self.readouts:
+            readout.dissimilarity = self.dissimilarity
+
+    def dissimilarity(self, features: Tensor, y: Tensor) -> Tensor:
+        rows = normalize(features)
+        return mse_loss(rows @ rows.t(), (y[:, None] == y).to(rows))
+
+
+class AwayFromTargets(DRTP):
+    def local_error(self, i: int, block: Any, y: Tensor) -> Tensor:
+        return -super().local_error(i, block, y)
+
+
+class SumOfTargets(DRTP):
+    def local_error(self, i: int, block: Any, y: Tensor) -> Tensor:
+        return super().local_error(i, block, y) * len(y)
+
+
+in_loop = partial(check_equals_a_plain_loop, BY_NAME["mlp_relu"])
+WRONG = {
+    "B goes up": partial(check_b_goes_down, kind=GoesUp),
+    "B does not decay": partial(check_b_goes_down, kind=WithoutDecay),
+    "B learns first": partial(check_b_goes_down, rule=LearnsFirst),
+    "the signal comes from a readout that has learned": partial(in_loop, rule=SignalAfterUpdate),
+    "readouts do not learn": partial(in_loop, rule=ReadoutsRest),
+    "the losses' weights are swapped": partial(in_loop, rule=Swapped),
+    "similarities are not centred": partial(in_loop, rule=NotCentred),
+    "away from the targets": partial(check_sends_the_targets, rule=AwayFromTargets),
+    "the sum of the targets": partial(check_sends_the_targets, rule=SumOfTargets),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_learns_the_wrong_way_is_caught(name):
+    with pytest.raises(AssertionError):
+        WRONG[name]()
+
+
 # ------------------------------------------------------------ what a pass leaves, FA's backward pass, the comparison
 
 
@@ -249,6 +352,98 @@ def test_a_baseline_that_does_not_restore_for_the_second_run_is_caught(name, mon
     for problem in caught:
         with pytest.raises(AssertionError):
             check_equals_bp("checkpoint", BY_NAME[problem], segments=3)
+
+
+class KeepsNoGenerator(ml.Binomial):
+    def hold(self) -> Any:
+        return lambda: None
+
+
+class LeavesAllTraces(ml.Binomial):
+    def run(self, i: int, h: Tensor, name: str = "forward") -> Tensor:
+        return run_block(self.chain[i], h).detach()
+
+
+class UpdatesBeforeTheLastRun(ml.Binomial):
+    """Runs a block for its gradient with weights that have moved since it was run for the next one's input."""
+
+    def learn(self, i: int, h: Tensor, signals: list[Tensor]) -> None:
+        with torch.no_grad():
+            for p in self.parameters[i]:
+                p.mul_(1 + 1e-6)
+        super().learn(i, h, signals)
+
+
+class ForgetsWhatWasBelow(ml.Reversible):
+    """Hands on what comes out of G and F without what passes by them."""
+
+    def _take_back(self, *given: Any) -> Any:
+        x, signal = super()._take_back(*given)
+        return x, signal if given[5] is None else signal - given[5]
+
+
+class SwapsTheParts(ml.Reversible):
+    def _learn_coupling(self, i: int, h: Tensor, signals: Any, to_F: Any, to_G: Any) -> Tensor:
+        return super()._learn_coupling(i, h, signals, to_G, to_F)
+
+
+class OneSided(ml.MeZO):
+    """Compares with the loss of the weights as they are."""
+
+    def _move(self, seed: int, by: float) -> float:
+        return super()._move(seed, by if by > 0 else by / 2)
+
+
+class ZOfAnotherSeed(ml.MeZO):
+    def _move(self, seed: int, by: float) -> float:
+        return super()._move(seed + 1, by)
+
+
+class WritesLate(ml.ActivationOffload):
+    """Reads what was written last, whatever was saved."""
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            take = activation_offload._Waiting.take
+            patch.setattr(activation_offload._Waiting, "take", lambda self, saved: take(self, late(saved)))
+            return super().step(x, y)
+
+
+def late(saved: Any) -> Any:
+    return saved if isinstance(saved, Tensor) else saved._replace(at=0)
+
+
+def check_couplings(rule: type[Rule], problem: Problem) -> None:
+    expected = train(make_rule("bp", problem.double(), "momentum"), problem.double())
+    assert_close_training(expected, train(make_rule(rule, problem.double(), "momentum"), problem.double()))
+
+
+def check_moves(rule: type[Rule], problem: Problem) -> None:
+    problem = problem.double()
+    expected, found = train_by_moving(problem, "sgd"), train(make_rule(rule, problem), problem)
+    for one, other in zip(expected.tensors, found.tensors, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+COUPLED = {problem.name: problem for problem in REVERSIBLE}
+WRONG_RIVALS = {
+    "generators not held": (KeepsNoGenerator, check_equals_bp, BY_NAME["dropout"]),
+    "traces of each run left": (LeavesAllTraces, check_equals_bp, BY_NAME["batchnorm"]),
+    "run with updated weights": (UpdatesBeforeTheLastRun, check_equals_bp, BY_NAME["mlp_relu"]),
+    "skips forgotten": (ForgetsWhatWasBelow, check_couplings, COUPLED["mixed"]),
+    "generators of F and G swapped": (SwapsTheParts, check_couplings, COUPLED["dropout"]),
+    "one-sided": (OneSided, check_moves, BY_NAME["mlp_tanh_mse"]),
+    "another z": (ZOfAnotherSeed, check_moves, BY_NAME["mlp_relu"]),
+    "reads another tensor": (WritesLate, check_equals_bp, BY_NAME["mlp_relu"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RIVALS)
+def test_a_wrong_rival_is_caught_and_the_right_one_is_not(name):
+    rule, check, problem = WRONG_RIVALS[name]
+    check(rule.__base__, problem)
+    with pytest.raises(AssertionError):
+        check(rule, problem)
 
 
 def test_the_comparison_sees_each_part_of_what_training_leaves_behind():

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -34,10 +35,16 @@ def prose(path):
     return "\n\n".join(cell.source for cell in read(path) if cell.cell_type == "markdown")
 
 
-def solutions(path):
-    """Return the Python of each folded solution."""
-    folded = re.findall(r"<details><summary>Solution</summary>\n\n(.*?)</details>", prose(path), re.DOTALL)
-    return ["\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)) for text in folded]
+def exercises(path):
+    """Return (the starter's answer, what checks it, what the folded solution has as its answer) of each exercise."""
+    cells = read(path)
+    found = []
+    for cell, after in pairwise(cells):
+        if "exercise" in cell.metadata.get("tags", []):
+            starter, check = cell.source.removeprefix("%%exercise\n").split("\n# check\n")
+            folded = re.findall(r"```python\n(.*?)```", after.source, re.DOTALL)
+            found.append((starter, check, "\n".join(folded)))
+    return found
 
 
 @every_notebook
@@ -87,7 +94,7 @@ def test_figures_have_a_text_for_those_who_cannot_see_them_and_a_caption(path):
 def test_outputs_are_compared_unless_a_cell_says_so_for_a_reason(path):
     """A mark is for one cell, and only where there is something to compare: pictures are not compared anyway."""
     tags = {tag for cell in read(path) for tag in cell.metadata.get("tags", [])}
-    assert tags <= {"parameters", "nbval-ignore-output"}
+    assert tags <= {"parameters", "nbval-ignore-output", "exercise", "solution", "hide-input"}
     assert not any(re.search(r"# *(NBVAL|PYTEST_VALIDATE)_", cell.source) for cell in code(path))
     comparable = {True: [], False: []}  # by whether it is ignored
     for cell in code(path):
@@ -98,27 +105,53 @@ def test_outputs_are_compared_unless_a_cell_says_so_for_a_reason(path):
 
 
 @every_notebook
-def test_has_exercises_with_solutions_that_are_python(path):
-    exercises = prose(path).split("## Exercises")[1].split("\n## ")[0]
-    numbers = [int(number) for number in re.findall(r"^\*\*(\d+)\.\*\*", exercises, re.MULTILINE)]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) >= 3
-    assert exercises.count("<details>") == exercises.count("</details>") == len(solutions(path)) == len(numbers)
-    for solution in solutions(path):
+def test_what_a_reader_need_not_read_is_folded(path):
+    """In Jupyter and in the book alike: parameters' checks, and cells that only draw."""
+    for cell in code(path):
+        folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        assert folded == ("hide-input" in cell.metadata.get("tags", [])), cell.source
+    assert "hide-input" in code(path)[1].metadata.tags
+
+
+@every_notebook
+def test_has_exercises_of_three_levels_with_folded_solutions(path):
+    levels = re.findall(r"^\*\*Exercise (\d+)\.\*\* \*(Warm-up|Core|Further)\.\*", prose(path), re.MULTILINE)
+    assert [int(number) for number, _ in levels] == list(range(1, len(exercises(path)) + 1))
+    assert len(levels) >= 3
+    cells = read(path)
+    for before, cell, after in zip(cells, cells[1:], cells[2:], strict=False):
+        if "exercise" in cell.metadata.get("tags", []):
+            assert re.search(r"^\*\*Exercise \d+\.", before.source, re.MULTILINE), cell.source
+            assert cell.source.startswith("%%exercise\n")
+            assert after.metadata.tags == ["solution"]
+            assert after.source.startswith("<details><summary>Solution</summary>\n\n")
+            assert after.source.endswith("\n</details>")
+            assert "".join(output.get("text", "") for output in cell.outputs).startswith("Not yet: ")
+    for _, check, solution in exercises(path):
         assert ast.parse(solution).body
+        assert ast.parse(check).body
 
 
 @pytest.mark.slow
 @every_notebook
-def test_each_solution_runs_where_the_notebook_ends(path, tmp_path):
+def test_each_solution_is_right_where_the_notebook_ends_and_each_starter_is_not(path, tmp_path):
     """Each by itself: in the notebook's names as they are at its end, not in what another solution left."""
     import papermill
 
     from memdfa_lab.batch.headless import ENGINE
 
     notebook = nbformat.read(path, as_version=4)
-    for number, solution in enumerate(solutions(path), 1):
-        alone = f"exec(compile({solution!r}, 'solution {number}', 'exec'), dict(globals()))"
+    for number, (starter, check, solution) in enumerate(exercises(path), 1):
+        right, wrong = f"{solution}\n{check}", f"{starter}\n{check}"
+        alone = f"""
+exec(compile({right!r}, "solution {number}", "exec"), dict(globals()))
+try:
+    exec(compile({wrong!r}, "starter {number}", "exec"), dict(globals()))
+except Exception:
+    pass
+else:
+    raise AssertionError("the starter of exercise {number} is right as it stands")
+"""
         notebook.cells.insert(-1, nbformat.v4.new_code_cell(alone))
     nbformat.write(notebook, tmp_path / path.name)
     has = papermill.inspect_notebook(str(path))

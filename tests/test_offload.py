@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import math
 import os
 import random
@@ -131,14 +130,16 @@ def test_a_block_has_data_while_it_is_in_use_alone_and_prediction_brings_blocks_
 
 
 class OwnUnit(nn.Module):
-    """A unit whose initial values come from functions of torch.nn.init, factories, arithmetic and a cast."""
+    """A unit whose initial values come from functions of torch.nn.init, factories, arithmetic, views and a cast."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
         nn.init.orthogonal_(self.linear.weight)
         nn.init.trunc_normal_(self.linear.bias, std=0.02)
-        self.scale = nn.Parameter(0.1 * torch.randn(8) + 1)
+        self.scale = nn.Parameter(0.1 * torch.randn(8) + 1 - self.linear.bias.detach())
+        self.table = nn.Embedding(32, 8, padding_idx=0)
+        nn.init.zeros_(self.table.weight[1:3])
         self.register_buffer("steps", torch.arange(8).to(torch.float32))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -168,6 +169,8 @@ def test_each_block_is_initialised_by_itself_as_its_constructor_does_it(make, tm
         assert not any(map(has_data, [*net.parameters(), *net.buffers()]))
         built, plain = dict(store.state_dict()), make()
         assert_identical(built, dict(again.state_dict()))
+    if make is MAKES["unit"]:
+        assert [not row.any() for row in built["0.table.weight"]] == [True] * 3 + [False] * 29
     assert [p.requires_grad for p in net.parameters()] == [p.requires_grad for p in plain.parameters()]
     for value, like in zip(built.values(), plain.state_dict().values(), strict=True):
         assert (value.shape, value.dtype) == (like.shape, like.dtype)
@@ -200,6 +203,12 @@ def test_a_state_dict_is_loaded_block_by_block_and_training_goes_on_from_it(tmp_
         assert_same_training(train(rule, problem), train(make_rule("memdfa", problem, ADAMW), problem))
 
 
+class Scaled(nn.Module):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), nn.Parameter(scale)
+
+
 class Untracked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -213,10 +222,8 @@ def _shared() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "hints"),
     [
-        (
-            _head(lambda: nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8, padding_idx=0))),
-            ("0.1.weight", "store.load"),
-        ),
+        (_head(lambda: Scaled(torch.empty(8))), ("0.scale", "store.load")),
+        (_head(lambda: Scaled(torch.randn(8, generator=torch.Generator()))), ("0.scale", "store.load")),
         (_head(_shared), ("does not run without data", "MemDFA")),
         (_head(Untracked), ("0.table", "register it")),
         (MLP.build(), ("function",)),
@@ -226,7 +233,7 @@ def test_a_model_that_cannot_be_made_block_by_block_is_refused_in_a_line(make, h
     with Disk(tmp_path) as store:
         with refuses(TypeError if isinstance(make, nn.Module) else ValueError, *hints):
             store.build(make)
-        assert [path.name for path in tmp_path.iterdir()] == [".network.json.lock"]
+        assert [path.name for path in tmp_path.iterdir()] == [".network.pt.lock"]
 
 
 def test_the_optimizers_state_counts_when_the_disk_is_looked_at(tmp_path, monkeypatch):
@@ -287,6 +294,16 @@ store, rule = opened(Path(sys.argv[2]), commit_every=int(sys.argv[3]))
 print("ready", flush=True)
 advance(rule, itertools.count(store.steps))
 """
+
+
+def test_files_are_the_same_where_the_system_has_neither_pwrite_nor_preadv(monkeypatch, tmp_path):
+    tensors = {"a": torch.randn(300, 1000), "b": torch.arange(3), "none": torch.empty(0)}
+    tensor_files.write(tmp_path / "here", tensors, sync=True)
+    for name in ("pwrite", "preadv"):
+        monkeypatch.delattr(os, name, raising=False)
+    tensor_files.write(tmp_path / "there", tensors, sync=True)
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()
+    assert_identical(tensor_files.read(tmp_path / "there"), tensors)
 
 
 @pytest.mark.parametrize("kills", [pytest.param(3, id="3"), pytest.param(20, id="20", marks=pytest.mark.slow)])
@@ -351,7 +368,7 @@ def test_after_a_power_cut_at_any_write_the_last_commit_is_there(tmp_path, monke
         (then := tmp_path / f"cut{number}" / "w").mkdir(parents=True)
         for path, data in files.items():
             (then / path.name).write_bytes(data)
-        if then / "network.json" in then.iterdir():
+        if then / "network.pt" in then.iterdir():
             with opened(then, ahead=0, commit_every=99)[0] as store:
                 assert_same_training(recorded([], store._network().rule), states[store.steps])
                 found.add(store.steps)
@@ -398,12 +415,22 @@ def test_a_disk_that_fills_up_in_earnest(tmp_path):
 
 
 def _cut(folder: Path) -> None:
-    path = folder / json.loads((folder / "network.json").read_text())["blocks"][1]
+    path = folder / torch.load(folder / "network.pt")["blocks"][1]
     os.truncate(path, path.stat().st_size - 4)
 
 
 def _garbled(folder: Path) -> None:
-    (folder / json.loads((folder / "network.json").read_text())["blocks"][1]).write_bytes(b"garbage" * 9)
+    (folder / torch.load(folder / "network.pt")["blocks"][1]).write_bytes(b"garbage" * 9)
+
+
+def _flipped(folder: Path) -> None:
+    data = bytearray((folder / "network.pt").read_bytes())
+    data[data.index(b"Linear")] ^= 1
+    (folder / "network.pt").write_bytes(data)
+
+
+def _of_another_version(folder: Path) -> None:
+    torch.save(torch.load(folder / "network.pt") | {"format": 1}, folder / "network.pt")
 
 
 @pytest.mark.parametrize(
@@ -411,13 +438,13 @@ def _garbled(folder: Path) -> None:
     [
         (_cut, NET, SGD, 3, ("block_00001", "damaged", "bytes of")),
         (_garbled, NET, SGD, 3, ("block_00001", "damaged")),
-        (lambda folder: os.remove(next(folder.glob("rest*"))), NET, SGD, 3, ("rest.a.pt", "damaged or missing")),
-        (lambda folder: (folder / "network.json").write_text("{}"), NET, SGD, 3, ("network.json", "another folder")),
+        (_flipped, NET, SGD, 3, ("network.pt", "damaged", "another folder")),
+        (_of_another_version, NET, SGD, 3, ("network.pt", "another version", "another folder")),
         (None, partial(models.mlp, 8, [9, 6], 5, batch_norm=True), SGD, 3, ("another network", "7", "6")),
         (None, NET, ADAMW, 3, ("optimizer", "AdamW", "SGD")),
         (None, NET, SGD, 4, ("feedback", "'seed': 4")),
     ],
-    ids=["cut", "garbled", "without its rest", "without its manifest", "network", "optimizer", "feedback"],
+    ids=["cut", "garbled", "flipped", "another version", "network", "optimizer", "feedback"],
 )
 def test_a_folder_that_does_not_fit_is_refused_and_left_as_it_is(change, make, optimizer, seed, hints, tmp_path):
     with opened(tmp_path)[0] as store:
@@ -478,7 +505,7 @@ def test_weights_that_the_disk_has_no_room_for_are_refused_before_anything_is_wr
     vast = partial(models.mlp, 8, [2**20] * 4, 5)  # twelve TiB, of which there is nothing in memory
     with Disk(tmp_path) as store, refuses(ValueError, "bytes free", "commit_every=None"):
         store.build(vast)
-    assert [path.name for path in tmp_path.iterdir()] == [".network.json.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [".network.pt.lock"]
 
 
 def test_an_error_while_a_block_is_taught_ends_the_store_and_leaves_the_last_commit(tmp_path):
@@ -509,7 +536,7 @@ def test_other_tools_open_the_files_and_each_dtype_and_layout_comes_back(tmp_pat
     numbers = {
         str(dtype): torch.arange(6).view(2, 3).to(dtype) for dtype in tensor_files.DTYPES.values() if dtype.itemsize
     } | {"strided": torch.arange(6.0).view(2, 3).t(), "scalar": torch.tensor(3.5), "empty": torch.empty(0, 3)}
-    size = tensor_files.write(tmp_path / "file", numbers, {"text": "a"}, sync=False)
+    size = tensor_files.write(tmp_path / "file", numbers, sync=False)
     assert size == (tmp_path / "file").stat().st_size
     back = tensor_files.read(tmp_path / "file")
     safetensors = pytest.importorskip("safetensors.torch")
@@ -520,7 +547,7 @@ def test_other_tools_open_the_files_and_each_dtype_and_layout_comes_back(tmp_pat
             assert torch.equal(
                 read.contiguous().reshape(-1).view(torch.uint8), value.contiguous().reshape(-1).view(torch.uint8)
             )
-    safetensors.save_file({"x": torch.ones(3)}, tmp_path / "theirs")
+    safetensors.save_file({"x": torch.ones(3)}, tmp_path / "theirs", {"text": "a"})
     assert torch.equal(tensor_files.read(tmp_path / "theirs")["x"], torch.ones(3))
 
 

@@ -15,6 +15,7 @@ COMMITTED = Path(__file__).parents[1] / "reports" / "options.csv"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")]
 
 
+@pytest.mark.filterwarnings("ignore:autograd runs")  # blocks that cannot be packed
 def test_the_committed_table_is_what_each_pair_does():
     torch.set_num_threads(1)
     found, committed = options.table(), pd.read_csv(COMMITTED)
@@ -25,7 +26,7 @@ def test_the_committed_table_is_what_each_pair_does():
 def test_all_rules_and_kinds_of_feedback_are_in_the_table():
     rules = {option.changes["rule"] for option in options.OPTIONS.values() if "rule" in option.changes}
     kinds = {option.changes["feedback"] for option in options.OPTIONS.values() if "feedback" in option.changes}
-    assert rules == {*ml.RULES, *ml.BASELINES}
+    assert rules == {*ml.RULES, *ml.BASELINES, *ml.LOCAL_RULES}
     assert kinds | {options.Run().feedback} == {*ml.feedback.KINDS, "learned"}
 
 

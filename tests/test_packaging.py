@@ -1,15 +1,19 @@
 """The files around the package agree with each other, and importing it stays cheap."""
 
 import importlib
+import json
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -62,28 +66,142 @@ def test_environment_yml_has_the_packages_and_bounds_of_pyproject():
     assert pip == [{"pip": [*by_pip, "-e ."]}]
 
 
-def test_citation_and_command_are_of_this_version():
+def test_lower_bounds_are_those_tested_and_a_raised_one_is_in_the_changelog():
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *chain(*(extras[name] for name in extras if name not in ("test", "book")))]
+    wanted = bounds([line for line in lines if not line.startswith(f"{PROJECT['name']}[")])
+    oldest = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in oldest if not line.startswith("#"))
+    assert pinned.keys() == wanted.keys()
+    for name, version in pinned.items():
+        least = wanted[name].removeprefix(">=")
+        assert f"{version}.".startswith(f"{least}."), f"tests/oldest.txt has {name} {version}, and the bound is {least}"
+    notes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    unsaid = [name + least for name, least in wanted.items() if not re.search(f"{name + least}[,. ]", notes)]
+    assert not unsaid, "a lower bound was changed: say so in CHANGELOG.md"
+
+
+def test_the_address_is_changed_in_one_line(tmp_path):
+    for name in ("pyproject.toml", "CITATION.cff", "README.md", "CHANGELOG.md", ".ci", "notebooks"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    project = tmp_path / "pyproject.toml"
+    old, new = PROJECT["urls"]["Repository"], "https://github.com/somebody/their.lab"
+    project.write_text(project.read_text(encoding="utf-8").replace(f'"{old}"', f'"{new}"', 1), encoding="utf-8")
+    subprocess.run([sys.executable, str(tmp_path / ".ci" / "address.py")], check=True, capture_output=True)
+    files = [file for file in tmp_path.rglob("*") if file.suffix in {".toml", ".cff", ".md", ".ipynb"}]
+    name = old.removeprefix("https://github.com/")
+    assert [file.name for file in files if name in file.read_text(encoding="utf-8")] == []
+    notebook = (tmp_path / "notebooks" / "01_memory_theory.ipynb").read_text(encoding="utf-8")
+    assert {"github/somebody/their.lab/blob", "gh/somebody/their.lab/main"} <= set(
+        re.findall(r"(?:github|gh)/somebody/their\.lab/\w+", notebook)
+    )
+
+
+LIGHT = {"torch", "numpy", "pandas", "tqdm", "sympy", "pydantic", "filelock"}
+WITHOUT_EXTRAS = """
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+import torch
+import memdfa_lab as ml
+from memdfa_lab import cli
+from memdfa_lab.core.checks import of_an_extra
+
+model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+rule, batch = ml.MemDFA(model, torch.optim.SGD), (torch.ones(2, 8), torch.arange(2))
+predicted = ml.memory.predict("memdfa", model, (2, 8), torch.optim.SGD)
+assert ml.memory.measure(rule, *batch, warm_up=1).peak_bytes == predicted.peak_bytes
+assert cli.main(["profile", "--network", "784-[8]x2-10", "--batch", "4"]) == 0
+for ask in (lambda: ml.figures, lambda: ml.widgets, lambda: ml.sweep, lambda: ml.datasets.load("mnist5k")):
+    try:
+        ask()
+    except ModuleNotFoundError as problem:
+        print("refused:", problem)
+print(cli.main(["explore"]), cli.main(["train"]))
+try:
+    with of_an_extra():
+        import of_a_users_own
+except ModuleNotFoundError as problem:
+    assert str(problem) == "No module named 'of_a_users_own'"
+"""
+
+
+def test_without_the_extras_rules_and_profilers_run_and_the_rest_says_what_to_install():
+    assert {Requirement(line).name for line in PROJECT["dependencies"]} == LIGHT
+    extras = PROJECT["optional-dependencies"]
+    names = {Requirement(line).name for name in ("notebooks", "sweep", "explore") for line in extras[name]}
+    missing = sorted(({name.partition(".")[0] for name in names} | {"nbformat", "IPython"}) - {PROJECT["name"]})
+    code = WITHOUT_EXTRAS.format(missing=missing)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    refused = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
+    assert len(refused) == 4
+    said = [*refused, *done.stderr.splitlines()]
+    assert all(re.search(r" is not installed: pip install .memdfa_lab\[all\].$", line) for line in said), said
+    assert done.stdout.splitlines()[-1] == "1 1"
+
+
+def test_citation_changelog_and_command_are_of_this_version():
     citation = from_yaml((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    for work in citation["references"]:  # what the format demands of each
+        assert {"type", "title", "authors"} <= work.keys()
+        assert all({"family-names", "given-names"} == author.keys() for author in work["authors"])
+    notes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(memdfa_lab.__version__)}\]", notes, re.MULTILINE)
     assert (citation["version"], citation["license"]) == (memdfa_lab.__version__, PROJECT["license"])
     module, function = PROJECT["scripts"]["memdfa"].split(":")
     assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_the_wheel_made_from_the_sdist_has_the_modules_notebooks_and_tables(tmp_path):
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """Return the folder with the source archive, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+    return folder
+
+
+@pytest.mark.slow
+def test_what_is_built_installs_into_a_fresh_environment_and_runs(dist, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    scripts = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    run = partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+
+    def ran(*command):
+        done = run([str(scripts / command[0]), *command[1:]])
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    site = Path(ran("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (site / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))  # torch and all else; no editable install
+    how = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    for kind in ("*.tar.gz", "*.whl"):
+        ran("python", "-m", "pip", "install", "--force-reinstall", *how, str(next(dist.glob(kind))))
+        assert memdfa_lab.__version__ in ran("memdfa", "--version")
+    assert "memdfa" in ran("memdfa", "profile", "--network", "784-[8]x2-10", "--batch", "8")
+    code = (
+        "import memdfa_lab; from memdfa_lab.batch import notebooks; print(memdfa_lab.__file__, *notebooks.numbered())"
+    )
+    place, *found = ran("python", "-c", code).split()
+    assert site in Path(place).parents
+    assert len(found) == len(list((ROOT / "notebooks").glob("[0-9]*.ipynb")))
+
+
+def test_the_wheel_made_from_the_sdist_has_the_modules_notebooks_and_tables(dist):
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
         in_sdist = {name.partition("/")[2] for name in sdist.getnames()}
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
         in_wheel = set(wheel.namelist())
 
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "memdfa_lab").rglob("*") if path.is_file()}
     notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
     tables = {path.name for path in (ROOT / "reports" / "paper").glob("*.csv")}
     assert {name for name in in_wheel if name.endswith(".py")} == {name for name in package if name.endswith(".py")}
-    assert {name for name in package if name.endswith((".csv", ".toml"))} <= in_wheel
+    assert {name for name in package if name.endswith((".csv", ".toml", "py.typed"))} <= in_wheel
     assert {name for name in in_wheel if name.endswith(".ipynb")} == {f"memdfa_lab/_notebooks/{n}" for n in notebooks}
     assert {f"memdfa_lab/reports/paper/{name}" for name in tables} <= in_wheel
     assert {f"notebooks/{name}" for name in notebooks} <= in_sdist
@@ -104,7 +222,20 @@ def test_ci_runs_all_tests():
     assert script.stat().st_mode & stat.S_IXUSR
     lines = script.read_text(encoding="utf-8").splitlines()
     assert "set -euo pipefail" in lines
-    assert lines.index("make test") < lines.index("make test-slow")
+    assert lines.index("make test") < lines.index("make test-slow") < lines.index("make dist")
+
+
+def test_a_container_and_binder_install_what_the_book_says():
+    about = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
+    running = (ROOT / "notebooks" / "book" / "running.md").read_text(encoding="utf-8")
+    assert f"`{about['postCreateCommand']}`" in running
+    python = re.fullmatch(r"mcr\.microsoft\.com/devcontainers/python:3\.(\d+)", about["image"])
+    assert int(python[1]) >= int(PROJECT["requires-python"].removeprefix(">=3."))
+    # Binder takes these in place of environment.yml, which is tested above.
+    others = ("binder", ".binder", "Dockerfile", "requirements.txt", "runtime.txt", "postBuild", "apt.txt")
+    assert not [name for name in others if (ROOT / name).exists()]
+    for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        assert "https://mybinder.org/v2/gh/" in notebook.read_text(encoding="utf-8")
 
 
 @needs_make

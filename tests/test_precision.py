@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from problems import BY_NAME, EVERY_RULE, RULE_NAMES, STORAGES, make_rule, params, rotated
+from problems import BY_NAME, EVERY_RULE, RULE_NAMES, STORAGES, WITHOUT_GLOBAL_NORM, make_rule, params, rotated
 from reference import assert_identical, refuses, refuses_and_keeps
 from torch import nn
 
@@ -54,7 +54,7 @@ def test_dfa_and_memdfa_are_equal_bit_for_bit_in_bfloat16(problem, options):
 def test_memory_in_bfloat16_is_predicted_to_the_byte(problem, rule, storage, limit):
     if (problem.name, rule) == ("frozen_ends", "last_layer"):
         return
-    options = {"precision": "bfloat16", "clip_global_norm": None if "step_in" in rule else limit}
+    options = {"precision": "bfloat16", "clip_global_norm": None if rule in WITHOUT_GLOBAL_NORM else limit}
     make = STORAGES[storage]
     learner = make_rule(rule, problem, MOMENTUM, make(), **options)
     found = predict(

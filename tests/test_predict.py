@@ -40,7 +40,7 @@ NETWORKS = [
 ]
 
 
-@rotated("name rule optimizer storage", NETWORKS, EVERY_RULE, STEADY, STORAGES.values(), turns=3)
+@rotated("name rule optimizer storage", NETWORKS, EVERY_RULE, STEADY, STORAGES.values(), turns=5)
 def test_predicted_equals_measured_for_the_packages_networks(name, rule, optimizer, storage):
     shape, loss = ml.models.get(name).input_shape, ml.losses.LOSSES[ml.models.get(name).loss]
     make = STEADY[optimizer]

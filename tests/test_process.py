@@ -21,7 +21,7 @@ from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import models, resident
 from memdfa_lab.lab.resident import resident_peak
 from memdfa_lab.memory import crosscheck
-from memdfa_lab.memory.crosscheck import allocator_peak, allocator_trace, compare, cuda_peak, cuda_snapshot
+from memdfa_lab.memory.crosscheck import accelerator_peak, allocator_peak, allocator_trace, compare
 from memdfa_lab.memory.ledger import measure
 
 SGD = partial(torch.optim.SGD, lr=0.01)
@@ -170,22 +170,11 @@ def test_torchs_tracker_agrees_with_the_ledger_for_bp(network, optimizer):
     assert tracker.get_tracker_snapshot("peak")[x.device]["Total"] == trace.peak_bytes + trace.resting_bytes
 
 
-# -------------------------------------------------------------------------------------------------------------- CUDA
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu_cuda_is_refused(tmp_path):
-    for ask in (cuda_peak, partial(cuda_snapshot, tmp_path / "snapshot.pickle")):
-        with refuses(RuntimeError, "no CUDA device here", "allocator_peak"):
-            ask(lambda: None)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_peak_and_snapshot(tmp_path):
-    assert cuda_peak(lambda: torch.empty(1 << 20, dtype=torch.uint8, device="cuda")) == 1 << 20
-    cuda_snapshot(tmp_path / "snapshot.pickle", lambda: torch.empty(1 << 20, device="cuda"))
-    assert (tmp_path / "snapshot.pickle").stat().st_size > 0
+@pytest.mark.parametrize("kind", [None, "mps"])
+def test_where_no_accelerator_keeps_a_peak_that_is_said(kind, monkeypatch):
+    monkeypatch.setattr(crosscheck, "accelerator", lambda: kind)
+    with refuses(RuntimeError, f"{kind or 'no accelerator'} here keeps no peak", "allocator_peak"):
+        accelerator_peak(lambda: None)
 
 
 # ------------------------------------------------------------------------------------------------------ resident set

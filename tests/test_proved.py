@@ -34,7 +34,7 @@ h.cos() h.tan() h.sinh() h.cosh() h.tanh() h.asinh() h.atan() h.erf() h.erfc() p
 p.logit() h.sigmoid() h.sgn() h.sign() h.floor() h.ceil() h.round() h.trunc() h.frac() h.square() h.neg() h.sinc() h**3
 p**p 2**h h+h h-2*h h*h p/(p+1) h.atan2(p) torch.hypot(h,p) h.fmod(2) h.remainder(2) torch.maximum(h,p) h.fmin(p)
 h.clamp(-1,1) h.clamp_min(0) h.clamp(max=p) h.lerp(p,0.3) torch.addcmul(h,p,h) torch.addcdiv(h,h,p+1) h.logaddexp(p)
-h.where(m,p) torch.where(m,h,0.0) h.masked_fill(m,1.0) h.masked_fill(m,p.sum()) h.masked_select(m) h.nan_to_num()
+h.where(~m,p) torch.where(m,h,0.0) h.masked_fill(m,1.0) h.masked_fill(m,p.sum()) h.masked_select(m) h.nan_to_num()
 h.copysign(p) torch.frexp(h)[0] torch.ldexp(h,y[:,None]) h+torch._int_mm(h.to(torch.int8),s.to(torch.int8)) h.sum(1)
 h.mean(1) h.prod(1) h.prod() h.var(1) h.std(1) torch.var_mean(h,1)[1] h.norm() h.norm(dim=1) h.norm(1,dim=1)
 h.norm(3,dim=1) h.logsumexp(1) h.max() h.max(1)[0] h.min(1)[0] h.amax(1) h.amin(1) h.aminmax(dim=1)[0] h.median(1)[0]
@@ -64,7 +64,8 @@ F.fold(c.flatten(1)[:,:,None],2,2) F.pixel_shuffle(c.repeat(1,2,1,1),2) F.pad(h,
 F.pad(t,(1,1),"replicate") F.pad(t,(1,1),"circular") F.pad(c,(1,1,1,1),"reflect") F.pad(c,(1,1,1,1),"replicate")
 F.max_pool1d(t,2) F.max_pool2d(c,2) F.max_pool3d(c[:,None],2) F.avg_pool1d(t,2) F.avg_pool2d(c,2)
 F.avg_pool3d(c[:,None],2) F.lp_pool2d(c,2,2) F.adaptive_avg_pool1d(t,2) F.adaptive_avg_pool2d(c,1)
-F.adaptive_max_pool2d(c,1) F.adaptive_avg_pool3d(c[:,None],1) F.fractional_max_pool2d(c,1,1)
+F.adaptive_max_pool2d(c,1) F.adaptive_avg_pool3d(c[:,None],1) F.adaptive_avg_pool3d(c[:,None],2)
+F.fractional_max_pool2d(c,1,1)
 F.max_unpool2d(*F.max_pool2d(c,2,return_indices=True),2) F.interpolate(t,scale_factor=2)
 F.interpolate(t,scale_factor=2,mode="linear") F.interpolate(c,scale_factor=2)
 F.interpolate(c,scale_factor=2,mode="bilinear") F.interpolate(c,scale_factor=2,mode="bicubic")

@@ -13,9 +13,12 @@ import torch
 from reference import assert_identical
 
 import memdfa_lab as ml
+from memdfa_lab.core.distributions import DISTRIBUTIONS
+from memdfa_lab.core.rules import ALL_RULES
+from memdfa_lab.lab.example import example_step
 
 TEXT = (Path(__file__).parents[1] / "notebooks" / "book" / "recipes.rst").read_text()
-LOOP, LIGHTNING = map(textwrap.dedent, re.findall(r"code-block:: python\n\n((?:   .*\n|\n)+)", TEXT))
+LOOP, LIGHTNING, RANKS = map(textwrap.dedent, re.findall(r"code-block:: python\n\n((?:   .*\n|\n)+)", TEXT))
 
 
 def test_a_loop_of_ones_own_trains_with_loader_and_schedulers(tmp_path, monkeypatch):
@@ -28,6 +31,31 @@ def test_a_loop_of_ones_own_trains_with_loader_and_schedulers(tmp_path, monkeypa
     again = ml.MemDFA(copy.deepcopy(space["net"]), space["partial"](torch.optim.SGD, lr=0.05), precision="bfloat16")
     again.load_state_dict(torch.load("rule.pt", weights_only=True))
     assert_identical(again.state_dict(), rule.state_dict())
+    exec(RANKS, space)
+    assert len(space["history"].table) == 3
+
+
+def test_the_recipes_of_contributing_give_rules_a_distribution_and_a_network(monkeypatch):
+    for table in (ALL_RULES, DISTRIBUTIONS):  # what a recipe adds is taken away again
+        for name in ("even_dfa", "last_two", "signs"):
+            monkeypatch.setitem(table, name, None)
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    space = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, space)
+    assert space["history"].table["test_accuracy"].iloc[-1] > 0.5
+    _, e = space["rule"].error(torch.randn(4, 10), torch.arange(4))
+    assert torch.allclose(e.norm(dim=1), torch.full((4,), 0.25))
+    assert space["rule"].feedback.dense(0, 10, 64, like=e).unique().tolist() == pytest.approx([-(10**-0.5), 10**-0.5])
+    rule, *batch = example_step("last_two", "784-[16]x3-10", 8)
+    before = [p.clone() for p in rule.blocks.parameters()]
+    rule.step(*batch)
+    changed = [not torch.equal(p, old) for p, old in zip(rule.blocks.parameters(), before, strict=True)]
+    assert changed == [False] * 4 + [True] * 4
+    for name in ("even_dfa", "last_two"):
+        rule, x, y = example_step(name, "784-[16]x3-10", 8)
+        predicted = ml.experiments.profile(name, "784-[16]x3-10", 8)
+        assert ml.memory.measure(rule, x, y, warm_up=1).peak_bytes == predicted.peak_bytes
 
 
 @pytest.mark.slow

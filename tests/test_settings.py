@@ -16,13 +16,16 @@ OTHERS = {
     "drop_last": True, "augment": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce",
     "feedback": "shared",
     "distribution": "normal", "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
-    "clip_global_norm": 2.0, "precision": "bfloat16", "pass1": "int8", "feedback_lr": 0.01,
+    "clip_global_norm": 2.0, "precision": "bfloat16", "pass1": "int8", "feedback_lr": 0.01, "standardise": True,
+    "pack": "int8",
 }  # fmt: skip
+READOUTS = {"rule": "local_readout", "readout_positions": 2, "readout_similarity": 0.5}
 
 
 WRONG = {
     "epochs": [0, 1.5, True, "3"], "batch_size": [np.int64(0), [1]], "lr": [math.nan, math.inf, -0.5, "fast"],
     "weight_decay": [-0.1], "scale": [0, math.inf], "clip_norm": [0], "seed": [-1, 2**64],
+    "readout_positions": [0], "readout_similarity": [-0.1, 1.5],
     "device": [3], "root": [3], "rule": [None], "network": [3],
 }  # fmt: skip
 MISSPELT = {
@@ -30,6 +33,7 @@ MISSPELT = {
     "loss": ("mae", "mse"), "feedback": ("store", "stored"), "distribution": ("he_norml", "he_normal"),
     "initialisation": ("zeros", "zero"),
     "precision": ("bfloat", "bfloat16"), "pass1": ("int9", "int8"), "feedback_kind": ("share", "shared"),
+    "pack": ("int9", "int8"),
 }  # fmt: skip
 
 
@@ -45,6 +49,18 @@ def test_a_name_that_is_not_in_its_table_is_refused_with_the_nearest(name):
     given, nearest = MISSPELT[name]
     with refuses(ValueError, repr(given), f"did you mean {nearest!r}?"):
         RunSettings(**{name: given})
+
+
+def test_a_b_that_is_zero_must_learn():
+    assert RunSettings(distribution="zero", feedback_lr=0.1).completed().distribution == "zero"
+    with refuses(ValueError, "zero", "feedback_lr"):
+        RunSettings(distribution="zero")
+
+
+@pytest.mark.parametrize("name", ["readout_positions", "readout_similarity"])
+def test_what_a_readout_is_like_is_for_local_readout_alone(name):
+    with refuses(ValueError, name, "local_readout", "not for memdfa"):
+        RunSettings(**{name: 1})
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest():
@@ -92,11 +108,12 @@ def test_every_setting_is_an_option_of_train(monkeypatch, capsys, data):
     loaded = []
     monkeypatch.setattr(experiments, "train", train)
     monkeypatch.setattr(experiments, "load_for", lambda *arguments: loaded.append(arguments) or data)
-    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in OTHERS.items())
-    options = [text for name, value in pairs for text in ([name] if value is True else [name, str(value)])]
-    for arguments in (options, []):
-        assert cli.main(["train", *arguments]) == 130
-    assert OTHERS.keys() == RunSettings.model_fields.keys()
-    assert not any(getattr(RunSettings(), name) == value for name, value in OTHERS.items() if name != "device")
-    expected = RunSettings(**OTHERS), RunSettings()
+    for given in (OTHERS, READOUTS, {}):
+        pairs = ((f"--{name.replace('_', '-')}", value) for name, value in given.items())
+        options = [text for name, value in pairs for text in ([name] if value is True else [name, str(value)])]
+        assert cli.main(["train", *options]) == 130
+    assert OTHERS.keys() | READOUTS.keys() == RunSettings.model_fields.keys()
+    both = [*OTHERS.items(), *READOUTS.items()]
+    assert not any(getattr(RunSettings(), name) == value for name, value in both if name != "device")
+    expected = [RunSettings(**given) for given in (OTHERS, READOUTS, {})]
     assert runs == [(run, (run.network, run.dataset, run.root)) for run in expected]

@@ -29,7 +29,7 @@ MLP = BY_NAME["mlp_relu"]
 # -------------------------------------------------------------------------------------- what a step leaves alone
 
 
-@rotated("problem storage rule", params(), STORAGES, EVERY_RULE)
+@rotated("problem storage rule", params(), STORAGES, EVERY_RULE, turns=2)
 def test_a_step_leaves_the_batch_and_the_generators_alone_and_no_gradients_behind(problem, storage, rule):
     x, y, learner = problem.x, problem.y, make_rule(rule, problem, storage=storage)
     before = torch.get_rng_state(), random.getstate()

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BASELINES, BY_NAME, EVERY_RULE, OPTIMIZERS, Problem, make_rule, rotated
+from problems import AS_BP, BY_GRADIENT, BY_NAME, EVERY_RULE, OPTIMIZERS, Problem, make_rule, rotated
 from reference import assert_close, assert_identical, refuses_and_keeps, surrogate_gradients
 from torch import Tensor, nn
 
 import memdfa_lab as ml
 from memdfa_lab.memory import measure
 
-BP_LIKE = ["bp", *[name for name in BASELINES if name != "last_layer"]]
+BP_LIKE = ["bp", *AS_BP]
 PROBLEM = BY_NAME["mlp_tanh"] if "mlp_tanh" in BY_NAME else BY_NAME["mlp_relu"]
 
 
@@ -110,7 +110,7 @@ class Scaled(nn.Module):
         return F.cross_entropy(logits * self.scale + self.shift, y) + 0.1 * self.scale**2
 
 
-@rotated("rule optimizer", EVERY_RULE, ["sgd", "momentum", "adamw"], turns=1)
+@rotated("rule optimizer", BY_GRADIENT, ["sgd", "momentum", "adamw"], turns=1)
 def test_the_losss_own_parameters_learn_as_by_autograd_and_are_saved(rule, optimizer):
     factory, problem, ends = OPTIMIZERS[optimizer], BY_NAME["mlp_relu"], []
     for _ in range(2):

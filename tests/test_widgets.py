@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import sys
 
 import ipywidgets
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -28,7 +30,7 @@ def predicted(rule, *, depth, width, batch, inputs, classes, **net):
 
 def test_the_table_is_the_prediction():
     table = widgets.explore(**SMALL, feedback="stored", rules=tuple(widgets.ALL_RULES)).peaks.set_index("rule")
-    assert list(table.index) == [*ml.RULES, *ml.BASELINES]
+    assert list(table.index) == [*ml.RULES, *ml.BASELINES, *ml.LOCAL_RULES]
     for rule, row in table.iterrows():
         trace = predicted(rule, **SMALL)
         assert (row["peak_bytes"], row["resting_bytes"]) == (trace.peak_bytes, trace.resting_bytes)
@@ -73,7 +75,8 @@ def test_what_rests_can_be_drawn_below():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, CONVNET, {"optimizer": "adam", "feedback": "shared", "batch_norm": True, "depth": 1}]
+    "changes",
+    [{}, CONVNET, {"optimizer": "adam", "feedback": "shared", "batch_norm": True, "depth": 1}, {"feedback": "learned"}],
 )
 def test_the_line_of_code_gives_the_peaks(changes):
     found = widgets.explore(**SMALL | changes, rules=("dfa", "checkpoint"))
@@ -160,7 +163,7 @@ def test_the_step_figure_stacks_to_the_peak_on_one_scale():
     tops = [max(fill.get_datalim(axes.transData).y1 for fill in axes.collections) for axes in figure.axes]
     assert [round(top * figures.MIB) for top in tops] == list(found.peaks["peak_bytes"])
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", *["births and frees, in order"] * 2]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", *["time (events)"] * 2]
     assert len(widgets.explore(rules=("memdfa",)).steps_figure().axes) == 1
 
 
@@ -194,7 +197,7 @@ def test_each_control_changes_what_is_shown():
         "precision": "bfloat16",
         "family": "convnet",
     }
-    assert explorer.controls.keys() == changes.keys()
+    assert explorer.controls.keys() == {*changes, "model"}
     for name, value in changes.items():
         before = explorer.numbers.value, explorer.code.value, explorer.picture.value
         change(explorer, name, value)
@@ -211,6 +214,56 @@ def test_each_control_changes_what_is_shown():
         assert base64.b64decode(found[1]).startswith(b"\x89PNG")
         assert expected.summary() in found[2]
     assert "checkpoint" in explorer.code.value
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+def test_a_model_by_name_has_bars_and_no_depth():
+    setting = widgets.Setting(family="model", model="resnet18@3x32x32", batch=4, rules=("bp", "memdfa"), budget="1 GiB")
+    found = widgets.explore(setting, count_rest=True)
+    net = ml.models.build("torchvision.models:resnet18@3x32x32")
+    traces = {rule: ml.memory.predict(rule, net, (4, 3, 32, 32)) for rule in setting.rules}
+    assert list(found.peaks["peak_bytes"]) == [trace.peak_bytes for trace in traces.values()]
+    assert {rule: t.peak_bytes for rule, t in eval(setting.code, {"ml": ml}).items()} == {
+        rule: t.peak_bytes for rule, t in traces.items()
+    }
+    assert "deepest" not in found.table
+    for row in found.table.itertuples():
+        sizes = [memory.step_of(row.rule, setting, 1, row.largest_batch + more).held_bytes for more in (0, 1)]
+        assert sizes[0] <= 2**30 < sizes[1]
+    (axes,) = found.depth_figure().axes
+    ends = [max(bar.get_x() + bar.get_width() for bar in axes.patches if round(bar.get_y()) == row) for row in (0, 1)]
+    assert [round(end * figures.MIB) for end in ends] == list(found.peaks["held_bytes"])
+    assert found.html().count("<tr>") == 4  # two rules in two tables
+    assert "hidden layers" not in found.html() + found.summary()
+
+    explorer = ml.widgets.memory_explorer(setting)
+    explorer.finish()
+    for row in explorer.explored.table.itertuples():
+        assert f"<td>{row.largest_batch:,}</td>" in explorer.numbers.value
+    assert explorer.controls["depth"].disabled
+    assert not explorer.controls["model"].disabled
+    for name, said in {"resnet1": "did you mean &#x27;resnet18&#x27;", "googlenet": "a tensor to a tensor"}.items():
+        change(explorer, "model", name)
+        assert said in explorer.message.value
+        assert explorer.explored.setting == setting
+    change(explorer, "family", "mlp")
+    assert not explorer.message.value
+    assert not explorer.controls["depth"].disabled
+    assert explorer.controls["model"].disabled
+
+
+def test_a_torchvision_that_is_not_there_is_said_in_a_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(ValueError, match=r"cannot import torchvision\.models") as problem:
+        widgets.explore(family="model")
+    assert "\n" not in str(problem.value)
+
+
+def test_the_depth_slider_is_logarithmic():
+    depths = np.array(memory.DEPTHS)
+    steps = depths[4:] / depths[3:-1]
+    assert (depths[0], depths[-1]) == (1, 1000)
+    assert 1.1 < steps.min() < steps.max() < 1.3
 
 
 def test_the_peaks_come_first_and_what_fits_the_budget_last():
@@ -273,14 +326,14 @@ def test_a_drag_is_shown_once(monkeypatch):
 
     async def drag() -> None:
         explorer = ml.widgets.memory_explorer(**SMALL, rules=("memdfa",))
-        for depth in range(10, 20):
+        for depth in memory.DEPTHS[6:16]:
             explorer.controls["depth"].value = depth
             await asyncio.sleep(0)
         assert shown == [5]
-        assert explorer.explored.setting.depth == 19  # what is asked for is what the controls say
+        assert explorer.explored.setting.depth == 32  # what is asked for is what the controls say
 
     asyncio.run(drag())
-    assert shown == [5, 19]
+    assert shown == [5, 32]
 
 
 def test_a_change_takes_the_place_of_what_is_still_to_come():
@@ -294,3 +347,18 @@ def test_a_change_takes_the_place_of_what_is_still_to_come():
         return explorer.profiles.value
 
     assert ", 8 hidden layers" in asyncio.run(change_twice())
+
+
+def test_a_b_that_learns_is_drawn_for_all_rules_and_learns_where_it_can():
+    setting = widgets.Setting(depth=3, width=8, batch=4, feedback="learned")
+    fixed = setting.changed(feedback="stored")
+    B = {
+        rule: [s.predict(rule, 3).resting_by_category["feedback"] for s in (setting, fixed)]
+        for rule in ("fa", "memdfa")
+    }
+    assert B["fa"][0] == B["fa"][1]
+    assert B["memdfa"][0] > 2 * B["memdfa"][1]  # and its optimizer's state
+    exec(f"found = {setting.code}", space := {"ml": ml})
+    assert {rule: trace.peak_bytes for rule, trace in space["found"].items()} == {
+        rule: setting.predict(rule, 3).peak_bytes for rule in setting.rules
+    }

@@ -38,14 +38,20 @@ async def until(condition):
 # ------------------------------------------------------------------------------------------------ live training
 
 
-def test_a_race_is_plain_training():
+@pytest.mark.parametrize(
+    ("rules", "storage"),
+    [(tuple(ml.RULES), "stored"), (("dfa", "memdfa"), "learned"), (tuple(ml.LOCAL_RULES), "regenerated")],
+)
+def test_a_race_is_plain_training(rules, storage):
     data = ml.datasets.load("mnist5k").subset(200, 100)
-    race = ml.widgets.Race(data, layers=2, width=30, lr=0.02, batch=50, seed=3, every=4)
+    more = {"rules": rules, "storage": storage}
+    race = ml.widgets.Race(data, layers=2, width=30, lr=0.02, batch=50, seed=3, every=4, **more)
     for _ in range(8):  # two epochs
         race.advance()
-    for name, kind in ml.RULES.items():
+    for name in rules:
         net = ml.models.mlp(784, [30, 30], 10, seed=3)
-        alone = kind(net, partial(torch.optim.SGD, lr=0.02), feedback=ml.feedback.Stored(3))
+        B = ml.feedback.Learned(3, lr=0.01) if storage == "learned" else ml.feedback.Stored(3)
+        alone = {**ml.RULES, **ml.LOCAL_RULES}[name](net, partial(torch.optim.SGD, lr=0.02), feedback=B)
         history = ml.fit(alone, data, epochs=2, batch_size=50, seed=3, progress=False)
         ours = race.rules[name].blocks.state_dict()
         assert all(torch.equal(value, ours[key]) for key, value in alone.blocks.state_dict().items())
@@ -54,6 +60,8 @@ def test_a_race_is_plain_training():
         angles = ml.alignment.angles(alone, data.x_train, data.y_train)[:-1]
         assert row["angle_deg"] == pytest.approx(np.mean(angles), abs=1e-4)
     assert list(race.table["step"].unique()) == [0, 4, 8]
+    if "dfa" not in rules:
+        return
     memdfa, dfa = (race.table[race.table["rule"] == name].iloc[:, 1:].to_numpy() for name in ("memdfa", "dfa"))
     assert np.array_equal(memdfa, dfa)
 

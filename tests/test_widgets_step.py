@@ -21,7 +21,7 @@ def measured(rule, layers, optimizer):
     kind = {**ml.RULES, **ml.BASELINES}[rule]
     net = ml.models.mlp(784, [200] * layers, 10)
     made = kind(net, ml.experiments.OPTIMIZERS[optimizer], feedback=ml.feedback.Stored())
-    return ml.memory.measure(made, torch.randn(64, 784), torch.zeros(64, dtype=torch.long), warm_up=1)
+    return ml.memory.measure(made, torch.randn(512, 784), torch.zeros(512, dtype=torch.long), warm_up=1)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -68,7 +68,7 @@ def test_the_picture_shows_the_moment(at):
     svg = step.picture(films, at, 5)
     expected = {}
     for rule, moments in films.items():
-        label = ml.figures.STYLES[rule][0]
+        label = ml.figures.label(rule)
         moment = moments[min(at, len(moments) - 1)]
         for (block, category), held in moment.held.items():
             expected.setdefault((label, 5 if block is None else block), {})[category] = held
@@ -79,6 +79,17 @@ def test_the_picture_shows_the_moment(at):
     colours = set(re.findall(r"background:(#\w+)", svg))
     assert colours <= {color for color, _ in ml.figures.FILLS.values()}
     assert not re.search(r"[\s;']color:", svg)  # text has the theme's own
+
+
+def test_it_opens_at_the_first_rules_peak():
+    for rules in (tuple(ml.RULES), ("memdfa",)):
+        player = ml.widgets.step_player(rules=rules)
+        moments = step.film(rules[0], 5)
+        assert moments[player.time.value].total_bytes == max(moment.total_bytes for moment in moments) > 0
+        assert player.play.value == player.time.value  # a browser sets the slider to it
+        assert player.picture.value == step.picture(player.films, player.time.value, 6)
+    with pytest.raises(ValueError, match="no model by name"):
+        ml.widgets.step_player(family="model")
 
 
 def test_each_control_changes_the_picture():

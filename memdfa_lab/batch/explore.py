@@ -10,6 +10,7 @@ import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
         if browser:
             webbrowser.open(address)
 
-    with tempfile.TemporaryDirectory(prefix="memdfa-explore-") as folder:
+    # Windows removes no folder in which a kernel still is.
+    with tempfile.TemporaryDirectory(prefix="memdfa-explore-", ignore_cleanup_errors=True) as folder:
         shown = Path(folder, "explore.ipynb")
         nbformat.write(page(nbformat.read(notebooks_folder() / NOTEBOOK, as_version=4)), shown)
         options = [str(shown), "--template=memdfa", f"--port={chosen}", "--Voila.ip=127.0.0.1", f"--token={token}"]
@@ -61,22 +63,26 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
 
 
 def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return the notebook's explorers alone: without parameters, pictures for who has no kernel, and what follows."""
-    cells, after_picture = [], False
-    for cell in notebook.cells:
+    """Return a notebook of the explorers only: without parameters, exercises, and pictures of them."""
+    cells, before = [], None
+    for cell, after in zip_longest(notebook.cells, notebook.cells[1:]):
         if cell.source.startswith("## How it answers"):
             break
-        if cell.source.startswith("## Parameters"):
+        is_exercise = {"exercise", "solution"} & {*cell.metadata.get("tags", [])}
+        if is_exercise or cell.source.startswith(("## Parameters", "**Exercise ")):
             continue
         if cell.source.startswith("# "):  # the title and what it promises; links to other notebooks lead nowhere
             cell.source = "\n\n".join(cell.source.split("\n\n")[:2])
-        is_picture = cell.cell_type == "code" and any(
-            call in cell.source for call in ("report.figure(", "report.table(")
-        )
-        if not is_picture and not (after_picture and cell.source.startswith("*")):  # its caption
+        of_picture = cell.source.startswith("*") and (_is_picture(before) or _is_picture(after))  # its caption
+        if not _is_picture(cell) and not of_picture:
             cells.append(cell)
-        after_picture = is_picture
+        before = cell
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+
+
+def _is_picture(cell: Any) -> bool:
+    drawn = ("report.figure(", "report.table(")
+    return bool(cell) and cell.cell_type == "code" and any(call in cell.source for call in drawn)
 
 
 def _free(port: int | None) -> int:

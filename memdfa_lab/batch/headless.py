@@ -67,7 +67,7 @@ class HeadlessEngine(NBClientEngine):
         """Run the cells. Options: notebook_timeout, start_timeout, kernels, the kernel's folder and environment."""
         end = time.monotonic() + options.get("notebook_timeout", 3600)
         kernels = options.get("kernels", Kernels())
-        with tempfile.TemporaryDirectory(prefix="memdfa-") as place:
+        with tempfile.TemporaryDirectory(prefix="memdfa-", ignore_cleanup_errors=True) as place:
             socket = {"transport": "ipc", "ip": f"{place}/kernel"}  # without a place, in the working directory
             client: Any = PapermillNotebookClient(
                 nb_man,
@@ -113,7 +113,7 @@ def execute(
         papermill.execute_notebook(
             str(notebook),
             str(running),
-            parameters={"out": os.path.relpath(out, notebook.parent), **parameters},
+            parameters={"out": _seen_from(notebook.parent, out), **parameters},
             engine_name=ENGINE,
             kernel_name="python3",
             progress_bar=bar,
@@ -135,6 +135,14 @@ def execute(
     finally:
         begun = _keep(running, out / notebook.name)
     return f"cell {begun}: {error.splitlines()[0]}" if error else None
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    """Return a relative path, if there is one: on Windows there is none to another drive."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return str(path.absolute())
 
 
 def _keep(running: Path, executed: Path) -> int:

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 PATH_COMMENT = re.compile(r"(an? |the )?(path|folder|file)\b")
 
 
@@ -51,6 +53,14 @@ def resolved(parameters: dict[str, Any], comments: Mapping[str, str], folder: st
         return isinstance(value, str) and bool(PATH_COMMENT.match(comments.get(name, "")) or value.endswith(".npz"))
 
     return {k: os.path.join(folder, v) if is_path(k, v) else v for k, v in parameters.items()}
+
+
+def completed(threads: Iterable["Future[T]"]) -> Iterator["Future[T]"]:
+    """Yield each as it ends, as `concurrent.futures.as_completed` does, where Windows hears no Ctrl-C meanwhile."""
+    waiting = set(threads)
+    while waiting:
+        done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 def cores() -> int:

@@ -1,4 +1,4 @@
-"""What a notebook needs of its own: its parameters checked, its figures and tables kept, its versions printed."""
+"""A notebook's helpers: check its parameters, save its figures and tables, print versions."""
 
 import functools
 import operator
@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from pydantic import Field, create_model
 
+from memdfa_lab.core.devices import accelerator, module_of
 from memdfa_lab.lab.files import write_text
 from memdfa_lab.lab.settings import Checked, NameOf
 
@@ -45,15 +46,18 @@ class Report:
         return figures.picture(figure, alt)
 
     def table(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Write the table as csv, and return it."""
+        """Write the table as csv, and return it with each rule's name as people write it, in cells and columns."""
+        from memdfa_lab.figures import label
+
         if self.out is not None:
             write_text(self.out / f"{self.notebook}-{name}.csv", table.to_csv(index=False))
-        return table
+        return table.rename(columns=label).map(lambda value: label(value) if isinstance(value, str) else value)
 
     def finish(self, seeds: Sequence[int] = ()) -> None:
         """Print what the numbers above depend on: versions, device, threads, seeds, time."""
         print(versions())
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        kind = accelerator()
+        device = getattr(module_of(kind), "get_device_name", kind.upper)() if kind else "no GPU"
         print(f"{platform.machine()}, {torch.get_num_threads()} threads, {device}; seeds {list(seeds)}")
         print(f"{time.perf_counter() - self.started:.0f} s")
 

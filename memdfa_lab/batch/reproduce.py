@@ -1,4 +1,4 @@
-"""The numbered notebooks in one command: as many at a time as there are cores, in a folder where a cut run goes on."""
+"""The numbered notebooks in one command: as many at a time as there are cores, in a folder from which a run resumes."""
 
 import json
 import os
@@ -8,14 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import list2cmdline
 from typing import Any
 
 from tqdm import tqdm
 
 from memdfa_lab.batch.headless import Kernels, execute
-from memdfa_lab.batch.notebooks import cores, numbered, parameters_of, resolved, source_of
+from memdfa_lab.batch.notebooks import completed, cores, numbered, parameters_of, resolved, source_of
 from memdfa_lab.batch.page import write_index, write_page
 from memdfa_lab.batch.report import versions
 from memdfa_lab.core.checks import check_int, lookup
@@ -141,7 +142,7 @@ class _Run:
         with ThreadPoolExecutor(jobs) as pool:
             threads = [pool.submit(self.run_one, notebook, given[notebook.stem]) for notebook in todo]
             try:
-                for thread in as_completed(threads):
+                for thread in completed(threads):
                     thread.result()
             except BaseException as problem:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -149,7 +150,8 @@ class _Run:
                 pool.shutdown()
                 stopped = [name for name in self.names if self.records[name]["status"] == "interrupted"]
                 if stopped and isinstance(problem, KeyboardInterrupt):
-                    goes_on = f"memdfa reproduce --out {shlex.quote(str(self.asked))} goes on"
+                    quoted = shlex.quote if os.name == "posix" else lambda path: list2cmdline([path])
+                    goes_on = f"memdfa reproduce --out {quoted(str(self.asked))} goes on"
                     text = f"interrupted in {', '.join(stopped)}: what was finished is kept, {goes_on}"
                     raise KeyboardInterrupt(text) from None
                 raise

@@ -1,7 +1,7 @@
 """Many runs: one notebook or one training, a run for each combination of parameters, here or on a Dask cluster.
 
 Each run has a folder named by a hash of its settings and is a process of its own (`batch/sweep_run.py`), started by a
-thread of this process or by a Dask worker. What is finished is in its folder and not run again.
+thread of this process or by a Dask worker. A finished run is in its folder and is not run again.
 """
 
 import io
@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -20,11 +20,12 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from memdfa_lab.batch.notebooks import cores
+from memdfa_lab.batch.notebooks import completed, cores
 from memdfa_lab.batch.sweep_file import Sweep, read
 from memdfa_lab.batch.sweep_run import FAILED, STATE, is_done, is_running, load, read_json, work
+from memdfa_lab.core.checks import of_an_extra
 from memdfa_lab.lab import experiments
-from memdfa_lab.lab.files import locked, write_text, write_whole
+from memdfa_lab.lab.files import locked, read_csv, write_text, write_whole
 from memdfa_lab.lab.settings import RunSettings
 
 Submit = Callable[[str, str, int], "Future[str | None]"]
@@ -100,10 +101,8 @@ def _this_machine(jobs: int | None, threads: int) -> Iterator[Submit]:
 
 @contextmanager
 def _cluster(scheduler: str) -> Iterator[Submit]:
-    try:
+    with of_an_extra():
         from distributed import Client
-    except ImportError as problem:
-        raise ValueError("--scheduler needs Dask: pip install 'memdfa_lab[sweep]'") from problem
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler is reported in one line
     try:
         client = Client(scheduler, timeout=10, set_as_default=False)
@@ -120,7 +119,7 @@ def _follow(waiting: dict["Future[str | None]", str], sweep: Sweep, out: Path) -
     """Show what comes to its end, and return what failed, a line a run."""
     total, failed = len(sweep.runs), []
     with tqdm(total=total, initial=total - len(waiting), desc=out.name, unit="run", disable=None) as bar:
-        for number, future in enumerate(as_completed(waiting), total - len(waiting) + 1):
+        for number, future in enumerate(completed(waiting), total - len(waiting) + 1):
             if future.cancelled():
                 raise RuntimeError("the Dask scheduler is gone: what was finished is kept, the same command goes on")
             name, problem = waiting[future], future.exception()
@@ -154,7 +153,7 @@ def collect(out: str | Path) -> pd.DataFrame:
         return pd.DataFrame()
     text = pd.concat(tables).to_csv(index=False)
     write_text(out / "results.csv", text)
-    table = pd.read_csv(io.StringIO(text), dtype={"run": str}, low_memory=False)  # a column has one type
+    table = read_csv(io.StringIO(text), dtype={"run": str}, low_memory=False)  # a column has one type
     if find_spec("pyarrow"):
         write_whole(out / "results.parquet", lambda path: table.to_parquet(path, engine="pyarrow", index=False))
     figure = figures.sweep_summary(table, sweep.varied)
@@ -165,7 +164,7 @@ def collect(out: str | Path) -> pd.DataFrame:
 
 def _result(sweep: Sweep, out: Path, name: str) -> pd.DataFrame:
     """Return a run's result behind its name and parameters; a parameter with the name of a result is parameter_NAME."""
-    results = pd.read_csv(out / "runs" / name / sweep.result)
+    results = read_csv(out / "runs" / name / sweep.result)
     columns = {"run": name}
     for key, value in sweep.runs[name].items():
         text = json.dumps(value) if isinstance(value, (list, dict)) else value

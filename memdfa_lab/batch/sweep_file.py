@@ -1,4 +1,4 @@
-"""Sweep files: what is run, with which parameters. What could not be run is refused here, before anything is."""
+"""Sweep files: what is run, and with which parameters. Errors in a file are reported here, before anything runs."""
 
 import hashlib
 import itertools

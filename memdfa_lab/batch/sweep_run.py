@@ -1,10 +1,11 @@
-"""One run of a sweep: a process of its own, and the thread or Dask worker that starts it and looks after it.
+"""One run of a sweep: a process of its own, and the thread or Dask worker that starts and watches it.
 
 The process holds a lock in its folder, so that no two write there. It ends when the pipe that is its stdin breaks: when
 the sweep is interrupted, or when the process that started it is gone, however that happened. The kernel of its notebook
 ends with it. `done.json` is written last: without it, nothing in the folder counts.
 """
 
+import _thread
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from memdfa_lab.lab.settings import RunSettings
 
 STATE, LOCK, LOG, DONE, FAILED = "sweep.json", ".lock", "log.txt", "done.json", "failed.json"
 INTERRUPTED = 130
+KILLED = -getattr(signal, "SIGKILL", 9)  # the status of a process that the system killed; Windows has no such signal
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -73,7 +75,7 @@ def lifeline() -> int:
 
 
 def work(out: str, name: str, retries: int, stdin: int | None = None) -> str | None:
-    """Do a run in a process of its own, and again if it fails.
+    """Do a run in a process of its own, and repeat it if it fails.
 
     Args:
         out: The folder of the sweep, with sweep.json.
@@ -91,7 +93,7 @@ def work(out: str, name: str, retries: int, stdin: int | None = None) -> str | N
     command = [sys.executable, "-m", "memdfa_lab.batch.sweep_run", out, name]
     for _ in range(1 + retries):
         (folder / FAILED).unlink(missing_ok=True)
-        with (folder / LOG).open("a") as log:
+        with (folder / LOG).open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 command,
                 stdin=lifeline() if stdin is None else stdin,
@@ -105,7 +107,7 @@ def work(out: str, name: str, retries: int, stdin: int | None = None) -> str | N
             return "interrupted" if status else None
     failed = read_json(folder / FAILED)
     if failed is None:
-        memory = ", which often means that memory ran out" if status == -signal.SIGKILL else ""
+        memory = ", which often means that memory ran out" if status == KILLED else ""
         failed = {"error": f"its process ended with status {status}{memory}"}
         write_text(folder / FAILED, json.dumps(failed))
     return str(failed["error"])
@@ -142,7 +144,10 @@ def main(out: str, name: str) -> int:
 def _end_with_stdin() -> None:
     while os.read(0, 1):
         pass
-    os.kill(os.getpid(), signal.SIGINT)  # training keeps a checkpoint, a kernel is shut down
+    if os.name == "posix":
+        os.kill(os.getpid(), signal.SIGINT)  # training keeps a checkpoint, a kernel is shut down
+    else:
+        _thread.interrupt_main()
     time.sleep(10)
     os._exit(INTERRUPTED)
 

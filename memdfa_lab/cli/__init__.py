@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memdfa_lab.cli import bench, explore, profile, reproduce, sweep, train
 from memdfa_lab.cli.command import INTERRUPTED, Parser
+from memdfa_lab.core.checks import of_an_extra
 
 COMMANDS = (train, reproduce, profile, bench, sweep, explore)
 PACKAGE = Path(__file__).parents[1]
@@ -21,9 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error that the package or the system reports is shown in one line. Any other is a fault in the package, or in
     what it calls, and is shown with its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of signs that a Windows console does not have
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with of_an_extra():
+            options.run(options)
     except KeyboardInterrupt as stop:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only spoil the way out

@@ -15,8 +15,10 @@ from memdfa_lab.cli.command import (
     add_rules,
     add_settings,
     chosen_rules,
+    given,
     named_network,
 )
+from memdfa_lab.core.devices import check_device
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.precision import PASS1
 from memdfa_lab.core.rules import ALL_RULES
@@ -38,17 +40,18 @@ def add_to(commands: Any) -> None:
         "  memdfa bench --network '784-[800]x32-10' --batch 128 --rules bp memdfa --rounds 21 --out bench\n"
         "  memdfa bench --network mnist_conv --rules memdfa --precision bfloat16  # each without and with it\n"
         "  memdfa bench --rules memdfa --pass1 bfloat16 int8 --threads 1 all --quiet\n"
-        "  memdfa bench --network liao_cifar --frontier --out frontier\n"
+        "  memdfa bench --network liao_cifar --frontier --pass1 bfloat16 --out frontier\n"
+        "  memdfa bench --device cuda\n"
         "  memdfa bench --model my_nets:small --input 3x32x32    # def small() in my_nets.py, here\n",
     )
-    add_rules(command, "--rules", ["all"], "the four rules and the baselines")
+    add_rules(command, "--rules", ["all"], "the four rules, the baselines, and those of one pass")
     add = command.add_argument
     add("--network", nargs="+", metavar="NAME", default=list(NETWORKS), help=f"default: {', '.join(NETWORKS)}")
     add_model(command)
     add("--batch", type=int, help="batch size; default: 128, 2048, 512, 100, 100, 32 for these, else 128")
     add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help="one or more; default: regenerated")
     add("--frontier", action="store_true", help="instead of the rules: MEM-DFA's keep_bytes beside checkpointing")
-    add_settings(command, *OPTIONS)
+    add_settings(command, *OPTIONS, "device")
     add("--pass1", nargs="+", choices=list(PASS1), default=[], help="one or more, each beside an exact one")
     add(
         "--threads", nargs="+", type=_threads, metavar="N", default=[None], help="as many, or all; default: torch's own"
@@ -59,11 +62,12 @@ def add_to(commands: Any) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    more = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
-    if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1 or more or options.pass1):
+    more = given(options, OPTIONS)
+    if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1 or more):
         raise ValueError(
             "--frontier has rules and options of its own, one kind of feedback: leave out --frontier, or these"
         )
+    check_device(options.device)
     named, tables = named_network(options), []
     networks = [named] if isinstance(named, str) else named
     for network in networks:
@@ -74,15 +78,15 @@ def _bench(options: argparse.Namespace) -> None:
     for network, threads in itertools.product(networks, options.threads):
         batch = NETWORKS.get(network, 128) if options.batch is None else options.batch
         if options.frontier:
-            against = frontier(network, batch, options.feedback[0])
+            against = frontier(network, batch, options.feedback[0], passes=options.pass1)
         else:
             against = contenders(rules, options.feedback, more, options.pass1)
         if options.quiet and not wait_until_quiet():
             print("others still use the processors: timing all the same", file=sys.stderr)
-        tables.append(bench(network, batch, against, rounds=options.rounds, threads=threads))
+        tables.append(bench(network, batch, against, rounds=options.rounds, threads=threads, device=options.device))
         first = tables[-1].iloc[0]
         if len(tables) == 1:
-            print(f"torch {first['torch']}, {options.rounds} rounds, in turns")
+            print(f"torch {first['torch']} on {options.device}, {options.rounds} rounds, in turns")
         title = f"{network}, batch {batch}, {first['threads']} threads"
         print(f"\n{title}: seconds a step and ratio to BP (median, quartiles), peak above rest")
         shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)[[*SHOWN, "peak_mib"]]

@@ -1,12 +1,12 @@
-"""What all commands have: errors in one line, and options from the table of settings."""
+"""What all commands share: errors in one line, and options from the table of settings."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab.settings import RunSettings, setting
 
-RULE_OPTIONS = ("precision", "pass1", "clip_global_norm")
 INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
@@ -48,15 +48,9 @@ def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
         )
 
 
-def add_rule_options(command: Parser) -> None:
-    """Add the options that `rule_options` reads."""
-    add_settings(command, *RULE_OPTIONS)
-
-
-def rule_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return those of the options of `add_rule_options` that were given, as a rule takes them."""
-    given = {name: getattr(options, name) for name in RULE_OPTIONS}
-    return {name: value for name, value in given.items() if value is not None}
+def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return those of these options that were given, by name."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def add_rules(command: Parser, name: str, default: list[str], all_of: str) -> None:

@@ -10,17 +10,19 @@ from memdfa_lab import memory
 from memdfa_lab.cli.command import (
     add_command,
     add_model,
-    add_rule_options,
     add_rules,
     add_settings,
     chosen_rules,
+    given,
     named_network,
-    rule_options,
 )
+from memdfa_lab.core.devices import CPU, check_device
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import experiments
 from memdfa_lab.lab.files import write_text
+
+RULE_OPTIONS = ("precision", "pass1", "clip_global_norm")
 
 
 def add_to(commands: Any) -> None:
@@ -37,8 +39,8 @@ def add_to(commands: Any) -> None:
         command, "network", "optimizer", "feedback", network="long_fc", optimizer="sgd", feedback="regenerated"
     )
     add_model(command)
-    add_rules(command, "--rules", list(RULES), "the four rules and the baselines")
-    add_rule_options(command)
+    add_rules(command, "--rules", list(RULES), "the four rules, the baselines, and those of one pass")
+    add_settings(command, *RULE_OPTIONS, "device")
     add = command.add_argument
     add("--batch", type=int, default=128, help="batch size; default: 128")
     add("--predict", action="store_true", help="do not run the step: any size, in seconds")
@@ -50,12 +52,15 @@ def add_to(commands: Any) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
-    network, set_to = named_network(options), rule_options(options)
+    network, set_to = named_network(options), given(options, RULE_OPTIONS)
     how = (options.optimizer, KINDS[options.feedback](grid=options.grid))
     budget = memory.bytes_of(options.budget) if options.budget else None
     rules, measured = chosen_rules(options.rules, list(ALL_RULES)), not options.predict and budget is None
+    if check_device(options.device) != CPU and not measured:
+        raise ValueError("--device is for a step that is run: leave it out with --predict and --budget")
     traces = {
-        rule: experiments.profile(rule, network, options.batch, *how, measured=measured, **set_to) for rule in rules
+        rule: experiments.profile(rule, network, options.batch, *how, measured, device=options.device, **set_to)
+        for rule in rules
     }
     rows = [
         {"rule": rule, "peak": trace.peak_bytes, **trace.peak_by_category, "at rest": trace.resting_bytes}
@@ -83,5 +88,5 @@ def _profile(options: argparse.Namespace) -> None:
     if options.plot:
         from memdfa_lab import figures  # not above: plotting takes a while to import
 
-        labels = {figures.STYLES[rule][0]: trace.timeline for rule, trace in traces.items()}
+        labels = {figures.label(rule): trace.timeline for rule, trace in traces.items()}
         figures.save(figures.memory_profiles(labels), options.plot)

@@ -38,10 +38,10 @@ def add_to(commands: Any) -> None:
 def _seconds(text: str) -> float:
     """Read a time such as 2h, 90m, 1h30m or 45s."""
     try:
-        seconds = float(pd.Timedelta(text).total_seconds())
+        seconds = float(pd.Timedelta(text).total_seconds()) if text[-1:].isalpha() else math.nan
     except ValueError:
         seconds = math.nan
-    if not seconds > 0:  # "" is no time, either
+    if not seconds > 0:  # "" and a number without a unit are no times, either
         raise argparse.ArgumentTypeError(f"a time is given as 2h, 90m or 1h30m, got {text!r}")
     return seconds
 

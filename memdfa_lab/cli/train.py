@@ -18,6 +18,7 @@ from memdfa_lab.cli.command import (
     named_network,
 )
 from memdfa_lab.lab import distributed, experiments
+from memdfa_lab.lab.files import file_name
 from memdfa_lab.lab.offload import Disk, Host
 from memdfa_lab.lab.settings import RunSettings
 from memdfa_lab.memory.trace import readable
@@ -70,7 +71,8 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
         raise ValueError("--offload is for --rule memdfa in one process on the CPU; to begin anew, delete the folder")
     with group.first_rank_first():  # one rank downloads, the others find the files
         data = experiments.load_for(options.network, options.dataset, options.root)
-    out = options.out or Path("reports/runs") / f"{options.network}-{data.name}-seed{options.seed}"
+    name = f"{options.network}-{data.name}-seed{options.seed}"  # layers as text have signs of all kinds
+    out = options.out or Path("reports/runs") / file_name(name)
     how = {"overwrite": options.overwrite, "group": group, "sync_batchnorm": options.sync_batchnorm}
     rows = []
     for run in runs:

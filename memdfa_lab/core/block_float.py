@@ -5,8 +5,10 @@ sign included, and k the same for the whole row. A product of two such matrices 
 of two for each row and column.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,20 +21,21 @@ from memdfa_lab.core.compat import int8_product
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.core.signal import SMALL_BYTES, split
 
-ROUNDING = {"nearest": torch.round, "stochastic": torch.floor}  # the second, of a number plus one between 0 and 1
-LEAST_EXPONENT = -100  # a row of smaller numbers is zeros
+ROUNDING = {"nearest": Tensor.round_, "stochastic": Tensor.floor_}  # stochastic: floor(number + uniform noise)
+LARGE_BYTES = {torch.bfloat16: 2**20, torch.int8: 2**21}  # weights up to this size are faster narrowed in one piece
+LEAST_EXPONENT = -100  # a row whose largest number is below 2**-100 becomes zeros
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 @dataclass(frozen=True)
 class BlockFloat:
-    """A format with `bits` bits a number, the sign included, and one power of two a row: an example, or a filter.
+    """A number format: `bits` bits a number, the sign included, and one power of two a row (an example, or a filter).
 
-    `rounding`: "nearest", or "stochastic", which is right on average; `seed` is that of the latter. As pass 1 of a
-    rule, linear layers and convolutions multiply such numbers, and all else is in the weights' precision. The products
-    are computed in float32: this is for experiments, and saves no time.
+    `rounding`: "nearest", or "stochastic", which is unbiased; `seed` seeds the stochastic rounding. As `pass1` of a
+    rule, linear layers and convolutions multiply numbers of this format, and everything else runs in the weights'
+    precision. The products are computed in float32: the format is for experiments, and saves no time.
 
-    Raises ValueError for less than 2 bits or more than 24, another rounding, and a seed that is none.
+    Raises ValueError for fewer than 2 bits or more than 24, an unknown rounding, and a seed outside 0 to 2**64 - 1.
     """
 
     bits: int = 8
@@ -44,25 +47,31 @@ class BlockFloat:
         lookup("rounding", self.rounding, ROUNDING)
         check_int("seed", self.seed, 0, LARGEST_SEED)
 
-    def parts(self, t: Tensor, dtype: torch.dtype, noise: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the whole numbers of t (rows, ...) as `dtype`, and the power of two of each row, (rows, 1, ...).
-
-        `noise` returns the numbers between 0 and 1 that stochastic rounding adds. A row that is not finite has NaN
-        as its power.
-        """
-        rows = t.flatten(1)
-        largest = torch.maximum(rows.amax(1), rows.amin(1).neg_()).float()
+    def power(self, t: Tensor) -> Tensor:
+        """Return the power of two of each row of t (rows, ...): (rows, 1, ...). It is NaN if the row is not finite."""
+        rows = tuple(range(1, t.dim()))
+        largest = torch.maximum(t.amax(rows, keepdim=True), t.amin(rows, keepdim=True).neg_()).float()
         exponent = torch.frexp(largest).exponent.clamp_(min=LEAST_EXPONENT).sub_(self.bits - 1)
-        power = torch.ldexp(torch.ones_like(largest), exponent) + (largest - largest)
-        shrink, most = power.reciprocal().unsqueeze(1), 2 ** (self.bits - 1) - 1
-        whole = torch.empty_like(rows, dtype=dtype)
-        for part in split(len(rows), 16, SMALL_BYTES / (4 * rows.shape[1])):  # so that little is in memory besides
-            scaled = rows[part] * shrink[part]
+        return torch.ldexp(torch.ones_like(largest), exponent) + (largest - largest)
+
+    def parts(
+        self, t: Tensor, dtype: torch.dtype, noise: Callable[[Tensor], Tensor] = torch.rand_like, pieces: int = 16
+    ) -> tuple[Tensor, Tensor]:
+        """Return the whole numbers of t (rows, ...) as `dtype`, in t's layout, and the power of two of each row.
+
+        `noise` returns the numbers between 0 and 1 that stochastic rounding adds. The rows are converted in `pieces`,
+        so that little memory is needed besides the result.
+        """
+        power = self.power(t)
+        shrink, most = power.reciprocal(), 2 ** (self.bits - 1) - 1
+        whole = torch.empty_like(t, dtype=dtype)
+        for part in split(len(t), pieces, SMALL_BYTES / (4 * math.prod(t.shape[1:]))):
+            scaled = t[part] * shrink[part]
             if self.rounding == "stochastic":
                 scaled += noise(scaled)
             whole[part] = ROUNDING[self.rounding](scaled).clamp_(-most, most)
             del scaled
-        return whole.view(t.shape), power.view(-1, *[1] * (t.dim() - 1))
+        return whole, power
 
     def rounded(self, t: Tensor, noise: Callable[[Tensor], Tensor] = torch.rand_like) -> Tensor:
         """Return the nearest numbers of this format to t, in float32."""
@@ -71,43 +80,54 @@ class BlockFloat:
 
 
 class Products(TorchFunctionMode):
-    """Within it, linear layers and convolutions multiply numbers of a format.
+    """A mode within which linear layers multiply numbers of `kind`: bfloat16, int8, or a BlockFloat.
 
-    `integers`: linear layers multiply int8 as such, and convolutions are left as they are. `key` is a number from which
-    stochastic rounding draws.
+    With a BlockFloat, convolutions do so too. bfloat16 and int8 are used within an autocast to bfloat16. A large
+    weight, of more numbers than the input, is narrowed a quarter at a time: little of the copy is in memory at once.
+    `key` seeds stochastic rounding, together with the seed of the BlockFloat.
     """
 
-    def __init__(self, numbers: BlockFloat, integers: bool, key: int):
+    def __init__(self, kind: torch.dtype | BlockFloat, key: int = 0):
         super().__init__()
-        self.numbers, self.integers = numbers, integers
+        self.kind = kind
         self.generator: torch.Generator | None = None
-        if numbers.rounding == "stochastic":
-            self.generator = torch.Generator().manual_seed(hash((numbers.seed, key)) % LARGEST_SEED)
+        if isinstance(kind, BlockFloat) and kind.rounding == "stochastic":
+            self.generator = torch.Generator().manual_seed(hash((kind.seed, key)) % LARGEST_SEED)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
-            return self._linear(*args, **kwargs)
-        if func in CONVOLUTIONS and not self.integers:
-            return self._convolution(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        if isinstance(self.kind, BlockFloat) and func in (F.linear, *CONVOLUTIONS):
+            return self._emulated(self.kind, func, *args, **kwargs)
+        return _linear(self.kind, *args, **kwargs) if func is F.linear else func(*args, **kwargs)
 
     def _noise(self, t: Tensor) -> Tensor:
         drawn = torch.empty(t.shape, dtype=t.dtype, device="cpu").uniform_(generator=self.generator)
         return drawn.to(t.device)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self.integers:
-            return F.linear(self.numbers.rounded(input, self._noise), self.numbers.rounded(weight, self._noise), bias)
-        rows = input.reshape(-1, input.shape[-1])
-        h, h_power = self.numbers.parts(rows, torch.int8, self._noise)
-        W, W_power = self.numbers.parts(weight, torch.int8, self._noise)
-        sums = int8_product(h, W.t())
-        del h, W
-        out = sums.view(torch.float32).copy_(sums).mul_(h_power).mul_(W_power.view(-1))  # in the memory of the sums
-        return (out if bias is None else out.add_(bias)).view(*input.shape[:-1], -1)
+    def _emulated(
+        self, numbers: BlockFloat, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        out: Tensor = func(numbers.rounded(input, self._noise), numbers.rounded(weight, self._noise), *args, **kwargs)
+        return out
 
-    def _convolution(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return func(
-            self.numbers.rounded(input, self._noise), self.numbers.rounded(weight, self._noise), *args, **kwargs
-        )
+
+def _linear(kind: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = input.reshape(-1, input.shape[-1])
+    if kind is torch.bfloat16:
+        product, dtype = partial(F.linear, rows.bfloat16()), torch.bfloat16
+    else:
+        product, dtype = partial(_int8, *BlockFloat(8).parts(rows, torch.int8)), torch.float32
+    if weight.numel() <= max(rows.numel(), LARGE_BYTES[kind] / kind.itemsize):
+        return product(weight, bias).view(*input.shape[:-1], -1)
+    out = rows.new_empty(len(rows), len(weight), dtype=dtype)
+    for part in split(len(weight), 4, 1, 16):
+        out[:, part] = product(weight[part], None if bias is None else bias[part])
+    return out.view(*input.shape[:-1], -1)
+
+
+def _int8(h: Tensor, h_power: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    W, W_power = BlockFloat(8).parts(weight, torch.int8)
+    sums = int8_product(h, W.t())
+    del W
+    out = sums.view(torch.float32).copy_(sums).mul_(h_power).mul_(W_power.view(-1))  # in the memory of the sums
+    return out if bias is None else out.add_(bias)

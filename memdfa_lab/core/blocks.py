@@ -16,18 +16,19 @@ def as_blocks(
 ) -> nn.Sequential:
     """Return the model's own modules, grouped into blocks that are cut before each weight layer.
 
-    An `nn.Sequential`, or a list of modules, is opened, also one inside another. Any module in it is taken whole, so
-    that a residual unit (or a group of layers that you want to keep together) is one block. What stands before the
-    first weight layer belongs to the first block. The blocks hold the modules of `model`: nothing is copied, renamed or
-    moved. Blocks of blocks are the same blocks.
+    An `nn.Sequential` or a list of modules is opened, and so are those nested inside it. Any other module in it stays
+    whole, so that a residual unit (or a group of layers that you want to keep together) is one block. Modules before
+    the first weight layer belong to the first block. The blocks hold the modules of `model`: nothing is copied, renamed
+    or moved. Cutting a model that is already cut returns the same blocks.
 
-    Another model is traced by torch.fx, and cut between two weight layers where one tensor is all that is needed later.
-    `cut`: names of its modules; a block begins with each of them, and nowhere else. `granularity`: "unit" keeps each
-    module of an nn.Sequential or nn.ModuleList whole, "layer" opens these, also in an nn.Sequential. torch.fx does not
-    notice what `forward` asks by `is`, such as `x.dtype is torch.long`: a rule's first step compares with the model.
+    Any other model is traced by torch.fx, and cut between two weight layers where the rest needs one tensor only.
+    `cut`: names of its modules; a block begins at each of them, and nowhere else. `granularity`: "unit" keeps each
+    module of an nn.Sequential or nn.ModuleList whole; "layer" opens these modules, also those of an nn.Sequential.
+    torch.fx does not record a test by `is`, such as `x.dtype is torch.long`, so a rule's first step compares the
+    blocks' output with the model's.
 
-    Raises TypeError if the model cannot be traced, or holds numbers that are not real; ValueError if it has no
-    weight layer, hooks of its own, or nothing that can be trained, or if two blocks share a parameter or a buffer.
+    Raises TypeError if the model cannot be traced, or holds complex numbers; ValueError if it has no weight layer, has
+    hooks of its own, or has nothing that can be trained, or if two blocks share a parameter or a buffer.
     """
     if isinstance(model, nn.Module) and has_hooks(model):
         raise ValueError("the model has hooks, and only its parts are called: move the hooks to the parts")
@@ -88,7 +89,7 @@ def run_block(block: nn.Module, h: Tensor) -> Tensor:
 
 
 def forget_casts() -> None:
-    """Drop the casts of weights that autocast keeps until its context ends: all blocks', and older than an update."""
+    """Drop autocast's cached casts of weights: they would grow with depth, and be older than the last update."""
     if autocast_is_on():
         torch.clear_autocast_cache()
 
@@ -112,7 +113,7 @@ def _chain(model: nn.Module | Iterable[nn.Module]) -> Iterator[nn.Module]:
                 f"{type(module).__name__} does not map one tensor to one tensor of real numbers: wrap it in a module "
                 "that does, or leave it out"
             )
-        if _is_chain(module) and not has_hooks(module):  # a module that is opened is not called: its hooks would not be
+        if _is_chain(module) and not has_hooks(module):  # an opened module is not called: its hooks would not run
             yield from _chain(module)
         else:
             yield module
@@ -145,4 +146,4 @@ def _refuse_sharing(blocks: nn.Sequential) -> None:
 def _identities(tensor: Tensor) -> Iterator[int]:
     yield id(tensor)
     if tensor.numel() and type(tensor) in (Tensor, nn.Parameter) and has_data(tensor):
-        yield -tensor.data_ptr()  # two parameters over one memory; negative, so that it is no id
+        yield -tensor.data_ptr()  # finds two parameters over one memory; negative, so that it equals no id

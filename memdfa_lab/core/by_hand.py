@@ -1,12 +1,12 @@
 """Block gradients by hand, in less memory than autograd: a weight layer, then BatchNorm, activations and pooling.
 
-- A dense block learns some outputs at a time: their signal is formed, multiplied by the slope and used. What plain SGD
-  would do to the weight is done in place, without memory for dW.
-- A convolutional block runs and learns some examples at a time, and sums dW over them. What lies between h_{i-1} and
-  h_i, from the convolution's output to the pooling's indices, exists for these alone. All that remains is h_{i-1}, h_i
-  and dW.
+- A dense block learns some outputs at a time: their signal is formed, multiplied by the slope and used. The update of
+  plain SGD is made in place, without memory for dW.
+- A convolutional block runs and learns some examples at a time, and sums dW over them. The tensors between h_{i-1} and
+  h_i, from the convolution's output to the pooling's indices, exist for these examples only. What remains in memory is
+  h_{i-1}, h_i and dW.
 
-BatchNorm mixes the examples, so a convolutional block with it runs on the whole batch at once.
+BatchNorm mixes the examples of a batch, so a convolutional block with BatchNorm runs on the whole batch at once.
 """
 
 from collections import deque
@@ -20,17 +20,19 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import parts_of
 from memdfa_lab.core.compat import aten, autocast_is_on, has_global_hooks, has_hooks, has_step_hooks
-from memdfa_lab.core.layers import LAYERS, NORMS, VIEWS, Backward, gradient_of, run
+from memdfa_lab.core.layers import LAYERS, NORMS, VIEWS, Backward, Hold, as_it_is, gradient_of, run
 from memdfa_lab.core.phases import label
 from memdfa_lab.core.signal import SMALL_BYTES, Signal, split
 
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Optimizer = torch.optim.Optimizer | None
-Ran = tuple[Tensor, Tensor, list[Backward]]  # input, output, ways back
+Ran = tuple[Tensor, Tensor, list[Backward]]  # input, output, backward functions
 
 
-def block_gradient(block: nn.Module, h: Tensor, during: AbstractContextManager[Any]) -> "ByHand | None":
-    """Return the gradient of a block on h (N, ...), or None if only autograd can do it."""
+def block_gradient(
+    block: nn.Module, h: Tensor, during: AbstractContextManager[Any], make: "Callable[..., ByHand] | None" = None
+) -> "ByHand | None":
+    """Return the gradient of a block on h (N, ...), or None if only autograd can form it. `make` makes a ByHand."""
     parts = parts_of(block)
     at = next((i for i, part in enumerate(parts) if type(part) not in VIEWS), 0)
     weight: Any = parts[at]
@@ -41,11 +43,13 @@ def block_gradient(block: nn.Module, h: Tensor, during: AbstractContextManager[A
         return None
     for view in parts[:at]:
         h = view(h)
-    return ByHand(weight, layers, h, during) if h.dim() == weight.weight.dim() else None
+    return (make or ByHand)(weight, layers, h, during) if h.dim() == weight.weight.dim() else None
 
 
 class ByHand:
     """`local.BlockGradient` in parts of the batch; a part is in memory from its forward pass to its gradient."""
+
+    hold: Hold = staticmethod(as_it_is)
 
     def __init__(self, weight: Any, layers: list[nn.Module], h: Tensor, during: AbstractContextManager[Any]):
         self.weight, self.layers, self.h, self.during = weight, layers, h, during
@@ -62,7 +66,7 @@ class ByHand:
 
     def learn(self, signal: Signal, in_place_sgd: Optimizer = None) -> None:
         self.begin()
-        signal = signal.cast(self.out.dtype)
+        signal = signal.cast(self.weight.weight.dtype)
         for part in self.parts:
             ran = self.kept.popleft() if self.kept else self._run(part)
             if len(self.parts) > 1:
@@ -80,7 +84,7 @@ class ByHand:
         """Run the block on these examples; `self.out` is the whole batch's output once the last part has run."""
         with torch.no_grad(), self.during:
             h = self.laid_out(self.h if len(self.parts) == 1 else self.h[part])
-            out, ways_back = run(self.layers, self.weight(h))
+            out, ways_back = run(self.layers, self.weight(h), self.hold)
             if len(self.parts) == 1:
                 self.out = out
                 return h, out, ways_back
@@ -88,7 +92,7 @@ class ByHand:
                 strides = (out[0].numel(), *out.stride()[1:])
                 self.out = out.new_empty_strided((len(self.h), *out.shape[1:]), strides)
             self.out[part] = out
-            out.data = self.out[part]  # the ways back read it there, and the part's own is freed
+            out.data = self.out[part]  # the backward functions read it there; the part's own memory is freed
             return h, out, ways_back
 
     def _learn(self, h: Tensor, out: Tensor, ways_back: list[Backward], signal: Signal, sgd: Optimizer) -> None:
@@ -103,7 +107,7 @@ class ByHand:
 
 
 def _can_be_done(weight: Any, layers: list[nn.Module]) -> bool:
-    """Tell whether the ways back of all these layers are known, and right for their settings."""
+    """Tell whether the backward functions of all these layers are known, and valid for their settings."""
     if type(weight) not in WEIGHTS or any(type(layer) not in LAYERS for layer in layers):
         return False
     if any(isinstance(layer, nn.LeakyReLU) and layer.negative_slope < 0 for layer in layers):
@@ -113,7 +117,7 @@ def _can_be_done(weight: Any, layers: list[nn.Module]) -> bool:
 
 
 def _pads_alike(weight: Any) -> bool:
-    """Tell whether a convolution pads with zeros, as many on either side; a dense layer does not pad."""
+    """Tell whether a convolution pads with equally many zeros on both sides; True for a dense layer."""
     if isinstance(weight, nn.Linear):
         return True
     odd = any(d * (k - 1) % 2 for d, k in zip(weight.dilation, weight.kernel_size, strict=True))
@@ -121,23 +125,28 @@ def _pads_alike(weight: Any) -> bool:
 
 
 def _parts(weight: Any, layers: Iterable[nn.Module], h: Tensor) -> list[slice]:
-    """Return eighths of the batch for a convolution, none of which puts out fewer numbers than the filters have.
+    """Return eighths of the batch for a convolution, or quarters where the output of an eighth is small.
 
-    Each part costs a pass over dW, and copies of the filters in oneDNN.
+    The output of each part has at least as many numbers as the filters. Each part costs calls of torch, a pass over
+    dW, and copies of the filters in oneDNN.
     """
     if isinstance(weight, nn.Linear) or any(type(layer) in NORMS for layer in layers):
         return [slice(0, len(h))]
     outputs = max(1, h[0, 0].numel() // prod(weight.stride)) * weight.out_channels  # roughly, before pooling
-    return split(len(h), 8, max(weight.weight.numel(), SMALL_BYTES / h.element_size()) / outputs)
+    small = SMALL_BYTES / h.element_size()
+    least = max(weight.weight.numel(), small, min(4 * small, len(h) * outputs / 4))
+    return split(len(h), 8, least / outputs)
 
 
 def _layout_for(m: Any, h: Tensor) -> Callable[[Tensor], Tensor]:
     """Return how to lay out images (N, C, H, W) so that oneDNN copies least; other inputs stay as they are.
 
-    That is channels last (pooling is much faster on it, too), except for filters that outweigh h: those would be
-    copied three times.
+    That is channels last (on which pooling is much faster, too), unless the filters have more numbers than h: then
+    oneDNN would copy them three times.
     """
-    if not isinstance(m, nn.Conv2d) or h.is_cuda or h.dtype not in (torch.float32, torch.bfloat16):
+    if not isinstance(m, nn.Conv2d) or h.device.type not in ("cpu", "meta"):
+        return lambda h: h
+    if h.dtype not in (torch.float32, torch.bfloat16):
         return lambda h: h
     return Tensor.contiguous if h.numel() < m.weight.numel() else _channels_last
 

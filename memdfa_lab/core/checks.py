@@ -1,11 +1,13 @@
-"""Checks of what is given: a name, a number, an object, a batch, a loss. Each error is a line that says what to do."""
+"""Checks of arguments: a name, a number, an object, a batch, a loss. Each error is one line that says what to do."""
 
 import contextlib
 import difflib
 import math
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,15 +16,31 @@ from torch import Tensor
 from memdfa_lab.core.watcher import has_data
 
 T = TypeVar("T")
+PACKAGE = Path(__file__).parents[1]
 
 
 def lookup(what: str, name: object, table: Mapping[str, T]) -> T:
-    """Return table[name]. Raises ValueError, with the nearest name and all there are, if there is no such name."""
+    """Return table[name]. Raises ValueError, with the nearest name and all names, if there is no such name."""
     if isinstance(name, str) and name in table:
         return table[name]
     near = difflib.get_close_matches(str(name).lower(), table, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown {what} {name!r}{hint} (there are: {', '.join(table)})")
+
+
+@contextlib.contextmanager
+def of_an_extra() -> Iterator[None]:
+    """Say what to install, in one line, where the package imports a library that is missing.
+
+    Raises ModuleNotFoundError. A failed import in the user's own code is raised unchanged.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        if PACKAGE not in Path(traceback.extract_tb(problem.__traceback__)[-1].filename).parents:
+            raise
+        line = f'{problem.name} is not installed: pip install "memdfa_lab[all]"'
+        raise ModuleNotFoundError(line, name=problem.name) from None
 
 
 def check_int(what: str, value: object, least: int = 1, most: int | None = None) -> int:
@@ -33,11 +51,12 @@ def check_int(what: str, value: object, least: int = 1, most: int | None = None)
     return int(value)
 
 
-def check_number(what: str, value: object, least: float = 0, or_more: bool = True) -> None:
-    """Raise ValueError if the value is not a finite number from `least` on; without `or_more`, above it."""
+def check_number(what: str, value: object, least: float = 0, or_more: bool = True, most: float = math.inf) -> None:
+    """Raise ValueError if the value is not a finite number from `least` to `most`; without `or_more`, above it."""
     given = float(value) if isinstance(value, Real) else math.nan
-    if not math.isfinite(given) or given < least or (given == least and not or_more):
-        kind = f"from {least} on" if or_more else f"above {least}"
+    if not math.isfinite(given) or given < least or given > most or (given == least and not or_more):
+        upper = "on" if most == math.inf else f"to {most}"
+        kind = f"from {least} {upper}" if or_more else f"above {least}"
         raise ValueError(f"{what} must be a finite number {kind}, got {value!r}")
 
 
@@ -66,15 +85,21 @@ def check_batch(x: Any) -> None:
         raise TypeError(f"x must be a dense tensor (N, ...) of real numbers, got {given}: pad it, or use x.to_dense()")
     if x.dtype in (torch.uint16, torch.uint32, torch.uint64):
         raise TypeError(
-            f"x is {x.dtype}, with which torch does not compute: use x.float(), or x.long() for numbers of words"
+            f"x is {x.dtype}, with which torch does not compute: use x.float(), or x.long() for word indices"
         )
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must be a batch (N, ...) of one example or more, got shape {tuple(x.shape)}")
     check_finite("x holds NaN or inf", x)
 
 
+def check_labels(what: str, y: Tensor, do: str) -> None:
+    """Raise TypeError, which says what to do, if y is not labels (N,)."""
+    if y.dim() != 1 or y.is_floating_point():
+        raise TypeError(f"{what} labels (N,), and y is {tuple(y.shape)} {y.dtype}: {do}")
+
+
 def check_finite(problem: str, *tensors: Tensor, so_far: str = "no weight was changed") -> None:
-    """Raise FloatingPointError if a tensor holds NaN or infinity. `so_far`: what has become of the weights by then."""
+    """Raise FloatingPointError if a tensor holds NaN or infinity. `so_far`: what was done to the weights until then."""
     for tensor in tensors:
         least, largest = torch.aminmax(tensor.detach())  # isfinite would allocate four tensors of this size
         if not (torch.isfinite(least) and torch.isfinite(largest)):

@@ -1,7 +1,7 @@
-"""torch's private names, each behind a name of ours.
+"""torch's private names, each behind a name of this package.
 
-torch may change them in any release, so tests/test_compat.py says what is needed of each. Only core/watcher.py uses
-others.
+torch may change them in any release, so tests/test_compat.py tests what the package needs of each. Only core/watcher.py
+uses further private names.
 """
 
 import inspect
@@ -10,11 +10,13 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _KinetoEvent
 from torch._C._profiler import _EventType, _ExperimentalConfig
+from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.modules.transformer import _detect_is_causal_mask
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
@@ -24,12 +26,12 @@ _C: Any = torch._C  # torch's stubs lack some of it
 
 ANY_CONVOLUTION = _ConvNd
 ANY_BATCH_NORM = _BatchNorm
-has_global_hooks = _has_any_global_hook  # whether torch calls hooks for every module
-copying_view = aten._unsafe_view  # a reshaped tensor that autograd takes for one of its own: in-place changes are safe
+_GLOBAL_HOOKS = [held for name, held in vars(_module).items() if name.startswith("_global_") and isinstance(held, dict)]
+copying_view = aten._unsafe_view  # a reshaped tensor that autograd does not treat as a view: in-place changes are safe
 TRUTH_VALUE = aten._local_scalar_dense.default  # the operation by which a tensor becomes a number, as in `if tensor:`
 SUM = aten.add.Tensor
 
-tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries, with what is of a type replaced
+tree_map_only = _pytree.tree_map_only  # a copy of nested lists and dictionaries, with the objects of one type replaced
 
 autocast_is_on: Callable[[], bool] = _C._is_any_autocast_enabled  # on any device, in this thread
 
@@ -37,13 +39,21 @@ autocast_is_on: Callable[[], bool] = _C._is_any_autocast_enabled  # on any devic
 next_node_number: Callable[[], int] = _C._autograd._get_sequence_nr
 current_node: Callable[[], Any] = _C._current_autograd_node  # the one that this thread runs; None outside backward
 
-# The hooks through which autograd passes what it saves, as in a checkpoint; None without
-saved_tensors_hooks: Callable[[bool], Any] = _C._autograd._top_saved_tensors_default_hooks
 _run_engine: Callable[..., Any] = torch.autograd.graph._engine_run_backward
 
 transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active  # vmap, grad, ... of torch.func
 
-int8_product: Callable[[Tensor, Tensor], Tensor] = torch._int_mm  # (N, K) and (K, M) int8 to (N, M) int32
+
+def int8_product(one: Tensor, other: Tensor) -> Tensor:
+    """Return the product of (N, K) and (K, M) int8, (N, M) int32."""
+    return torch._int_mm(one, other) if one.device.type in ("cpu", "meta") else _filled_up(one, other)
+
+
+def _filled_up(one: Tensor, other: Tensor) -> Tensor:
+    """Return the product of matrices padded by zeros: CUDA takes sizes in multiples of 8, and more than 16 rows."""
+    (N, K), M = one.shape, other.shape[1]
+    wide = F.pad(one, (0, -K % 8, 0, max(17 - N, 0)))
+    return torch._int_mm(wide, F.pad(other.t(), (0, -K % 8, 0, -M % 8)).t())[:N, :M]
 
 
 def has_fast_product(dtype: torch.dtype, device: str) -> bool:
@@ -55,14 +65,20 @@ def has_fast_product(dtype: torch.dtype, device: str) -> bool:
     return torch.cpu._is_amx_tile_supported() or bool((bfloat16 if dtype == torch.bfloat16 else int8)())
 
 
-# torch.profiler's account of the allocator
+# torch.profiler's records of the allocator, and of the overloads of operations
 ALLOCATION = _EventType.Allocation
-OVERLOADS_TOO = _ExperimentalConfig(capture_overload_names=True)  # of the operations
+_HOW: Any = {"capture_overload_names": True} if hasattr(_KinetoEvent, "overload_name") else {}
+OVERLOADS_TOO = _ExperimentalConfig(**_HOW)
+
+
+def overload_name(event: Any) -> str:
+    """Return which overload of an operation the profiler saw; before torch 2.7 it did not say."""
+    return event.overload_name() if hasattr(event, "overload_name") else ""
 
 
 def storage_id(tensor: Tensor) -> int:
     """Return a number that tells storages apart while they live; all views of a storage have the same."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def version(tensor: Tensor) -> int:
@@ -76,11 +92,17 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def parts_of(module: nn.Module) -> list[dict[str, Any]]:
-    """Return the module's own parameters and its own modules by name, where it keeps any, in dictionaries that change.
+    """Return the module's own dictionaries of parameters and of modules, by name, those that are not empty.
 
     TorchScript's modules have none.
     """
     return [held for held in (module._parameters, module._modules) if isinstance(held, dict) and held]
+
+
+def saves_through_hooks() -> bool:
+    """Tell whether autograd passes what it saves through hooks, as in a checkpoint. Before torch 2.8: True, always."""
+    top = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
 
 
 def node_number(node: Any) -> int:
@@ -89,24 +111,30 @@ def node_number(node: Any) -> int:
 
 
 def run_backward(out: Tensor, gradient: Tensor) -> None:
-    """Run out.backward(gradient); within it, modes that see torch's functions stay on, which that takes off."""
+    """Run out.backward(gradient) with modes that see torch's functions on; Tensor.backward switches them off."""
     _run_engine((out,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def has_global_hooks() -> bool:
+    """Tell whether torch calls hooks for every module."""
+    return any(_GLOBAL_HOOKS)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether the module, or a parameter of its own, has hooks of any kind."""
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    return any(kinds) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in own)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    own = module._parameters.values()
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in own if p is not None)
 
 
 def is_causal_mask(mask: Tensor) -> bool:
-    """Tell whether torch's encoder takes this mask of attention for a causal one."""
+    """Tell whether torch's encoder treats this attention mask as causal."""
     return _detect_is_causal_mask(mask)
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether hooks of the optimizer, or of all optimizers, run around its step, or that is not torch's own."""
+    """Tell whether hooks, of this optimizer or of all, run around its step, or the step is not torch's own."""
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
         return True
@@ -118,8 +146,8 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 @cache
 def is_torchs_step(step: Callable[..., Any]) -> bool:
-    """Tell whether this is how an optimizer of torch steps."""
-    return inspect.unwrap(step).__module__.startswith("torch.optim.")
+    """Tell whether this step method is one of torch's own optimizers."""
+    return str(inspect.unwrap(step).__module__).startswith("torch.optim.")
 
 
 def saved_by(node: Any) -> Iterator[Tensor]:
@@ -140,20 +168,20 @@ def check_input_dim(norm: Any, h: Tensor) -> None:
 
 
 def convolution_layout(h: Tensor, weight: Tensor) -> torch.memory_format:
-    """Return the layout in which the CPU puts out a convolution; h and weight may be on the meta device."""
+    """Return the memory layout of a convolution's output on the CPU; h and weight may be on the meta device."""
     layout: torch.memory_format = _C._conv_determine_backend_memory_format(h, weight, _C._ConvBackend.Mkldnn)
     return layout
 
 
 def shut_down_workers(batches: object) -> None:
-    """End the processes from which an iterator over a DataLoader gets its batches, if it has any."""
+    """End the worker processes of an iterator over a DataLoader, if it has any."""
     end = getattr(batches, "_shutdown_workers", None)
     if end is not None:
         end()
 
 
 def is_composite(operation: str) -> bool:
-    """Tell whether an operation is several others on the CPU. Raises RuntimeError if the dispatcher lacks it."""
+    """Tell whether an operation consists of others on the CPU. Raises RuntimeError if the dispatcher lacks it."""
     own, several = (
         _C._dispatch_has_kernel_for_dispatch_key(operation, key) for key in ("CPU", "CompositeImplicitAutograd")
     )
@@ -161,18 +189,8 @@ def is_composite(operation: str) -> bool:
 
 
 def takes_device(operation: Any) -> bool:
-    """Tell whether an operation can be told on which device to put its output."""
+    """Tell whether an operation has an argument for the device of its output."""
     return any(argument.name == "device" for argument in operation._schema.arguments)
-
-
-def cuda_history(run: Callable[[], object]) -> Any:
-    """Return CUDA's memory history of what runs, as torch's memory viewer takes it."""
-    torch.cuda.memory._record_memory_history()
-    try:
-        run()
-        return torch.cuda.memory._snapshot()
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def is_onednns(input: Tensor, weight: Tensor, bias_sizes: Any, *settings: Any) -> bool:

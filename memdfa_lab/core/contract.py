@@ -1,8 +1,8 @@
-"""What a step asks of the network and the loss, seen before anything is taught.
+"""What a step requires of the network and the loss, checked before any weight changes.
 
 The first step with a batch of a new shape is rehearsed: all blocks and the loss run on a copy of the batch, and what
-they change is restored. So what cannot be trained is refused while weights, buffers, the optimizer's state, generators
-and the caller's batch are as they were.
+they change is restored. A network or loss that cannot be trained is therefore refused before anything has changed:
+weights, buffers, the optimizer's state, random generators and the caller's batch.
 """
 
 import warnings
@@ -22,7 +22,6 @@ from memdfa_lab.core.recompute import (
     attributes_restored,
     buffers_restored,
     generators_restored,
-    other_generators_restored,
     state_restored,
 )
 from memdfa_lab.core.store import IN_MEMORY, Store
@@ -30,9 +29,10 @@ from memdfa_lab.core.watcher import Watcher, has_data, unwatched
 
 
 def check_traced(chain: Sequence[nn.Module], x: Tensor) -> None:
-    """Raise ValueError if the blocks of a traced model put out something else on x (N, ...) than the model does.
+    """Raise ValueError if the output of a traced model's blocks on x (N, ...) differs from the model's own.
 
-    torch.fx does not notice all that code asks, such as `x.dtype is torch.long`, and may have taken the other branch.
+    torch.fx does not record every condition in the code, such as `x.dtype is torch.long`, and may have taken the other
+    branch.
     """
     model = next((block.model for block in chain if isinstance(block, Traced)), None)
     weights = {id(p) for block in chain for p in block.parameters()}
@@ -40,12 +40,12 @@ def check_traced(chain: Sequence[nn.Module], x: Tensor) -> None:
         return  # blocks of several models, or a prediction
     found = []
     for modules in ([model], chain):
-        with unwatched(), torch.no_grad(), generators_restored(x.device), other_generators_restored():
+        with unwatched(), torch.no_grad(), generators_restored(x.device):
             h = x.detach().clone()
             with state_restored(model):
                 for module in modules:
                     h = module(h)
-            found.append(h.double())
+            found.append(h.cpu().double())
     wanted, out = found
     if wanted.shape != out.shape or (out - wanted).norm() > 0.01 * wanted.norm():
         raise ValueError(
@@ -63,18 +63,17 @@ def rehearse(
     check_graph: Callable[[Tensor], object] | None,
     store: Store = IN_MEMORY,
 ) -> list[tuple[int, ...]]:
-    """Run the blocks on a copy of x (N, ...), and the loss on their output, and restore what that changes.
+    """Run the blocks on a copy of x (N, ...), and the loss on their output; restore what that changes.
 
-    Return the shapes of their outputs.
+    Return the shapes of the blocks' outputs.
 
-    `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: each block is taught on its own.
-    `check_graph` is given each block's output; without it the gradients of a block are formed, too, and dropped. Raises
-    TypeError, ValueError or RuntimeError that names the block, what came in, and what is wrong.
+    `loss` is called with the logits, and calls `loss_fn`. `teaches_blocks`: whether the rule teaches each block on its
+    own. `check_graph` is called with each block's output; without it the gradients of a block are formed and dropped.
+    Raises TypeError, ValueError or RuntimeError that names the block, its input, and what is wrong.
     """
     made = _Made()
     with unwatched(), made, ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
-        stack.enter_context(other_generators_restored())
         h, shapes = x.detach().clone(), []
         for i, block in enumerate(chain):
             made.used.clear()
@@ -129,7 +128,7 @@ def _run(i: int, block: nn.Module, h: Tensor, teaches_blocks: bool, check_graph:
         return graph.detach()
     except (TypeError, ValueError, IndexError, RuntimeError) as problem:
         if isinstance(problem, torch.OutOfMemoryError) or type(problem).__module__.startswith("memdfa_lab"):
-            raise  # it is not of this block: memory, or another rank
+            raise  # not this block's fault: memory ran out, or another rank failed
         kind = next(kind for kind in (TypeError, ValueError, IndexError, RuntimeError) if isinstance(problem, kind))
         dtype = next((parameter.dtype for parameter in block.parameters()), h.dtype)
         about_types = i == 0 and dtype != h.dtype and "type" in str(problem)
@@ -144,7 +143,7 @@ def _check_taught(graph: Tensor, weights: Sequence[Tensor]) -> None:
     """Raise TypeError or RuntimeError if no signal can teach these weights at this output of their block."""
     if not graph.is_floating_point() or not graph.dim():
         raise TypeError(f"it puts out {tuple(graph.shape)} {graph.dtype}, which takes no signal: use (N, ...) floats")
-    if weights and not graph.requires_grad:  # a block that does not use its weights rests
+    if weights and not graph.requires_grad:  # a block that does not use its weights is not taught in this step
         raise RuntimeError(
             "it puts out a tensor without a graph, so that it would never learn: set use_reentrant=False in its "
             "checkpoint, or leave torch.no_grad out"
@@ -167,12 +166,12 @@ def check_lengths(chain: Sequence[nn.Module], lengths: Sequence[int]) -> None:
 
 
 def two_sums(logits: Tensor) -> tuple[float, float]:
-    """Return the sum and the norm of the logits: enough to notice other ones, without keeping them in memory."""
+    """Return the sum and the norm of the logits: enough to notice a difference later, without keeping the logits."""
     return logits.sum().item(), torch.linalg.vector_norm(logits).item()
 
 
 def warn_if_other(sums: tuple[float, float], logits: Tensor) -> bool:
-    """Warn, and return True, if the second pass's logits have other sums than the first's, beyond rounding."""
+    """Warn, and return True, if the sums of the second pass's logits differ from the first's by more than rounding."""
     total, norm = two_sums(logits)
     near = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * max(norm, sums[1])
     other = abs(norm - sums[1]) > near or abs(total - sums[0]) > near * logits.numel() ** 0.5
@@ -187,7 +186,7 @@ def warn_if_other(sums: tuple[float, float], logits: Tensor) -> bool:
 
 
 class _Made(Watcher):
-    """Note which tensors operations make; from `watch_reads` on, which of these are read, other than the logits."""
+    """Note which tensors operations make and, from `watch_reads` on, which of these except the logits are read."""
 
     def __init__(self) -> None:
         self.alive: dict[int, Any] = {}  # weak references to storages, by storage_id

@@ -1,9 +1,9 @@
-"""A traced model as a chain of blocks: cut where one tensor is all that what follows needs.
+"""A traced model as a chain of blocks, cut where the rest of the model needs one tensor only.
 
-The model is traced twice. In the first trace each layer of torch is an operation, and it says where cuts can be. In the
-second one a module without a cut in it is one operation, so that the blocks hold the user's own modules, whole where
-that can be. Between two weight layers the last possible place is taken: an in-place activation stays with its layer,
-and the norm that opens a residual unit with its unit.
+The model is traced twice. In the first trace each layer of torch is an operation; this trace shows where cuts are
+possible. In the second trace a module without a cut inside is one operation, so that the blocks hold the user's own
+modules, whole where possible. Between two weight layers the last possible place is taken: an in-place activation stays
+with the layer before it, and the norm that opens a residual unit stays with its unit.
 """
 
 import operator
@@ -21,7 +21,7 @@ from memdfa_lab.core.tracing import Untraceable, called, held, in_place, operati
 
 WEIGHT_LAYERS = (nn.Linear, ANY_CONVOLUTION, nn.Bilinear)
 NOT_A_CHAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
-# Functions, by name, that are a weight layer if they take a parameter; that draw numbers; that return no one tensor
+# Functions by name: weight layers if given a parameter; those that draw random numbers; those without one tensor
 PRODUCTS = re.compile(r"(bi)?linear|conv(_transpose)?[123]d|(mat|b|m)mul|b?mm|(ba)?addb?mm|einsum|embedding")
 RANDOM = re.compile(r"rand|dropout|bernoulli|normal|multinomial|poisson")
 NO_TENSOR = {"size", "getattr", "dim", "numel", "chunk", "split", "unbind", "tensor_split"}
@@ -31,13 +31,13 @@ _Mode = tuple[bool, ...]  # whether each of several modules is in training
 
 
 def traced_blocks(model: nn.Module, cut: Sequence[str] | None, granularity: str | None) -> list[nn.Module]:
-    """Return the blocks of a model, which is left as it was; `cut` and `granularity` as `as_blocks` has them.
+    """Return the blocks of a model, which is left as it was; `cut` and `granularity` are those of `as_blocks`.
 
     A module of an nn.Sequential or nn.ModuleList that cannot be traced stays whole, and so do others of its type. The
-    model is traced in the mode in which it is, and in training and evaluation.
+    model is traced in its present mode, in training mode and in evaluation mode.
 
     Raises TypeError for a model that cannot be traced, or that does not map one tensor to one tensor; ValueError for a
-    name in `cut` that is not there, or before which more than one tensor is needed.
+    name in `cut` that the model does not have, or at which more than one tensor is needed.
     """
     lists = [part for part in model.modules() if isinstance(part, (nn.Sequential, nn.ModuleList))]
     listed = {type(item) for part in lists for item in part} - {nn.Sequential, nn.ModuleList}
@@ -76,10 +76,11 @@ def _set_mode(modules: Sequence[nn.Module], mode: Sequence[bool]) -> None:
 
 
 class _Flow:
-    """What the values of a model's operations are for.
+    """Which values of a model's operations are needed where.
 
-    `constants`: nodes that do not depend on the input, and whether a parameter is in them. `alive`: after each node,
-    the values that later ones need; what works in place hands its input on. `weights`: where the weight layers are.
+    `constants`: nodes that do not depend on the input, and whether they depend on a parameter. `alive`: after each
+    node, the values that later nodes need; an in-place operation stands for its input. `weights`: the positions of the
+    weight layers.
     """
 
     def __init__(self, nodes: list[fx.Node]):
@@ -113,7 +114,7 @@ class _Flow:
         return not parts and called(value) not in NO_TENSOR
 
     def places(self, model: nn.Module, cut: Sequence[str] | None) -> dict[Any, int]:
-        """Return after which nodes a block ends: by the number of weight layers before, or by the names in `cut`."""
+        """Return the nodes after which a block ends, by the number of weight layers before, or by names in `cut`."""
         if not self.weights:
             raise ValueError("the model has no weight layer (Linear or convolution): there is nothing to train")
         if cut is None:
@@ -157,7 +158,7 @@ class _Code:
 
 
 def _block(opened: Sequence[nn.Module], parts: Sequence[tuple[_Mode, _Flow, int, int]]) -> nn.Module:
-    """Return a module that runs a part of the operations, given for each mode; the user's own where that is all."""
+    """Return a module that runs a part of the operations, given for each mode: the user's own module if it does so."""
     chains = []
     for _, flow, a, b in parts:
         body, _ = flow.part(a, b)
@@ -170,7 +171,7 @@ def _block(opened: Sequence[nn.Module], parts: Sequence[tuple[_Mode, _Flow, int,
 
 
 class Traced(nn.Module):
-    """A block that is a part of a traced model's code, with the modules and parameters that this uses."""
+    """A block that runs a part of a traced model's code, and holds the modules and parameters that this part uses."""
 
     def __init__(self, opened: Sequence[nn.Module], parts: Sequence[tuple[_Mode, _Flow, int, int]]):
         super().__init__()
@@ -226,7 +227,7 @@ class Traced(nn.Module):
         return _Code(code.src[code.src.index("def forward") :], code.globals)  # before it: what fx.wrap is to wrap
 
     def _name(self, node: fx.Node) -> str:
-        """Return what the block calls a module or a tensor, which it has from now on."""
+        """Register a node's module or tensor in the block, and return its name there."""
         part, path = held(node), str(node.target)
         if not isinstance(part, (nn.Module, nn.Parameter)):  # read where the model has it: moving the model replaces it
             vars(self)["_model"] = node.graph.owning_module

@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def _unit_he_normal(B: Tensor, generator: torch.Generator) -> Tensor:
-    # One uniform number an entry, through the inverse of the distribution function: a larger matrix then begins with
-    # the smaller one. (torch's trunc_normal_ draws what falls outside again, at the end.) A normal cut at two standard
-    # deviations has a standard deviation of 0.8796, so we divide by it.
-    inside = math.erf(math.sqrt(2))  # how much of a normal lies within two standard deviations
+    # One uniform number an entry, mapped by the inverse distribution function: a larger matrix then begins with the
+    # smaller one. (torch's trunc_normal_ draws values outside the interval again, after all others.) A normal cut at
+    # two standard deviations has a standard deviation of 0.8796, so we divide by it.
+    inside = math.erf(math.sqrt(2))  # the probability that a normal lies within two standard deviations
     return B.uniform_(-inside, inside, generator=generator).erfinv_().mul_(math.sqrt(2) / 0.87962566103423978)
 
 
@@ -27,7 +29,7 @@ def _unit_uniform(B: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal(B: Tensor, generator: torch.Generator) -> Tensor:
-    # As torch.nn.init.orthogonal_, which draws nothing on the meta device: memory could not be predicted.
+    # As torch.nn.init.orthogonal_. That draws nothing on the meta device, so that its memory could not be predicted.
     flat = torch.empty_like(B).flatten(1).normal_(generator=generator)
     wide = flat.shape[0] < flat.shape[1]
     q, r = torch.linalg.qr(flat.t() if wide else flat)
@@ -45,11 +47,16 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], Call
     "orthogonal": (_orthogonal, lambda fan_in, fan_out: 1.0),  # all singular values are equal
 }
 
+# the distributions from which a learned B may start: those above, and zero
+BEGINNINGS: Mapping[str, tuple[Any, Callable[[int, int], float]]] = ChainMap(
+    {"zero": (lambda B, generator: B.zero_(), lambda fan_in, fan_out: 1.0)}, DISTRIBUTIONS
+)
+
 
 @cache
 def seconds_a_number(distribution: str, error_size: int = 1000) -> float:
-    """Return how long drawing one of B's numbers takes here, measured on a matrix of a million: the best of three."""
-    draw, B, seconds = DISTRIBUTIONS[distribution][0], torch.empty(2**20 // error_size, error_size), []
+    """Return the seconds that drawing one entry of B takes here: the best of three matrices of a million entries."""
+    draw, B, seconds = BEGINNINGS[distribution][0], torch.empty(2**20 // error_size, error_size), []
     for _ in range(3):
         started = time.perf_counter()
         draw(B, torch.Generator()).mul_(1.0)

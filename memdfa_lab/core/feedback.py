@@ -1,4 +1,4 @@
-"""The kinds of feedback: matrices that are kept, drawn again, shared by all blocks, or learned."""
+"""The kinds of feedback: matrices B that are stored, regenerated at each use, shared by all blocks, or learned."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from memdfa_lab.core.state import described, make_optimizer, optimizer_tensors
 
 
 class Stored(Feedback):
-    """Draw each matrix at its first use and keep it: the sum of C n_i numbers stays in memory between steps."""
+    """Draw each matrix at its first use and keep it: for DFA and MEM-DFA, C n_i numbers a block stay in memory."""
 
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         B = self.matrices.get(key)
@@ -32,14 +32,16 @@ class Stored(Feedback):
 class Learned(Stored):
     """Stored matrices that learn as the weights do: direct Kolen-Pollack.
 
-    When block i has been taught, B_i goes down along e^T h_i, (C, N) @ (N, n_i), with an optimizer of its own. If the
-    blocks above were one linear layer h_i W^T, that would be the gradient of W, so that what B_i and W begin with fades
-    with `decay`, and they come to agree (Kolen and Pollack 1994; Akrout et al. 2019 for a weight a layer). DFA and
-    MEM-DFA alone use it. Between steps B and its optimizer's state stay in memory, in the weights' dtype or float32.
+    After block i has been taught, an optimizer of its own updates B_i with the gradient e^T h_i, (C, N) @ (N, n_i). If
+    the blocks above were one linear layer h_i W^T, this would also be the gradient of W. Both would then receive the
+    same updates, `decay` would remove their initial values, and B_i and W would come to agree (Kolen and Pollack 1994;
+    Akrout et al. 2019 for one weight a layer). Only DFA and MEM-DFA can use it. Between steps B and its optimizer's
+    state stay in memory, in the weights' dtype, or in float32 if that is wider.
 
-    `lr` is B's learning rate; `optimizer` makes an optimizer from (parameters, lr=, weight_decay=), Adam if not given;
-    `decay` is its weight decay. Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises;
-    TypeError for an optimizer that is none; later ValueError for a block whose output has another size than before.
+    `distribution`: with "zero", B starts at 0, and all blocks but the last start to learn in the second step. `lr` is
+    B's learning rate; `optimizer` makes an optimizer from (parameters, lr=, weight_decay=), Adam if not given; `decay`
+    is its weight decay. Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises;
+    TypeError if `optimizer` makes no optimizer; later, ValueError for a block whose output has changed its size.
     """
 
     learns = True
@@ -97,19 +99,20 @@ class Learned(Stored):
         return [*super().tensors(), *optimizer_tensors([*self.optimizers.values()])]
 
     def settings(self) -> dict[str, Any]:
-        """Return what tells this feedback from others, without its matrices."""
+        """Return the settings that define this feedback, without its matrices."""
         made = self._made([nn.Parameter(torch.zeros(1))])
         return {**super().settings(), "lr": self.lr, "decay": self.decay, "optimizer": described(made)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it takes to go on with the same matrices elsewhere; tensors are not copied."""
+        """Return the settings, matrices and optimizers' state, to go on from; tensors are not copied."""
         states = {key: optimizer.state_dict()["state"] for key, optimizer in self.optimizers.items()}
         return {**super().state_dict(), "states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over copies of the matrices and their optimizers' state. Raises ValueError for another optimizer."""
-        ours, theirs = self.settings()["optimizer"], state.get("optimizer")
-        if theirs not in (ours, None):
+        """Load copies of the matrices and of their optimizers' state. Raises ValueError for another optimizer."""
+        ours = self.settings()["optimizer"]
+        theirs = state.get("optimizer", ours)  # other kinds have none
+        if theirs != ours:
             raise ValueError(f"this state's B learns by {theirs}, this feedback's by {ours}: make that one")
         super().load_state_dict(state)
         self.optimizers = {}
@@ -121,7 +124,7 @@ class Learned(Stored):
         return f"{super().__repr__()[:-1]}, lr={self.lr}, decay={self.decay}, optimizer={self.settings()['optimizer']})"
 
     def optimizer_of(self, key: Key) -> torch.optim.Optimizer:
-        """Return the optimizer of a matrix that is there; it follows one that has moved to another device."""
+        """Return the optimizer of a matrix that has been drawn; made anew if the matrix has moved to another device."""
         B, before = self.matrices[key], self.optimizers.get(key)
         if before is None or before.param_groups[0]["params"][0] is not B:
             self.optimizers[key] = self._made([B])
@@ -143,7 +146,7 @@ class Learned(Stored):
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
         self._check_shape(key, shape)
         B = self.matrices.get(key)
-        if B is None:  # steps that are small beside B would be lost in half precision
+        if B is None:  # updates that are small beside B would be lost in half precision
             wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
             B = self._draw(self._generator(key), shape, factor, wide)
         self.matrices[key] = B.to(device=like.device)
@@ -151,7 +154,7 @@ class Learned(Stored):
 
 
 class Regenerated(Feedback):
-    """Draw each matrix again at every use, some columns at a time: no memory between steps, the numbers of `Stored`."""
+    """Draw each matrix anew at every use, some columns at a time: the matrices of `Stored`, but none kept in memory."""
 
     keeps = False
 
@@ -175,10 +178,10 @@ class Regenerated(Feedback):
 
 
 class Shared(Feedback):
-    """Keep one matrix, as large as the largest use so far, and give each block a slice of it.
+    """Keep one matrix, as large as the largest that was needed so far, and give each block a slice of it.
 
-    B_i is the first n_i columns, scaled for block i. Raises ValueError for the orthogonal distribution, of which a
-    slice is not orthogonal.
+    B_i is its first n_i columns, scaled for block i. Raises ValueError for the orthogonal distribution: a slice of an
+    orthogonal matrix is not orthogonal.
     """
 
     slices = True
@@ -192,7 +195,7 @@ class Shared(Feedback):
         rows, shared_key = math.prod(shape) // columns, (key[0], columns)
         shared = self.matrices.get(shared_key)
         if shared is None or shared.shape[0] < rows or _would_lose_bits(shared, like):
-            shared = self._draw(self._generator(shared_key), (rows, columns), 1.0, like)  # begins with the smaller one
+            shared = self._draw(self._generator(shared_key), (rows, columns), 1.0, like)  # begins as the smaller one
         self.matrices[shared_key] = shared = shared.to(device=like.device)
         B = label("feedback", shared[:rows].view(shape) * factor)
         return label("feedback", B.to(dtype=like.dtype))

@@ -1,4 +1,4 @@
-"""The processes that train one network together: here one process alone, with nothing to exchange."""
+"""The processes that train one network together. This one is a single process, which has nothing to exchange."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,8 +11,8 @@ class Group:
     """One process. `lab.distributed.Group` has the same methods for several, each with its part of the batch.
 
     Attributes:
-        share: The part of the whole loss's gradient that this process found in the last step, for what the loss depends
-            on besides the logits. The sum over processes of `share` times such a gradient is the whole one.
+        share: This process's weight in the last step, for gradients of the loss with respect to anything but the
+            logits. The gradient of the whole loss is the sum over processes of `share` times each process's gradient.
     """
 
     rank, size, share = 0, 1, 1.0
@@ -39,5 +39,5 @@ class Group:
 
     @property
     def send_buffers(self) -> list[Tensor]:
-        """Memory that is kept to send from."""
+        """The buffers that are kept for sending."""
         return []

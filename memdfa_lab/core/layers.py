@@ -1,7 +1,7 @@
-"""The layers behind a block's weight layer, each with the way of a signal back through it.
+"""The layers after a block's weight layer, each with the function that takes a signal back through it.
 
-Each keeps the least that its way back needs: an activation its output, from which its slope follows; a max-pooling the
-indices; BatchNorm its input.
+Each keeps the least that its backward function needs: an activation its output, from which its slope follows;
+max-pooling the indices; BatchNorm its input.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,22 +15,29 @@ from torch import Tensor, nn
 from memdfa_lab.core.compat import aten, check_input_dim
 from memdfa_lab.core.phases import label
 
-# The signal behind a layer, for these outputs -> the signal before it. It may change the signal in place.
+# The signal at a layer's output, for a slice of the outputs -> the signal at its input. It may work in place.
 Backward = Callable[[Tensor, slice], Tensor]
-# Module, input, whether the input's memory may be reused -> output, way back.
-Layer = Callable[[Any, Tensor, bool], tuple[Tensor, Backward]]
+# (a tensor that a backward function reads, an upper bound if it has whole numbers) -> (slice -> those outputs of it).
+Hold = Callable[..., Callable[[slice], Tensor]]
+# Module, input, whether the input's memory may be reused, how to hold what is read back -> output, backward function.
+Layer = Callable[[Any, Tensor, bool, Hold], tuple[Tensor, Backward]]
 Settings = Callable[[Any], tuple[Any, ...]]
 
 
-def run(layers: Iterable[nn.Module], h: Tensor) -> tuple[Tensor, list[Backward]]:
-    """Run the layers on h (N, ...), which they may change; return their output and the ways back from it, in order.
+def as_it_is(t: Tensor, below: int = 0) -> Callable[[slice], Tensor]:
+    """Hold a tensor (N, ...) as it is."""
+    return lambda outputs: t[:, outputs]
 
-    A way back takes the signal for a slice of the outputs; behind a convolution that slice must be all of them.
+
+def run(layers: Iterable[nn.Module], h: Tensor, hold: Hold = as_it_is) -> tuple[Tensor, list[Backward]]:
+    """Run the layers on h (N, ...), which they may change; return their output and the backward functions, in order.
+
+    A backward function takes the signal for a slice of the outputs; after a convolution the slice must be all of them.
     """
     ways_back: list[Backward] = []
-    reusable = True  # only an activation's way back reads its output: behind other layers that memory may be reused
+    reusable = True  # only an activation's backward function reads its output: other outputs may be overwritten
     for layer in layers:
-        h, backward = LAYERS[type(layer)](layer, h, reusable)
+        h, backward = LAYERS[type(layer)](layer, h, reusable, hold)
         ways_back.insert(0, backward)
         reusable = type(layer) not in ACTIVATIONS and (reusable or type(layer) not in VIEWS)
     return h, ways_back
@@ -46,23 +53,24 @@ def gradient_of(parameter: Tensor) -> Tensor:
 def _elementwise(f: Any, in_place: Any, slope: Any, given: Settings = lambda m: (), for_slope: Any = None) -> Layer:
     """Return an activation whose slope follows from its output.
 
-    `given` and `for_slope` are the settings of the module that f and its slope take besides.
+    `given` and `for_slope` return the settings of the module that f and its slope take as further arguments.
     """
 
-    def layer(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+    def layer(m: Any, h: Tensor, reusable: bool, hold: Hold) -> tuple[Tensor, Backward]:
         out, more = (in_place if reusable else f)(h, *given(m)), (for_slope or given)(m)
-        return out, lambda s, outputs: slope.grad_input(s, out[:, outputs], *more, grad_input=s)
+        read = hold(out)
+        return out, lambda s, outputs: slope.grad_input(s, read(outputs), *more, grad_input=s)
 
     return layer
 
 
-def _gelu(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+def _gelu(m: Any, h: Tensor, reusable: bool, hold: Hold) -> tuple[Tensor, Backward]:
     # Two inputs have the same output, so the slope does not follow from it: the input stays in memory, too.
-    how = {"approximate": m.approximate}
-    return F.gelu(h, **how), lambda s, outputs: aten.gelu_backward.grad_input(s, h[:, outputs], **how, grad_input=s)
+    how, read = {"approximate": m.approximate}, hold(h)
+    return F.gelu(h, **how), lambda s, outputs: aten.gelu_backward.grad_input(s, read(outputs), **how, grad_input=s)
 
 
-def _batch_norm(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+def _batch_norm(m: Any, h: Tensor, reusable: bool, hold: Hold) -> tuple[Tensor, Backward]:
     check_input_dim(m, h)
     counted = m.training and m.track_running_stats
     if counted:
@@ -78,6 +86,7 @@ def _batch_norm(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
         vectors = (m.weight, *running, mean, invstd)
         sliced = [None if v is None else v[outputs] if v.numel() else v for v in vectors]
         wanted = [True, m.weight is not None, m.bias is not None]
+        # h is not held by `hold`: its rounding errors, divided by a small deviation, would be large.
         s, dw, db = aten.native_batch_norm_backward(s, h[:, outputs], *sliced, of_batch, m.eps, wanted)
         for parameter, gradient in ((m.weight, dw), (m.bias, db)):
             if parameter is not None and parameter.requires_grad:
@@ -87,29 +96,31 @@ def _batch_norm(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
     return out, backward
 
 
-def _max_pool(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+def _max_pool(m: Any, h: Tensor, reusable: bool, hold: Hold) -> tuple[Tensor, Backward]:
     settings = (*map(_pair, (m.kernel_size, m.stride, m.padding, m.dilation)), m.ceil_mode)
     out, indices = aten.max_pool2d_with_indices(h, *settings)
-    return out, _unpool(aten.max_pool2d_with_indices_backward, h, *settings, indices)
+    return out, _unpool(aten.max_pool2d_with_indices_backward, h, settings, hold(indices, h[0, 0].numel()))
 
 
-def _avg_pool(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+def _avg_pool(m: Any, h: Tensor, reusable: bool, hold: Hold) -> tuple[Tensor, Backward]:
     sizes = map(_pair, (m.kernel_size, m.stride, m.padding))
     settings = (*sizes, m.ceil_mode, m.count_include_pad, m.divisor_override)
-    return aten.avg_pool2d(h, *settings), _unpool(aten.avg_pool2d_backward, h, *settings)
+    return aten.avg_pool2d(h, *settings), _unpool(aten.avg_pool2d_backward, h, settings)
 
 
-def _unpool(pool_backward: Any, h: Tensor, *settings: Any) -> Backward:
+def _unpool(pool_backward: Any, h: Tensor, settings: tuple[Any, ...], indices: Any = None) -> Backward:
     empty = _empty_like(h)
 
     def backward(s: Tensor, outputs: slice) -> Tensor:
-        into = empty()  # pooling's way back reads only the shape and layout of its input
-        return pool_backward.grad_input(s, into, *settings, grad_input=into)
+        into = empty()  # pooling's backward function reads only the shape and layout of its input
+        more = (indices(outputs),) if indices else ()
+        pool_backward.grad_input(s, into, *settings, *more, grad_input=into)
+        return into
 
     return backward
 
 
-def _view(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
+def _view(m: Any, h: Tensor, reusable: bool, hold: Hold) -> tuple[Tensor, Backward]:
     out = m(h)
     if out.shape == h.shape:
         return out, lambda s, outputs: s
@@ -118,7 +129,7 @@ def _view(m: Any, h: Tensor, reusable: bool) -> tuple[Tensor, Backward]:
 
 
 def _empty_like(h: Tensor) -> Callable[[], Tensor]:
-    """Return a function that makes empty tensors as h; h itself can be freed meanwhile."""
+    """Return a function that makes empty tensors like h; h itself can then be freed."""
     return partial(torch.empty_strided, h.shape, h.stride(), dtype=h.dtype, device=h.device)
 
 

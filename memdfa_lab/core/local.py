@@ -26,17 +26,17 @@ class BlockGradient(Protocol):
         """Run the block, keep what its gradient needs, and return the output."""
 
     def begin(self) -> None:
-        """Run what is learned first, unless the block has run."""
+        """Run the part of the batch that is learned first, unless the block has run."""
 
     def learn(self, signal: Signal, in_place_sgd: torch.optim.Optimizer | None = None) -> None:
-        """Leave the gradient in the weights. A weight that this optimizer would change by -lr dW may be changed now."""
+        """Leave the gradient in the weights. Where `in_place_sgd` would only add -lr dW, it may be added at once."""
 
     def output(self) -> Tensor:
         """Return the block's output; a block that has not run is run, and keeps nothing."""
 
 
 def block_gradient(block: nn.Module, h: Tensor, during: AbstractContextManager[Any] | None = None) -> BlockGradient:
-    """Return the gradient of a block on h (N, ...), by hand where that can be; nothing has run yet.
+    """Return the gradient of a block on h (N, ...), by hand where possible; nothing has run yet.
 
     `during` is entered around each forward pass.
     """
@@ -67,7 +67,7 @@ class ByAutograd:
     def learn(self, signal: Signal, in_place_sgd: torch.optim.Optimizer | None = None) -> None:
         self.begin()
         graph, self.graph = self.graph, None
-        if graph is not None and graph.requires_grad:  # else the block rests in this step, as in layer dropout
+        if graph is not None and graph.requires_grad:  # else the block is not taught in this step, as in layer dropout
             graph.backward(signal.cast(self.out.dtype).shaped_like(self.out))
 
     def output(self) -> Tensor:

@@ -1,12 +1,12 @@
 """The fixed random matrices B that carry the error to a block in place of the transposed weights.
 
-DFA and MEM-DFA (Nøkland 2016; Chu et al. 2020): B_i has shape (C, n_i), C the size of the error and n_i that of the
-block's output, both flattened in logical order; the signal is e B_i, (N, C) @ (C, n_i). Where e and the output have the
-same positions, as words (N, T, V) and (N, T, d) or pixels (N, V, H, W) and (N, d, H, W) do, B_i is (V, d), the same at
-all of them. FA (Lillicrap et al. 2016): one B a weight, of the weight's own shape.
+DFA and MEM-DFA (Nøkland 2016; Chu et al. 2020): B_i has shape (C, n_i), where C is the size of the error and n_i that
+of the block's output, both flattened in logical order; the signal is e B_i, (N, C) @ (C, n_i). Where e and the output
+have the same positions, such as words (N, T, V) and (N, T, d) or pixels (N, V, H, W) and (N, d, H, W), B_i is (V, d)
+and the same at all positions. FA (Lillicrap et al. 2016): one B for each weight, of the weight's own shape.
 
-A matrix depends on the seed and its key alone. It is drawn in float32 on the CPU by a generator of its own, then moved,
-so it is the same for every rule, kind of feedback and device, whatever the global generator has done before.
+A matrix depends only on the seed and its key. It is drawn in float32 on the CPU by a generator of its own, then moved.
+It is therefore the same for every rule, kind of feedback and device, whatever the state of the global generator.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, check_number, lookup
-from memdfa_lab.core.distributions import DISTRIBUTIONS, seconds_a_number
+from memdfa_lab.core.distributions import BEGINNINGS, seconds_a_number
 from memdfa_lab.core.group import Group
 from memdfa_lab.core.phases import label
 from memdfa_lab.core.seeds import LARGEST_SEED, mix
@@ -28,30 +28,30 @@ from memdfa_lab.core.seeds import LARGEST_SEED, mix
 Key = tuple[str, int]  # ("block", i) for DFA and MEM-DFA, ("weight", j) for FA
 KEY_NUMBERS = {"block": 0, "weight": 1}
 POSITIONS = ("shared", "classes first", "classes last", "dense")
-LARGE_BYTES = 2**30  # of B: more is warned of
+LARGE_BYTES = 2**30  # a warning is given for a larger B
 
 
 class Feedback(ABC):
     """A family of fixed random matrices.
 
-    `seed` determines them, `distribution` is one of DISTRIBUTIONS, `scale` multiplies them. Subclasses differ in what
-    they keep between uses, not in the matrices (except for `Shared`).
+    `seed` determines them; `distribution` is one of DISTRIBUTIONS, or "zero" for matrices that learn; `scale`
+    multiplies them. Subclasses differ in what they keep between uses, not in the matrices (except for `Shared`).
 
-    `positions`: with "shared", B_i is (V, d) for logits (N, V, ...) and a block's output (N, d, ...) that agree from
-    dimension 2 on, and for (N, ..., V) and (N, ..., d) that agree up to the last; "classes first" and "classes last"
-    allow one of the two, for networks whose shapes allow both. Other blocks have a dense B_i, of all their outputs by
-    all of e; with "dense", every block has.
+    `positions`: with "shared", B_i is (V, d) where the positions of the logits and of the block's output agree. The
+    logits are then (N, V, ...) and the output (N, d, ...), with equal dimensions from 2 on, or (N, ..., V) and
+    (N, ..., d), with equal dimensions up to the last. "classes first" and "classes last" allow only the first or only
+    the second, for networks whose shapes allow both. Other blocks have a dense B_i, (C, n_i); with "dense", all have.
 
-    `grid`: such a block has a B_i of fewer columns, for a grid of so many positions along each dimension of images
-    (N, d, H, W) and words (N, T, d), (C, d grid grid) and (C, d grid): the signal is formed there, and interpolated.
-    With 1 it is the same at all positions. "classes first" and "classes last" say so of d, too. A block that ends in
+    `grid`: a dense B_i has fewer columns. The signal is formed on a grid of this many positions along each dimension,
+    and interpolated: B_i is (C, d grid grid) for images (N, d, H, W), and (C, d grid) for words (N, T, d). With 1 the
+    signal is the same at all positions. "classes first" and "classes last" also say where d is. A block that ends in
     nn.Flatten has no positions.
 
     Raises ValueError for an unknown distribution or name of positions, a seed that is not a whole number from 0 to
     2**64 - 1, a scale that is not a finite positive number, or a grid below 1.
     """
 
-    slices: ClassVar[bool] = False  # whether a block's matrix is a part of another
+    slices: ClassVar[bool] = False  # whether a block's matrix is a slice of a larger one
     keeps: ClassVar[bool] = True  # whether matrices stay in memory between uses
     learns: ClassVar[bool] = False  # whether they change from step to step
 
@@ -63,7 +63,9 @@ class Feedback(ABC):
         positions: str = POSITIONS[0],
         grid: int | None = None,
     ):
-        lookup("distribution", distribution, DISTRIBUTIONS)
+        lookup("distribution", distribution, BEGINNINGS)
+        if distribution == "zero" and not self.learns:
+            raise ValueError("a B that is zero and does not learn teaches nothing: take Learned, or a random one")
         if self.slices and distribution == "orthogonal":
             raise ValueError("a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated")
         lookup("positions", positions, dict.fromkeys(POSITIONS))
@@ -73,10 +75,10 @@ class Feedback(ABC):
         self.matrices: dict[Key, Tensor] = {}
 
     def class_dim(self, logits: Sequence[int], *outputs: Sequence[int]) -> int | None:
-        """Return the dimension of the classes, 1 or -1, if the others are positions that a block's output has, too.
+        """Return the dimension of the classes in the logits, 1 or -1, if a block's output has the same positions.
 
-        Given are the shapes of the logits and of one output or more; None if no output shares the positions, or B is
-        dense. Raises ValueError if both dimensions may be meant.
+        The arguments are the shape of the logits and those of one output or more. Returns None if no output has the
+        same positions, or B is dense. Raises ValueError if the classes may be in either dimension.
         """
         if self.positions == "dense" or len(logits) < 3:
             return None
@@ -93,7 +95,7 @@ class Feedback(ABC):
         return 1 if first else -1 if last else None
 
     def on_grid(self, output: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        """Return the dimension of the units in a block's output, and how many positions B_i has along each other."""
+        """Return the dimension of the units in a block's output, and B_i's number of positions along each other one."""
         if self.grid is None or not 2 < len(output) < 6:
             return 1, tuple(output[2:])
         last = self.positions == "classes last" or (len(output) == 3 and self.positions != "classes first")
@@ -143,30 +145,30 @@ class Feedback(ABC):
     def weight(self, j: int, weight: Tensor) -> Tensor:
         """Return FA's B for the network's j-th parameter, of its shape and dtype, on its device."""
         fans = weight[0].numel(), weight.shape[0]
-        if weight.dim() == 2:  # dense: He's fan_in is the first dimension of W^T's stand-in, as in the authors' code
+        if weight.dim() == 2:  # dense: B stands for W^T, whose first dimension is He's fan_in, as in the authors' code
             fans = fans[1], fans[0]
         return self._matrix(("weight", j), tuple(weight.shape), self._factor(*fans), weight)
 
     def reusable(self) -> "Feedback":
-        """Return a family of the same matrices that forms none of them twice, for several uses of one."""
+        """Return a family of the same matrices that draws each only once, for a matrix that is used several times."""
         return self
 
     def settings(self) -> dict[str, Any]:
-        """Return what tells this feedback from others, without its matrices."""
+        """Return the settings that define this feedback, without its matrices."""
         names = ("seed", "distribution", "scale", "positions", "grid")
         return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it takes to have the same matrices elsewhere."""
+        """Return the settings and the matrices, for `load_state_dict`; nothing is copied."""
         return {**self.settings(), "matrices": dict(self.matrices)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the settings and copies of the matrices. Raises ValueError if the state is of another kind."""
+        """Load the settings and copies of the matrices. Raises ValueError if the state is of another kind."""
         kind, own = state["kind"], type(self).__name__
         if kind != own:
             raise ValueError(f"this state has {kind} feedback, not {own}: give the rule feedback=ml.feedback.{kind}()")
         self.seed, self.distribution, self.scale = state["seed"], state["distribution"], state["scale"]
-        self.positions, self.grid = state.get("positions", "dense"), state.get("grid")  # as all were before
+        self.positions, self.grid = state.get("positions", "dense"), state.get("grid")  # the defaults of older states
         self.matrices = {key: B.clone() for key, B in state["matrices"].items()}
 
     def __repr__(self) -> str:
@@ -185,15 +187,15 @@ class Feedback(ABC):
 
     @abstractmethod
     def _matrix(self, key: Key, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
-        """Return the matrix of this key, `factor` times one of unit scale."""
+        """Return the matrix of this key: one of unit scale, times `factor`."""
 
     def _factor(self, fan_in: int, fan_out: int) -> float:
-        return self.scale * DISTRIBUTIONS[self.distribution][1](fan_in, fan_out)
+        return self.scale * BEGINNINGS[self.distribution][1](fan_in, fan_out)
 
     def _generator(self, key: Key) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(mix(self.seed, KEY_NUMBERS[key[0]], key[1]))
 
     def _draw(self, generator: torch.Generator, shape: tuple[int, ...], factor: float, like: Tensor) -> Tensor:
-        unit = DISTRIBUTIONS[self.distribution][0]
+        unit = BEGINNINGS[self.distribution][0]
         B = unit(label("feedback", torch.empty(shape, dtype=torch.float32, device="cpu")), generator).mul_(factor)
         return label("feedback", B.to(dtype=like.dtype, device=like.device))

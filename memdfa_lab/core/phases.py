@@ -1,7 +1,7 @@
-"""What a rule is doing right now, for a profiler that listens: the phase, the block, and what a tensor is for.
+"""What a rule is doing at the moment, for profilers: the phase, the block, and what a tensor is for.
 
-Rules announce it as they run. Without a listener that costs next to nothing. Rules know no profiler, and profilers no
-rule.
+Rules announce it as they run. Without a listener this costs next to nothing. Rules and profilers do not depend on each
+other.
 """
 
 from types import TracebackType

@@ -1,12 +1,12 @@
 """The precision in which a rule computes: torch's autocast around each step, without its cache.
 
-The cache keeps a cast of each weight until its context ends. Memory would grow with depth, and casts would be older
-than the updates. Weights, gradients and the optimizer's state stay in float32.
+The cache keeps a cast of each weight until its context ends. With it, memory would grow with depth, and a cast could be
+older than the weight's last update. Weights, gradients and the optimizer's state stay in float32.
 
-In float16 small gradients vanish. So each block's signal is multiplied by a scale of its own, and its gradient divided
-by it. A block whose gradient overflows skips its update and halves its scale (torch.amp.GradScaler, one a block).
+In float16 small gradients vanish. Each block's signal is therefore multiplied by a scale of its own, and its gradient
+divided by it (a torch.amp.GradScaler a block). A block whose gradient overflows skips its update and halves its scale.
 
-Pass 1 of MEM-DFA carries e alone. It may run in fewer bits than pass 2, from which the updates come.
+Pass 1 of MEM-DFA serves only to find e. It may run in fewer bits than pass 2, which gives the updates.
 """
 
 import math
@@ -27,7 +27,7 @@ from memdfa_lab.core.recompute import generators_restored, state_restored
 from memdfa_lab.core.watcher import has_data
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# What pass 1 may run in, by name; any other BlockFloat, too
+# The formats of pass 1 by name; any other BlockFloat is allowed, too
 PASS1: dict[str, torch.dtype | BlockFloat] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 PASS1 |= {f"{bits}bit": BlockFloat(bits) for bits in range(2, 9)}
 FAR = math.cos(math.radians(10))
@@ -37,39 +37,40 @@ Step = Callable[[Any, Tensor, Any], Tensor]
 def autocast(precision: str | None, device: str) -> AbstractContextManager[Any]:
     """Return the context of a step on this kind of device, in float16 or bfloat16.
 
-    With no precision it is that of a torch.autocast around the step, if there is one.
+    Without `precision`, the step follows a torch.autocast around it, if there is one.
     """
     if precision is None and not torch.is_autocast_enabled(device):
         return nullcontext()
-    torch.clear_autocast_cache()  # of casts that the step will make stale
+    torch.clear_autocast_cache()  # its casts would be older than the step's updates
     dtype = PRECISIONS[precision] if precision else torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype, cache_enabled=False)
 
 
 def check(precision: str | None, device: str, teaches_blocks: bool) -> None:
-    """Raise ValueError for a precision that there is not, or not for such a rule or device."""
+    """Raise ValueError for an unknown precision, or one that such a rule or device cannot use."""
     if precision is not None:
         lookup("precision", precision, PRECISIONS)
     if precision == "float16" and not teaches_blocks:
         raise ValueError("float16 needs a signal a block, to scale it: take DFA or MEM-DFA, or precision='bfloat16'")
-    if precision == "float16" and device != "cuda":
-        raise ValueError(f"float16 is for a GPU, and the model is on the {device}: take precision='bfloat16'")
+    if precision == "float16" and device == "cpu":
+        raise ValueError("float16 is for a GPU, and the model is on the cpu: take precision='bfloat16'")
 
 
 def first_pass(pass1: Any, x: Tensor) -> Callable[[], AbstractContextManager[Any]] | None:
-    """Return what makes the context in which each block of pass 1 on x (N, ...) runs; None if it is as pass 2.
+    """Return a function that makes the context of each block in pass 1 on x (N, ...); None if pass 1 runs as pass 2.
 
-    bfloat16 is torch's autocast. With int8 linear layers multiply int8, and all else runs in bfloat16.
+    bfloat16 is torch's autocast, in which linear layers narrow large weights in parts. With int8, linear layers
+    multiply int8 numbers, and everything else runs in bfloat16.
     """
     if pass1 is None:
         return None
     kind = PASS1[pass1] if isinstance(pass1, str) else pass1
     if isinstance(kind, BlockFloat):
-        key = hash(x.sum().item()) if kind.rounding == "stochastic" else 0  # the same for DFA and MEM-DFA, and resumed
-        products = Products(kind, False, key)
+        key = hash(x.sum().item()) if kind.rounding == "stochastic" else 0  # as in DFA, and in a resumed run
+        products = Products(kind, key)
         return lambda: products
     cast = partial(torch.autocast, x.device.type, torch.bfloat16, cache_enabled=False)
-    return cast if kind is torch.bfloat16 else partial(_both, cast, Products(BlockFloat(8), True, 0))
+    return partial(_both, cast, Products(kind))
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def _both(cast: Callable[[], AbstractContextManager[Any]], products: Products) -
 
 
 class InPrecision:
-    """What computes in a precision of its own: each step of a subclass enters `autocast`."""
+    """The part of a rule that sets its precision: each step of a subclass runs within `autocast`."""
 
     blocks: nn.Sequential
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -87,7 +88,7 @@ class InPrecision:
     precision: str | None
     pass1: str | BlockFloat | None
     scalers: list[torch.amp.GradScaler]
-    _has_warned: bool = False  # that a first pass is too far from the second
+    _has_warned: bool = False  # whether a warning was given that pass 1 is too far from pass 2
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -95,39 +96,39 @@ class InPrecision:
             cls.step = _within(cls.step)  # type: ignore[attr-defined]
 
     @property
-    def device(self) -> str:
-        """The kind of device that the model is on."""
-        return next(self.blocks.parameters()).device.type
+    def device(self) -> torch.device:
+        """The device that the model is on."""
+        return next(self.blocks.parameters()).device
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the rule computes."""
-        return autocast(self.precision, self.device)
+        return autocast(self.precision, self.device.type)
 
     def check_precision(self, first: bool = False) -> None:
-        """Raise ValueError for a precision that there is not, or not for this rule, network or device."""
-        check(self.precision, self.device, self.teaches_blocks)
+        """Raise ValueError for an unknown precision, or one that this rule, network or device cannot use."""
+        check(self.precision, self.device.type, self.teaches_blocks)
         if self.pass1 is not None:
             self._check_pass1(self.pass1, first)
         if first and self.precision == "float16":
-            self.scalers = [torch.amp.GradScaler(self.device) for _ in self.blocks]
+            self.scalers = [torch.amp.GradScaler(self.device.type) for _ in self.blocks]
 
     def _check_pass1(self, pass1: Any, first: bool) -> None:
         if not self.teaches_blocks:
-            raise ValueError("pass1 is for DFA and MEM-DFA, which need no more of it than e: leave it out")
+            raise ValueError("pass1 is for DFA and MEM-DFA, which need only e of the first pass: leave it out")
         if not isinstance(pass1, BlockFloat):
             lookup("pass1", pass1, PASS1)
         dtypes = {parameter.dtype for parameter in self.blocks.parameters()} - {torch.float32}
         if dtypes:
             raise ValueError(f"pass1 narrows weights of float32, and the network has {dtypes.pop()}: leave it out")
         kind = PASS1.get(pass1)
-        if first and isinstance(kind, torch.dtype) and not has_fast_product(kind, self.device):
+        if first and isinstance(kind, torch.dtype) and not has_fast_product(kind, self.device.type):
             warnings.warn(
                 f"this processor multiplies {pass1} no faster than float32: pass1={pass1!r} saves no time here",
                 stacklevel=4,
             )
 
     def error_of(self, logits: Tensor, y: Any) -> Tensor:
-        """Return e = dloss/dlogits, of the logits' shape (N, C), and leave the loss and its generators as they were."""
+        """Return e = dloss/dlogits, of the logits' shape (N, C); the loss's state and the generators are restored."""
         with ExitStack() as stack, torch.enable_grad():
             stack.enter_context(generators_restored(logits.device))
             if isinstance(self.loss_fn, nn.Module):
@@ -137,7 +138,7 @@ class InPrecision:
             return e
 
     def warn_if_turned(self, e: Tensor, logits: Tensor, y: Any) -> None:
-        """Warn, once, if e is more than 10 degrees from that of an exact pass with these logits."""
+        """Warn, once, if e is more than 10 degrees from the e of an exact pass, whose logits these are."""
         exact = self.error_of(logits.float(), y)
         lengths = torch.linalg.vector_norm(e) * torch.linalg.vector_norm(exact)
         cosine = torch.dot(e.flatten(), exact.flatten()) / lengths

@@ -1,13 +1,11 @@
-"""A forward pass that leaves nothing behind, so that a second one has the same result.
+"""A forward pass that leaves no trace, so that a second pass has the same result.
 
-Pass 1 of MEM-DFA (Chu et al. 2020) needs only the network's output. Whatever else a forward pass changes is restored:
-the random number generators of torch, numpy and Python, buffers, and the attributes of modules. Pass 2 then draws the
-same dropout masks, and BatchNorm's statistics are updated once.
+Pass 1 of MEM-DFA (Chu et al. 2020) needs only the network's output. Everything else that a forward pass changes is
+restored: the random number generators of torch, numpy and Python, buffers, and the attributes of modules. Pass 2 then
+draws the same dropout masks, and BatchNorm's statistics are updated once.
 """
 
 import copy
-import random
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import describe
 from memdfa_lab.core.compat import buffers_of, version
+from memdfa_lab.core.generators import generator_restored
+from memdfa_lab.core.generators import generators_restored as generators_restored
 from memdfa_lab.core.local import BlockGradient, ByAutograd, block_gradient
 from memdfa_lab.core.phases import label, phase
 from memdfa_lab.core.store import FORWARD, IN_MEMORY, Store
@@ -37,24 +37,19 @@ def forward_without_trace(
     store: Store = IN_MEMORY,
     use: str = FORWARD,
 ) -> Tensor:
-    """Return the output of `blocks` for x (N, ...), without a graph; what they change besides is restored.
+    """Return the output of `blocks` for x (N, ...), without a graph; everything else that they change is restored.
 
-    `first` is the number of the first of these blocks in the network, for the profilers. `see` is given the class
-    of `BlockGradient` by which each block ran, and its output. `learn` may form the gradient of a block before. Each
-    block runs within narrow(), if given; one that cannot runs without, and a warning names it. `store` has the blocks,
-    and brings them in for `use`.
+    `first` is the number of the first of these blocks in the network, for the profilers. `see` is called with the class
+    of `BlockGradient` that ran each block, and the block's output. `learn` is called before each block's output is
+    formed, and may form its gradient. Each block runs within narrow(), if given; a block that cannot runs outside it,
+    with a warning that names it. `store` holds the blocks, and brings them in for `use`.
     """
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(generators_restored(x.device))
-        h, others = x, [other_generators_restored()]
-
-        def draws() -> None:
-            if others:
-                stack.enter_context(others.pop())
-
+        h = x
         for i, block in enumerate(blocks, first):
-            with phase("forward", i), store.block(i, use):  # the input is freed within
-                way, h = without_trace(i, block, h, learn, draws, narrow)
+            with phase("forward", i), store.block(i, use):  # the block's input is freed here
+                way, h = without_trace(i, block, h, learn, narrow)
             see(way, h)
     return h
 
@@ -78,19 +73,17 @@ def without_trace(
     block: nn.Module,
     h: Tensor,
     learn: Callable[[int, BlockGradient], object] = lambda i, gradient: None,
-    draws: Callable[[], object] = lambda: None,
     narrow: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> tuple[type, Tensor]:
-    """Run one block, and return the class of `BlockGradient` by which it ran, and its output.
+    """Run one block; return the class of `BlockGradient` that ran it, and its output.
 
-    `draws` is called before it may draw from generators of other libraries, whose state is not restored here.
+    The state of generators is not restored here.
     """
     gradient = block_gradient(block, h)
     by_autograd = isinstance(gradient, ByAutograd)
-    # By block: copies of all buffers would grow with depth.
+    # Block by block: copies of all buffers would grow with depth.
     restored: AbstractContextManager[None] = nullcontext()
-    if by_autograd:  # by hand, nothing draws from other libraries, and no buffer is made
-        draws()
+    if by_autograd:  # a block by hand gets no new buffers
         restored = state_restored(block)
     elif any(map(buffers_of, block.modules())):
         restored = buffers_restored(block)
@@ -100,49 +93,13 @@ def without_trace(
     return type(gradient), out
 
 
-def generators_restored(device: torch.device) -> AbstractContextManager[None]:
-    """Restore torch's global generators, the CPU's and that of `device`, on leaving."""
-    on_accelerator = [device] if device.type not in ("cpu", "meta") else []
-    return torch.random.fork_rng(on_accelerator, device_type=device.type if on_accelerator else "cuda")
-
-
-@contextmanager
-def other_generators_restored() -> Iterator[None]:
-    """Restore the global generators of Python and, if it is there, of numpy on leaving."""
-    numpy: Any = sys.modules.get("numpy")
-    with generator_restored(random), generator_restored(getattr(numpy, "random", None)):
-        yield
-
-
-@contextmanager
-def generator_restored(generator: Any) -> Iterator[None]:
-    """Restore a generator of torch, numpy or Python on leaving."""
-    get, put = state_of(generator)
-    before = get()
-    try:
-        yield
-    finally:
-        put(before)
-
-
-def state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """Return how to take and to set the state of a generator; of anything else there is none."""
-    for get, put in (("get_state", "set_state"), ("getstate", "setstate")):  # of torch and numpy, of Python
-        if hasattr(generator, get) and hasattr(generator, put):
-            return getattr(generator, get), getattr(generator, put)
-    if hasattr(generator, "bit_generator"):  # numpy's newer ones
-        bits = generator.bit_generator
-        return lambda: copy.deepcopy(bits.state), lambda state: setattr(bits, "state", state)
-    return lambda: None, lambda state: None
-
-
 @contextmanager
 def buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Restore the module's buffers on leaving: which tensors they are, their shapes, and what they hold."""
+    """Restore the module's buffers on leaving: the tensor objects, their shapes and their values."""
     held_in = [buffers_of(part) for part in module.modules()]
-    owners = [(held, dict(held)) for held in held_in if isinstance(held, dict)]  # TorchScript's are none
-    # An expanded buffer (stride 0) cannot be written to, nor copied into. BatchNorm's writes do not count as versions
-    # of the buffer, so what has changed cannot be asked.
+    owners = [(held, dict(held)) for held in held_in if isinstance(held, dict)]  # TorchScript's are not dictionaries
+    # An expanded buffer (stride 0) cannot be written to, nor copied into. BatchNorm's writes do not raise a buffer's
+    # version, so that all buffers are copied, not only those that have changed.
     saved = [(b, label("workspace", b.clone())) for b in module.buffers() if 0 not in b.stride()]
     try:
         yield
@@ -163,9 +120,9 @@ def state_restored(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Restore the attributes of the module's parts: what they are, and what they hold.
+    """Restore the attributes of the module and its submodules on leaving: the objects, and their contents.
 
-    What they hold is restored in tensors, generators, and lists, dictionaries and sets, but not in what lies in these.
+    Contents are restored for tensors, generators, lists, dictionaries and sets, but not for objects nested inside them.
     """
     attributes = [(vars(part), {k: v for k, v in vars(part).items() if k not in OF_TORCH}) for part in module.modules()]
     values = [value for _, before in attributes for value in before.values()]

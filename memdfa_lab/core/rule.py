@@ -1,4 +1,4 @@
-"""What the four rules have in common: a network as blocks, an optimizer a block, and the parts of a step."""
+"""What all rules have in common: a network as blocks, an optimizer for each block, and the parts of a step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -15,7 +15,8 @@ from memdfa_lab.core.blocks import as_blocks, run_block
 from memdfa_lab.core.checks import check_batch, check_finite, check_type
 from memdfa_lab.core.compat import autocast_is_on
 from memdfa_lab.core.feedback import Feedback, Stored
-from memdfa_lab.core.local import BlockGradient, block_gradient
+from memdfa_lab.core.local import BlockGradient
+from memdfa_lab.core.packing import Packs
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.signal import Signal
 from memdfa_lab.core.store import Store
@@ -23,37 +24,39 @@ from memdfa_lab.core.updates import Updates
 from memdfa_lab.core.watcher import has_data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-MOST_SHAPES = 8  # of batches that are tried before their first step; later ones are taken on trust
+MOST_SHAPES = 8  # shapes of batches that are tried before their first step; later shapes are not tried
 
 
-class Rule(Updates, precisions.InPrecision, ABC):
+class Rule(Updates, Packs, precisions.InPrecision, ABC):
     """A network, one optimizer a block, and a way to learn from a batch.
 
     `blocks`: a model as `as_blocks` takes it. `optimizer`: called with the parameters of each block, for example
     `partial(torch.optim.SGD, lr=0.05)`. `loss_fn(logits, y)`: a scalar, a mean over the batch. It may add penalties on
-    the weights of single blocks, and learns too if it is a module with parameters. `feedback`: the random matrices,
-    `Stored(seed=0)` if not given; BP does not use them. `clip_norm`: the largest norm of one block's gradient, all its
-    parameters together; a larger one is scaled down. `clip_global_norm`: the largest norm of all blocks' gradients
-    together, as torch.nn.utils.clip_grad_norm_ has it (to rounding), without the loss's own. MEM-DFA finds it in one
-    more pass, which forms each gradient and drops it.
+    the weights of single blocks; a loss that is a module with parameters learns, too. `feedback`: the random matrices,
+    `Stored(seed=0)` if not given; BP does not use them. `clip_norm`: the largest norm of one block's gradient, over all
+    its parameters; a larger gradient is scaled down. `clip_global_norm`: the largest norm of all blocks' gradients
+    together, as in torch.nn.utils.clip_grad_norm_ (to rounding), without those of the loss's own parameters. MEM-DFA
+    finds this norm in one more pass, which forms each gradient and drops it.
 
-    `precision`: "bfloat16" or, for DFA and MEM-DFA on a GPU, "float16" (not run on one yet). Each step then computes in
-    an autocast of its own; weights, gradients and the optimizers' state stay as they are. A torch.autocast around the
-    step does the same. Blocks are then taught by autograd alone, so that MEM-DFA may hold more than in float32.
-    `pass1`, for DFA and MEM-DFA: what a first forward pass runs in, for the loss and the e that all blocks are taught;
-    a name in `ml.precision.PASS1`, or a BlockFloat. A step warns where that e is far from an exact pass's. `offload`,
-    for MEM-DFA: a store in which weights and the optimizer's state rest, such as `ml.offload.Disk`.
+    `precision`: "bfloat16" or, for DFA and MEM-DFA on a GPU, "float16" (not run on one yet). Each step then runs in an
+    autocast of its own; weights, gradients and the optimizers' state keep their dtype. A torch.autocast around the step
+    does the same. Blocks are then taught by autograd only, so that MEM-DFA may hold more than in float32.
+    `pass1`, for DFA and MEM-DFA: the format of a first forward pass, which gives the loss and e: a name in
+    `ml.precision.PASS1`, or a BlockFloat. A step warns if this e is far from that of an exact pass. `offload`, for
+    MEM-DFA: a store that keeps weights and the optimizers' state out of memory, such as `ml.offload.Disk`. `pack`, for
+    DFA and MEM-DFA: "int8", or a BlockFloat of up to 8 bits, in which blocks run by hand keep their activations. The
+    forward pass stays exact; updates are computed from the rounded activations, which take a quarter of the memory.
 
-    Each step updates the weights: gradients of several batches are not summed, since all of them would have to be kept.
-    Use a larger batch, which MEM-DFA's memory leaves room for. Parameters may be frozen and unfrozen between steps.
+    Each step updates the weights: gradients are not summed over batches, since all of them would have to be kept. Use a
+    larger batch, for which MEM-DFA leaves room. Parameters may be frozen and unfrozen between steps.
 
-    Raises TypeError if the model cannot be cut into blocks or an argument is of another kind; ValueError for an
-    optimizer that needs the whole network at once (LBFGS), and what `as_blocks` refuses.
+    Raises TypeError if the model cannot be cut into blocks or an argument has the wrong type; ValueError for an
+    optimizer that needs the whole network at once (LBFGS), and what `as_blocks` raises.
     """
 
-    # Whether each block is taught on its own, by a signal that must fit its output; else autograd carries the error.
-    teaches_blocks: ClassVar[bool] = False
-    uses_feedback: ClassVar[bool] = True
+    teaches_blocks: ClassVar[bool] = False  # each block by a signal at its output; else autograd carries the error
+    uses_feedback = teaches_feedback = False  # whether it has a B; whether B can learn and pass1 be set
+    own_settings: ClassVar[tuple[str, ...]] = ()  # attributes that a resumed run must share
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         precision: str | None = None,
         pass1: str | precisions.BlockFloat | None = None,
         offload: Store | None = None,
+        pack: str | precisions.BlockFloat | None = None,
     ):
         super().__init__(clip_norm, clip_global_norm, offload)
         feedback = Stored() if feedback is None else feedback
@@ -74,8 +78,9 @@ class Rule(Updates, precisions.InPrecision, ABC):
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of logits and y, such as ml.losses.mse, not {loss_fn!r}")
         self.blocks = as_blocks(blocks)
-        self.chain = list(self.blocks)  # nn.Sequential counts up to its i-th module each time
+        self.chain = list(self.blocks)  # indexing nn.Sequential walks to its i-th module each time
         self.loss_fn, self.feedback, self.precision, self.pass1 = loss_fn, feedback, precision, pass1
+        self.pack = pack
         self._watched = state.Watched(*([blocks] if isinstance(blocks, nn.Module) else []), self.blocks)
         self._rehearsed: set[Any] = set()
         self._make_optimizer = partial(state.make_optimizer, optimizer)
@@ -85,6 +90,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         self._loss_taken_over: Loss | None = None
         self.follow_model()
         self.check_precision(first=True)
+        self.check_pack()
         self.check()
 
     def check(self) -> None:
@@ -94,13 +100,12 @@ class Rule(Updates, precisions.InPrecision, ABC):
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Learn from one batch, x (N, ...) and y as the loss takes it; return the loss before the update, 0-d.
 
-        Gradients that the parameters hold from before are dropped. Raises, before any weight changes,
-        FloatingPointError if x, the loss or e are not finite, TypeError or ValueError if x is not a batch or the loss
-        does not take y.
+        Gradients left in the parameters are dropped. Before any weight changes, raises FloatingPointError if x, the
+        loss or e is not finite, and TypeError or ValueError if x is not a batch or the loss does not take y.
         """
 
     def begin(self, x: Tensor, y: Any) -> Tensor:
-        """Return x without a graph, checked; look at the model as it is now, and drop old gradients.
+        """Return x without a graph, checked; note changes of the model, and drop old gradients.
 
         The first batch of a shape is tried on everything that the step runs, before anything is changed.
         """
@@ -119,17 +124,17 @@ class Rule(Updates, precisions.InPrecision, ABC):
         return x.detach()
 
     def rehearse(self, x: Tensor, y: Any) -> None:
-        """Try a step with x, (N, ...), and y, which leaves all as it was, unless a batch like it was tried.
+        """Try a step on x (N, ...) and y, unless a batch of this shape was tried; the step changes nothing.
 
         Raises TypeError, ValueError or RuntimeError, one line, for what the step cannot take.
         """
         kind = (x.shape[1:], x.dtype, self.blocks.training, autocast_is_on(), id(self.loss_fn))
         shape = (kind, 0 if self.group.size > 1 else len(x))  # all ranks try at the same time
         tried = shape in self._rehearsed or (len(self._rehearsed) >= MOST_SHAPES and kind in self._rehearsed)
-        if tried or not has_data(x):  # a prediction has no data to try
+        if tried or not has_data(x):  # a memory prediction has no data
             return
         contract.check_traced(self.chain, x)
-        alone = self.group.size == 1  # a loss of several ranks may have no value for the part of one
+        alone = self.group.size == 1  # with several ranks, one rank's part may give no loss
         with self.transport() as transport:
             loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
             settings = (self.loss_fn, self.teaches_blocks, transport and transport.check, self.store)
@@ -140,11 +145,11 @@ class Rule(Updates, precisions.InPrecision, ABC):
         self._rehearsed |= {kind, shape}
 
     def transport(self) -> AbstractContextManager[Any]:
-        """Return the context in which the forward pass prepares the way back."""
+        """Return the context of the forward pass, in which FA prepares its backward pass."""
         return nullcontext()
 
     def follow_model(self) -> None:
-        """Take over which parameters are frozen now, and a loss that is another one than before.
+        """Take note of parameters that were frozen or unfrozen, and of a loss that was replaced.
 
         Raises ValueError if a module or a parameter has been replaced since the rule was made.
         """
@@ -160,21 +165,10 @@ class Rule(Updates, precisions.InPrecision, ABC):
         with phase("forward", i):
             return run_block(self.chain[i], h)
 
-    def keep(self, i: int, h: Tensor) -> BlockGradient:
-        """Run block i on h (N, ...), and return it with what its gradient needs."""
-        with phase("forward", i):
-            block = block_gradient(self.chain[i], h)
-            block.forward()
-            return block
-
-    def recompute(self, i: int, h: Tensor) -> BlockGradient:
-        """Return the same for the second time that h passes the block, which will run while it is taught."""
-        return block_gradient(self.chain[i], h, phase("recompute", i))
-
     def error(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, 0-d and detached, and e = dloss/dlogits, of the logits' shape (N, C).
 
-        Parameters of the loss learn at once. The gradients of penalties on weights are formed in `update`.
+        The loss's own parameters are updated here. The gradients of penalties on weights are formed in `update`.
         """
         with phase("error"):
             logits = logits.float() if self.scalers or self.pass1 else logits  # e is scaled before it is cast
@@ -199,7 +193,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         return loss, e
 
     def _owners(self) -> dict[int, int]:
-        """Return whose each parameter that learns is, by its id: the number of a block, or the loss's own."""
+        """Return the owner of each parameter that learns, by its id: the number of a block, or OWN for the loss."""
         whose = {id(p): i for i, block in enumerate(self.parameters) for p in block}
         return {id(p): terms.OWN for p in state.learning(self.loss_fn)} | whose
 
@@ -209,16 +203,16 @@ class Rule(Updates, precisions.InPrecision, ABC):
             h.backward(e)
 
     def signal(self, i: int, e: Tensor) -> Signal:
-        """Return what DFA and MEM-DFA teach block i: e B_i, or e itself for the last block."""
+        """Return the signal of block i under DFA and MEM-DFA: e B_i, or e itself for the last block."""
         last = i == len(self.chain) - 1
         e = self.scalers[i].scale(e) if self.scalers else e
         return Signal(i, e, None if last else self.feedback)
 
     def teach(self, i: int, block: BlockGradient, e: Tensor) -> Tensor:
-        """Form block i's signal, turn it into the gradient of its weights, update them, and return its output."""
+        """Form block i's signal and from it the gradient of its weights, update them, and return the block's output."""
         if self.parameters[i]:
             block.begin()
-            self.group.finish_sum()  # of the block before, whose gradients were exchanged meanwhile
+            self.group.finish_sum()  # of the block before: its gradients were exchanged while this one ran
             penalised = self._terms is not None and i in self._terms.leaves
             alone = not (self.clip_norm or self.clip_global_norm or self.group.size > 1 or penalised)
             with phase("local gradient", i):
@@ -235,7 +229,7 @@ class Rule(Updates, precisions.InPrecision, ABC):
         return block.output()
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """Return what the rule keeps between steps, by the category under which the profilers count it."""
+        """Return the tensors that the rule keeps between steps, by the profilers' categories."""
         found: dict[str, list[Tensor]] = {"parameters": [*self.blocks.parameters(), *state.learning(self.loss_fn)]}
         found |= {"buffers": list(self.blocks.buffers()), "feedback": self.feedback.tensors()}
         found["optimizer state"] = state.optimizer_tensors([*self.optimizers, self.loss_optimizer])
@@ -246,5 +240,5 @@ class Rule(Updates, precisions.InPrecision, ABC):
         return state.save(self)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over a copy of a state. Raises ValueError, and changes nothing, if it is of another rule or network."""
+        """Load a copy of a state. Raises ValueError, and changes nothing, if it is of another rule or network."""
         state.load(self, saved)

@@ -1,7 +1,7 @@
-"""The four learning rules, one under the other: backpropagation, FA, DFA and MEM-DFA.
+"""The four learning rules side by side: backpropagation (BP), FA, DFA and MEM-DFA.
 
-h_0 = x, block i makes h_i from h_{i-1}, the last h is the logits, and e = dloss/dlogits, of shape (N, C). The rules
-differ in the signal that a block is taught, the error at its output, and in what they keep in memory at once:
+h_0 = x, block i computes h_i from h_{i-1}, the last h is the logits, and e = dloss/dlogits, of shape (N, C). The rules
+differ in the signal that teaches a block, which is the error at its output, and in what they keep in memory at once:
 
 | rule    | signal at the output of block i          | in memory at once        |
 |---------|------------------------------------------|--------------------------|
@@ -36,7 +36,7 @@ from memdfa_lab.core.transport import FeedbackTransport
 
 
 class BP(Rule):
-    """Backpropagation: the exact gradient, at the price of every activation in memory."""
+    """Backpropagation: the exact gradient, with every activation in memory."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x, y)
@@ -49,11 +49,13 @@ class BP(Rule):
 
 
 class FA(Rule):
-    """Feedback alignment: BP, with a fixed random B in place of each weight on the way back."""
+    """Feedback alignment: BP with a fixed random B for each weight in the backward pass (Lillicrap et al. 2016)."""
+
+    uses_feedback = True
 
     def check(self) -> None:
         if self.feedback.learns:
-            raise ValueError("B is learned where it teaches a block, by DFA and MEM-DFA: give FA Stored or Regenerated")
+            raise ValueError("only DFA and MEM-DFA learn B, where it teaches a block: give FA Stored or Regenerated")
 
     def transport(self) -> FeedbackTransport:
         return FeedbackTransport(self.feedback, self.blocks)
@@ -72,13 +74,13 @@ class FA(Rule):
 
 
 class DFA(Rule):
-    """Direct feedback alignment: each block is taught from the output; what that needs is kept until then."""
+    """Direct feedback alignment: e B_i teaches block i, whose activations are kept until then (Nøkland 2016)."""
 
-    teaches_blocks = True
+    teaches_blocks = uses_feedback = teaches_feedback = True
 
     def check(self) -> None:
         if self.feedback.learns and self.clip_global_norm is not None:
-            raise ValueError("DFA knows the norm of all gradients when B has learned: take MemDFA, or clip_norm")
+            raise ValueError("DFA finds the norm of all gradients after B has learned: take MemDFA, or clip_norm")
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.begin(x, y)
@@ -101,18 +103,19 @@ class DFA(Rule):
 
 
 class MemDFA(Rule):
-    """MEM-DFA: DFA's updates, bit for bit, with one block's activations at a time and one more forward pass.
+    """MEM-DFA (Chu et al. 2020): DFA's updates, bit for bit, with one block's activations and one more forward pass.
 
-    A block must do the same twice. What it draws from the generators of torch, numpy and Python, its buffers and its
-    attributes are restored before the second pass; if the logits differ all the same, the step warns, once, and
-    `ml.check` says which block it is. Where torch takes another kernel with a graph than without (attention, for
-    example), they differ by about 1e-7, and so do the updates from DFA's.
+    A block must compute the same in both passes. The generators of torch, numpy and Python, the
+    block's buffers and its attributes are therefore restored before the second pass. If the logits differ all the same,
+    the step warns once, and `ml.check` says which block differs. Where torch uses another kernel with a graph than
+    without (attention, for example), the logits differ by about 1e-7, and the updates differ from DFA's as little.
 
-    `keep_bytes`: as many blocks as fit into it, from the first on, are kept from pass 1 as in DFA, and only the rest is
-    run again. 0 is the paper's MEM-DFA; with infinity no block is run twice. Raises ValueError for less than 0.
+    `keep_bytes`: as many blocks as fit into this many bytes, from the first on, are kept from pass 1 as in DFA, and
+    only the other blocks run again. 0 is the paper's MEM-DFA; with infinity no block runs twice. With `pack` the bytes
+    are those of the packed blocks, and of the last one's output, which stays exact. Raises ValueError for less than 0.
     """
 
-    teaches_blocks = leaves_blocks = True
+    teaches_blocks = leaves_blocks = uses_feedback = teaches_feedback = True
 
     def __init__(
         self,
@@ -126,9 +129,10 @@ class MemDFA(Rule):
         precision: str | None = None,
         pass1: str | BlockFloat | None = None,
         offload: Store | None = None,
+        pack: str | BlockFloat | None = None,
         keep_bytes: float = 0,
     ):
-        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1}
+        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1, "pack": pack}
         super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, offload=offload, **options)
         if keep_bytes and offload is not None:
             raise ValueError("keep_bytes keeps blocks in memory, and offload takes them out: give one of them")
@@ -139,7 +143,7 @@ class MemDFA(Rule):
         if keep_bytes and kept_bytes is None:
             raise ValueError("keep_bytes needs the counter of memdfa_lab.memory: import that first")
         self.keep_bytes = keep_bytes
-        self.sweeps = False  # whether the next step's pass 1 is beside this one's pass 2
+        self.sweeps = False  # whether the next step's pass 1 runs beside this one's pass 2
         self._fitting: dict[tuple[torch.Size, torch.dtype], int] = {}
         self.store.take(self)
 
@@ -168,7 +172,10 @@ class MemDFA(Rule):
             self.find_norm(h, e)
         for i in range(len(self.blocks)):  # h_i comes from the old W_i, which is not needed again
             with self.store.block(i, TEACH):
-                h = self.teach(i, kept.popleft() if kept else self.recompute(i, h), e)
+                if kept:  # h is the last one's output already
+                    self.teach(i, kept.popleft(), e)
+                else:
+                    h = self.teach(i, self.recompute(i, h), e)
         self.store.end_step()
         if sums is not None and not self._has_warned:
             self._has_warned = warn_if_other(sums, h)
@@ -177,17 +184,17 @@ class MemDFA(Rule):
         return loss
 
     def sweep(self, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[Tensor]:
-        """Learn from each batch (x, y), and yield its loss: the numbers of `step` on each, bit for bit.
+        """Learn from each batch (x, y), and yield its loss: the same numbers as `step` on each batch, bit for bit.
 
-        Pass 2 of a batch and pass 1 of the next go through the blocks side by side, so that what rests in a store is
-        read and written once a step. The next batch is taken before a loss is yielded: between losses weights must not
-        change, and no random numbers be drawn. Raises what `step` raises, when the batch before has been learned from;
-        ValueError with keep_bytes, clip_global_norm or ranks; a loss that draws random
-        numbers is learned from by steps. RuntimeError if it begins to draw later.
+        Pass 2 of a batch and pass 1 of the next go through the blocks together, so that tensors in a store are read and
+        written once a step. The next batch is taken before a loss is yielded; the caller must therefore not change
+        weights or draw random numbers between losses. Raises what `step` raises, after learning from the batch before;
+        ValueError with keep_bytes, clip_global_norm or several ranks. If the loss draws random numbers, `step` is used
+        instead; RuntimeError if the loss starts to draw later.
         """
         others = {"keep_bytes": self.keep_bytes, "clip_global_norm": self.clip_global_norm}
         if any(others.values()) or self.group.size > 1:
-            raise ValueError(f"a sweep visits each block once: take step with {', '.join(others)}, more ranks")
+            raise ValueError(f"a sweep visits each block once: use step with {' or '.join(others)} or several ranks")
         self.sweeps = True
         try:
             yield from sweep(self, batches)
@@ -195,7 +202,7 @@ class MemDFA(Rule):
             self.sweeps = False
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """Return what the rule keeps between steps, by category; what rests in a store is "offloaded"."""
+        """Return what the rule keeps between steps, by category; tensors in a store count as "offloaded"."""
         found = super().tensors()
         if not self.store.offloads:
             return found
@@ -206,18 +213,18 @@ class MemDFA(Rule):
         return {**parts, "offloaded": [t for tensors in found.values() for t in tensors if id(t) not in stays]}
 
     def _how_many_fit(self, x: Tensor) -> int:
-        """Return how many of the first blocks fit into `keep_bytes`; counted once for each shape of x."""
+        """Return how many blocks, from the first on, fit into `keep_bytes`; computed once for each shape of x."""
         key = (x.shape, x.dtype)
         if key not in self._fitting:
-            sizes = kept_bytes(self.blocks, x) if self.keep_bytes and kept_bytes is not None else []
-            self._fitting[key] = sum(total <= self.keep_bytes for total in accumulate(sizes))
+            sizes = kept_bytes(self.blocks, x, self.packing) if self.keep_bytes and kept_bytes is not None else []
+            self._fitting[key] = sum(total <= self.keep_bytes for total in accumulate(accumulate(sizes), max))
         return self._fitting[key]
 
 
 RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "memdfa": MemDFA}
 ALL_RULES: dict[str, type[Rule]] = {**RULES}  # `rivals` adds the baselines
 # How many bytes each block keeps from a forward pass on x. `memory` counts them, and puts its counter here.
-kept_bytes: Callable[[nn.Sequential, Tensor], list[int]] | None = None
+kept_bytes: Callable[..., list[int]] | None = None
 
 
 def find_rule(name: str) -> type[Rule]:

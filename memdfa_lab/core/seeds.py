@@ -1,4 +1,4 @@
-"""Independent seeds from a few whole numbers, such as (seed, block): those of numpy's SeedSequence.
+"""Independent seeds from a few whole numbers, such as (seed, block), as numpy's SeedSequence makes them.
 
 The algorithm is O'Neill's seed_seq_fe with a pool of four words; numpy promises never to change it (NEP 19).
 """

@@ -1,4 +1,4 @@
-"""The signal s_i = e B_i that DFA and MEM-DFA send to block i, formed in parts so that little of it is in memory."""
+"""The signal s_i = e B_i that DFA and MEM-DFA send to block i, formed in parts to save memory."""
 
 import math
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 class Signal:
     """The error at a block's output: e B_i, or e itself for the last block, which has no feedback.
 
-    Whoever takes the signal may overwrite it: each tensor is made, or handed out, once.
+    The receiver may overwrite the signal: each tensor is formed, or handed out, only once.
     """
 
     def __init__(self, i: int, e: Tensor, feedback: Feedback | None):
         self.i, self.e, self.feedback = i, e, feedback
 
     def slices(self, outputs: int, multiple: int = 16) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (part, signal), the signal of a quarter of the outputs at a time, shape (N, outputs of the part).
+        """Yield (part, signal), the signal of a quarter of the outputs at a time, of shape (N, outputs of the part).
 
         The size of each part but the last is a multiple of `multiple`; 16 numbers fill a processor's vector.
         """
@@ -40,7 +40,7 @@ class Signal:
         """Return the whole signal in the shape (N, ...) and the memory layout of the block's output."""
         if self.feedback is None:
             return self.e.view(out.shape)
-        return self._write_into(torch.empty_like(out), self.feedback)
+        return self._write_into(torch.empty_like(out, dtype=self.e.dtype), self.feedback)
 
     def cast(self, dtype: torch.dtype) -> "Signal":
         """Return the signal in the dtype of the block's output."""
@@ -51,9 +51,9 @@ class Signal:
         return type(self)(self.i, self.e[examples], self.feedback)
 
     def reusable(self, out: Tensor) -> "Signal":
-        """Return the same signal, for parts of the output: B_i or e B_i, whichever is smaller, is then formed once.
+        """Return the same signal for use on several parts of the batch: B_i or e B_i, the smaller, is then formed once.
 
-        On a grid, or at the positions of e, it is B_i, which is small.
+        With a grid, or with one B_i for all positions, B_i is the smaller.
         """
         if self.feedback is None:
             return self
@@ -65,7 +65,7 @@ class Signal:
 
     def _write_into(self, signal: Tensor, feedback: Feedback) -> Tensor:
         dim = feedback.class_dim(self.e.shape, signal.shape)
-        if dim is not None:  # each position is an example, to which one B_i belongs
+        if dim is not None:  # each position counts as an example, with the same B_i
             e, at = self.e.movedim(dim, -1), signal.movedim(dim, -1)  # (N, ..., C) and (N, ..., units)
             rows = Signal(self.i, e.reshape(-1, e.shape[-1]), feedback)
             for part, s in rows.slices(at.shape[-1]):
@@ -83,7 +83,7 @@ class Signal:
 
 
 def split(size: int, parts: int, least: float, multiple: int = 1) -> list[slice]:
-    """Return that many slices of `size`, fewer where one would have less than `least`.
+    """Return `parts` slices that cover `size`, or fewer where a slice would be narrower than `least`.
 
     The width of each slice but the last is a multiple of `multiple`.
     """

@@ -1,6 +1,6 @@
-"""A rule's optimizers, one a block, what is replaced or frozen in its model, and its state, saved and loaded.
+"""A rule's optimizers, one a block; changes of its model between steps; and saving and loading of its state.
 
-A rule takes the network as it is at the start of each step: `Watched` notices what has been replaced since it was made.
+A rule uses the network as it is at the start of each step: `Watched` notices what was replaced since the rule was made.
 """
 
 import copy
@@ -20,7 +20,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
     """Return factory(parameters).
 
-    Raises TypeError if that is not an optimizer, ValueError for LBFGS and for an optimizer of other parameters.
+    Raises TypeError if it is not an optimizer, ValueError for LBFGS and for an optimizer of other parameters.
     """
     expected = "optimizer must make one optimizer a block from its parameters: pass partial(torch.optim.SGD, lr=0.05)"
     if isinstance(factory, Optimizer) or not callable(factory):
@@ -36,12 +36,13 @@ def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) ->
 
 
 def described(optimizer: Optimizer) -> str:
-    """Return an optimizer's class and settings."""
-    return f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})"
+    """Return an optimizer's class and settings, and the projection after its steps, if `constraint` names one."""
+    name = f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in optimizer.defaults.items())})"
+    return ", ".join([name, *filter(None, [getattr(optimizer, "constraint", None)])])
 
 
 def learning(thing: object) -> list[nn.Parameter]:
-    """Return the parameters of a module that learn; other functions have none."""
+    """Return the parameters of a module that learn; for any other object, none."""
     return [p for p in thing.parameters() if p.requires_grad] if isinstance(thing, nn.Module) else []
 
 
@@ -51,10 +52,10 @@ def follow_freezing(
     optimizers: list[Optimizer | None],
     make: Callable[[list[nn.Parameter]], Optimizer],
 ) -> None:
-    """Bring parameters and optimizers, one a block, up to what is frozen now.
+    """Update the lists of parameters and optimizers, one a block, to the parameters that are frozen now.
 
-    What was frozen when an optimizer was made joins its first group; what has been frozen since stays and gets no
-    gradient.
+    A parameter that was frozen when the optimizer was made, and is no longer, joins its first group. A parameter that
+    has been frozen since stays in its group, and gets no gradient.
     """
     for i, block in enumerate(blocks):
         parameters[i], optimizer = learning(block), optimizers[i]
@@ -81,9 +82,9 @@ class Watched:
     def check(self) -> bool:
         """Return whether a parameter has been frozen or unfrozen since the last look.
 
-        Raises ValueError if a module or a parameter is another one than before.
+        Raises ValueError if a module or a parameter has been replaced, added or removed.
         """
-        same = [held.get(name) is part for held, name, part in self._parts]  # a list, since all() of it is fast
+        same = [held.get(name) is part for held, name, part in self._parts]  # a list, since all() of a list is fast
         if not all(same) or list(map(len, self._held)) != self._sizes:
             raise ValueError(
                 f"the model has changed since the rule was made: {self._first_change()}; make the rule again after "
@@ -112,7 +113,7 @@ def optimizer_tensors(optimizers: Sequence[Optimizer | None]) -> list[Tensor]:
 def save(rule: Any) -> dict[str, Any]:
     """Return a rule's state: its weights and buffers, the state of each optimizer, and the feedback.
 
-    With them comes the state of the loss and its optimizer, if it has parameters, and in float16 each block's scale.
+    It also has the state of a loss with parameters and of its optimizer and, in float16, each block's scale.
     """
     own: dict[str, Any] = {}
     if rule.loss_optimizer is not None:
@@ -129,7 +130,7 @@ def save(rule: Any) -> dict[str, Any]:
 
 
 def load(rule: Any, saved: dict[str, Any]) -> None:
-    """Give a rule a copy of a saved state. Raises ValueError before anything changes if it is not of such a rule."""
+    """Load a copy of a saved state into a rule. Raises ValueError, before any change, for another rule's state."""
     if rule.store.offloads:
         raise ValueError(
             "this rule's network rests in a store: give store.load(make, state) the model's own state_dict"
@@ -158,7 +159,7 @@ def _saved(optimizer: Optimizer | None) -> dict[str, Any] | None:
 
 
 def _description(saved: dict[str, Any]) -> str:
-    """Return what must be the same in two states for one to be loaded into the other, a line each."""
+    """Return what two states must share for one to be loaded in place of the other, a line each."""
     lines = [f"rule {saved['rule']}", f"{saved['feedback']['kind']} feedback"]
     own = saved.get("loss", {"module": {}, "optimizer": None})
     for name, value in {**saved["blocks"], **own["module"]}.items():  # tensors, or a module's extra state

@@ -1,8 +1,8 @@
 """What a loss depends on besides the logits: the weights of blocks, as in a penalty, and parameters of its own.
 
 A loss is a sum of terms, each of the logits (and the loss's own parameters) or of one block's weights. The gradient of
-a block's weights by their term is formed when the block is updated, so that one block's is in memory at a time. That is
-right because such a term keeps nothing of other blocks, whose weights may have been updated by then.
+a term with respect to a block's weights is formed when the block is updated, so that one such gradient is in memory at
+a time. This is correct because the term depends on no other block, whose weights may have changed by then.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from memdfa_lab.core.checks import check_finite, scalar_loss
 from memdfa_lab.core.compat import saved_by
 from memdfa_lab.core.phases import label
 
-LOGITS, OWN = -1, -2  # what a term may be of, besides the number of a block
+LOGITS, OWN = -1, -2  # what a term may depend on, besides the number of a block
 
 
 def loss_and_error(
@@ -23,7 +23,8 @@ def loss_and_error(
 ) -> tuple[Tensor, Tensor, "Terms | None"]:
     """Return the loss, 0-d, e = dloss/dlogits of the logits' shape (N, C), and the loss's other terms if it has any.
 
-    owners() returns the block of each parameter by its id. Raises ValueError for a loss that is none of the logits.
+    owners() returns the block of each parameter, by its id. Raises ValueError for a loss that does not depend on the
+    logits.
     """
     logits = logits.detach().requires_grad_()
     with torch.enable_grad():
@@ -32,14 +33,15 @@ def loss_and_error(
     (e,) = torch.autograd.grad(loss, logits, retain_graph=terms is not None, allow_unused=True)
     if e is None:
         raise ValueError("the loss does not depend on the logits, so that the network would learn nothing from it")
-    # contiguous: the gradient of a sum is one number, expanded, and could not be changed in place
+    # contiguous: the gradient of a sum is one expanded number, which cannot be changed in place
     return loss.detach(), e.contiguous(), terms
 
 
 class Terms:
-    """The terms of one loss, 0-d, that are not of the logits. `owner` has the block of each parameter's id.
+    """What one loss, 0-d, depends on besides the logits. `owner`: the block of each parameter, by its id.
 
-    Raises ValueError for a term of two things, and for a leaf that is nobody's: no optimizer would change it.
+    Raises ValueError for a term that joins several blocks, or a block and the logits, and for a leaf that belongs to
+    neither the network nor the loss: no optimizer would change it.
     """
 
     def __init__(self, loss: Tensor, logits: Tensor, owner: Mapping[int, int]):
@@ -70,7 +72,7 @@ class Terms:
 
     @classmethod
     def of(cls, loss: Tensor, logits: Tensor, owners: Callable[[], Mapping[int, int]]) -> "Terms | None":
-        """Return the loss's other terms; None if all of it is of the logits. `owners` is called where it is not."""
+        """Return what the loss depends on besides the logits; None if nothing. `owners` is called only if needed."""
         todo, met = [loss.grad_fn], set()
         while todo:
             node = todo.pop()
@@ -83,13 +85,13 @@ class Terms:
         return None
 
     def gradients(self, whose: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the weights of a block (or the loss's own), each with its gradient by their term."""
+        """Yield the weights of a block (or the loss's own), each with the gradient of its term."""
         weights = self.leaves.get(whose, ())
         if weights:
             yield from zip(weights, torch.autograd.grad(self.loss, weights, retain_graph=True), strict=True)
 
     def add(self, whose: int, share: float, once: bool = True) -> None:
-        """Add these gradients, times `share`, to those that the weights hold; after that there are none, if `once`."""
+        """Add these gradients, times `share`, to those in the weights; with `once`, the term is dropped afterwards."""
         for weight, gradient in self.gradients(whose):
             gradient = label("gradients", gradient if share == 1 else gradient * share)
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
@@ -97,19 +99,19 @@ class Terms:
             self.leaves.pop(whose, None)
 
     def check(self) -> None:
-        """Raise FloatingPointError if one of all these gradients is not finite."""
+        """Raise FloatingPointError if a gradient of a term is not finite."""
         for whose in self.leaves:
             check_finite("a penalty's gradient is not finite", *(gradient for _, gradient in self.gradients(whose)))
 
 
 def leaf_of(node: Any) -> Tensor | None:
-    """Return the tensor that a node of autograd's graph hands its gradient to, if it does."""
+    """Return the leaf tensor that a node of autograd's graph gives its gradient to, or None."""
     leaf: Tensor | None = getattr(node, "variable", None)
     return leaf
 
 
 def leaves_first(root: Any) -> Iterator[Any]:
-    """Yield the nodes of a graph, each after those that it leads to."""
+    """Yield the nodes of a graph, each after its children."""
     todo, met = [(root, False)], set()
     while todo:
         node, children_done = todo.pop()

@@ -1,8 +1,8 @@
-"""Linear and convolution whose gradient to the input goes through B: feedback alignment (Lillicrap et al. 2016).
+"""Linear and convolution whose input gradient goes through B: feedback alignment (Lillicrap et al. 2016).
 
 BP sends the error through the transposed weights ("weight transport"), dL/dx = W^T dL/da. FA sends it through a fixed
-random B instead. Only that one product differs; the gradients of weight and bias are BP's, and the forward pass runs
-once.
+random B instead. Only this product differs: the gradients of weight and bias are those of BP for the same dL/da, and
+the forward pass runs once.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,8 @@ class Linear(torch.autograd.Function):
         if x.dim() == 2:
             return F.linear(x, W, b)
         out = F.linear(x.reshape(-1, x.shape[-1]), W, b)
-        return copying_view(out, (*x.shape[:-1], len(W)))  # what follows may work in place
+        shaped: Tensor = copying_view(out, (*x.shape[:-1], len(W)))  # the next operation may work in place
+        return shaped
 
     @staticmethod
     @once_differentiable
@@ -47,7 +48,7 @@ class Linear(torch.autograd.Function):
 
 
 class Convolution(torch.autograd.Function):
-    """Any convolution, transposed ones too, with B, of the filters' shape, in the gradient to the input."""
+    """Any convolution, transposed ones too, with B of the filters' shape in the input gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, get_B: GetB, settings: tuple[Any, ...]) -> Tensor:
@@ -71,7 +72,7 @@ class Convolution(torch.autograd.Function):
 
 
 def convolution(func: Any, get_B: GetB, input: Tensor, weight: Tensor, given: dict[str, Any]) -> Tensor:
-    """Run one of torch's convolutions, with `given` what it takes after the weight."""
+    """Run `func`, one of torch's convolutions; `given` has its arguments after the weight."""
     if input.dim() < weight.dim():  # one example, without a batch
         return convolution(func, get_B, input[None], weight, given)[0]
     dims = weight.dim() - 2
@@ -82,12 +83,13 @@ def convolution(func: Any, get_B: GetB, input: Tensor, weight: Tensor, given: di
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         padding = [t // 2 for t in total]
-        if any(t % 2 for t in total):  # an odd total: one more on the far side, as in torch
+        if any(t % 2 for t in total):  # an odd total: one more zero at the end, as in torch
             input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
     output_padding = _per_axis(given.get("output_padding", 0), dims)
     transposed = SETTINGS[func] is TRANSPOSED
     settings = (stride, _per_axis(padding, dims), dilation, transposed, output_padding, given["groups"])
-    return Convolution.apply(input, weight, given["bias"], get_B, settings)
+    out: Tensor = Convolution.apply(input, weight, given["bias"], get_B, settings)
+    return out
 
 
 def _per_axis(value: int | Sequence[int], dims: int) -> list[int]:

@@ -1,11 +1,12 @@
-"""A model's operations in the order in which they run, as torch.fx traces them; the model is left as it was."""
+"""A model's operations in the order in which they run, traced by torch.fx; the model is left as it was."""
 
 import operator
 import os
 import random
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ WAYS_OUT = (
     "pass a list of modules, or put that code into a module of an nn.ModuleList, which then stays whole, or into a "
     "function that is given to torch.fx.wrap"
 )
+CREATIONS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "zeros")
 fx.wrap("is_causal_mask")
 
 
@@ -33,17 +35,18 @@ class Untraceable(TypeError):
 def operations(model: nn.Module, closed: Callable[[nn.Module], bool]) -> list[fx.Node]:
     """Return the operations of a model: the input first, the output last.
 
-    `closed` tells which modules are one operation each; torch's own are, too. Further arguments of the model have their
-    defaults.
+    `closed` tells which modules count as one operation; torch's own modules do, too. Arguments of the model after the
+    first have their defaults.
 
-    Raises Untraceable with the line of the user's code that stops tracing; TypeError if it returns no one tensor.
+    Raises Untraceable with the line of the user's code that stops tracing; TypeError if the output is not one tensor.
     """
     root = nn.Sequential(model)  # it has one input
     tracer = _Tracer(lambda m: m is not model and (closed(m) or has_hooks(m)))
     before, drawn = [(vars(m), dict(vars(m))) for m in model.modules()], _generators()
     try:
-        graph = tracer.trace(root)
-    except Exception as problem:  # of any kind: the user's code meets values that are none
+        with _traced_creations():
+            graph = tracer.trace(root)
+    except Exception as problem:  # of any type: the user's code meets placeholders in place of values
         raise Untraceable(model, _where(problem), tracer.running) from problem
     finally:
         changed = [key for held, old in before for key in held.keys() | old if held.get(key) is not old.get(key)]
@@ -66,7 +69,7 @@ def operations(model: nn.Module, closed: Callable[[nn.Module], bool]) -> list[fx
 
 
 def held(node: fx.Node) -> Any:
-    """Return the module that a node calls, or the tensor that it is."""
+    """Return the module that a node calls, or the tensor that it stands for."""
     return operator.attrgetter(str(node.target))(node.graph.owning_module)
 
 
@@ -103,11 +106,36 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.running.append(m)
-        if type(m) is nn.TransformerEncoder:  # it asks for values, to run faster on padded words
+        if type(m) is nn.TransformerEncoder:  # its forward depends on values, to run faster on padded words
             forward = partial(_encode, m)
         out = super().call_module(m, forward, args, kwargs)
         self.running.pop()
         return out
+
+
+@contextmanager
+def _traced_creations() -> Iterator[None]:
+    """Let functions that create a tensor of a given size be traced; older releases of torch refuse traced sizes."""
+
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            given: list[Any] = []
+            fx.node.map_aggregate((args, kwargs), given.append)
+            size = next((value for value in given if isinstance(value, fx.Proxy)), None)
+            if size is None:
+                return function(*args, **kwargs)
+            return size.tracer.create_proxy("call_function", function, args, kwargs)
+
+        return recorded
+
+    before = {name: getattr(torch, name) for name in CREATIONS}
+    try:
+        for name, function in before.items():
+            setattr(torch, name, traced(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch, name, function)
 
 
 def _encode(m: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None, **more: Any) -> Any:

@@ -1,8 +1,8 @@
-"""FA knows what it can carry and refuses the rest: each linear and convolution sends the error back through its B.
+"""FA's backward pass: each linear layer and convolution sends the error back through its B; the rest is checked.
 
-Whatever else a network computes, autograd differentiates as in BP. That is right for what has no weight, and for a
-weight that is added or scales entry by entry, as FA in the literature has biases and norms. Any other function of a
-weight would send the error back through it, so that FA would silently be BP.
+Autograd differentiates all other operations as in BP. That is correct for operations without a weight, and for a weight
+that is added or that scales entry by entry, such as biases and norms in the literature on FA. Any other function of a
+weight would send the error back through the weight itself, so that FA would silently be BP. Such functions are refused.
 """
 
 import weakref
@@ -15,37 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from memdfa_lab.core.compat import run_backward, saved_tensors_hooks, transforms_active
+from memdfa_lab.core.compat import run_backward, saves_through_hooks, transforms_active
 from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.core.terms import leaf_of, leaves_first
 from memdfa_lab.core.through_b import SETTINGS, GetB, Linear, convolution
 
-# Functions, by name, that may take a weight beside the tensors that the error goes back to. They pass it on as it is,
+# Functions, by name, that may take a weight beside tensors with a gradient. These pass the error back unchanged,
 ADDING = {"add", "sub", "subtract", "rsub", "where", "maximum", "minimum"}
 ADDING |= {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "setitem", "copy"}
-# or each entry times a number,
+# these pass back each entry times a number,
 SCALING = {"mul", "multiply", "div", "divide", "true_divide", "pow", "clamp", "clip", "lerp", "addcmul", "addcdiv"}
 SCALING |= {"prelu", "batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
-# or to the first tensor alone: of the second they take the form.
+# and these pass it back to the first tensor only: of the second they use the shape or dtype.
 LIKENING = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 
 UNSEEN = "what it does not see (autograd.Function, torch.func, TorchScript, checkpoint)"
-LISTS = {list, tuple}  # asked of each argument: isinstance takes longer
+LISTS = {list, tuple}  # looked up for each argument: isinstance takes longer
 
 
 class FeedbackTransport(TorchFunctionMode):
-    """Within it, every linear and convolution of `model` sends the error back through its B of `feedback`.
+    """A mode within which every linear layer and convolution of `model` sends the error back through its B.
 
-    torch calls `__torch_function__` in place of each function that a module uses, so modules stay as they are. A weight
-    is a parameter of the model, or what is computed from parameters and constants (W.t(), W * mask). Besides linear and
-    convolution FA knows the functions of ADDING and SCALING, through which it sends the error as BP does: it passes as
-    it is, or each entry times one number. A function of one weight alone puts out a weight. A frozen weight counts as
-    one, since the error would go back through what was once learned; a buffer does not: it is as fixed as B.
+    torch calls `__torch_function__` in place of each function that a module uses, so modules stay unchanged. A weight
+    is a parameter of the model, or a tensor computed from parameters and constants (W.t(), W * mask). FA also knows the
+    functions in ADDING and SCALING. The error goes back through them as in BP: unchanged, or each entry times one
+    number. A function of one weight only returns a weight. A frozen weight counts as a weight, since it may have been
+    learned before; a buffer does not count, since it is as fixed as B.
 
-    Raises ValueError for what would silently learn as in BP: a weight in a function that FA does not know (recurrent
-    layers, attention, x @ self.weight), or that scales one entry into several; a linear or convolution whose weight is
-    not a parameter of the model; a trained weight that is used without a graph, as in a checkpoint with
-    use_reentrant=True, or out of sight, as in TorchScript. A product written as repeat, scale and sum is not noticed.
+    Raises ValueError for whatever would silently learn as in BP: a weight in a function that FA does not know
+    (recurrent layers, attention, x @ self.weight), or that scales one entry into several; a linear layer or convolution
+    whose weight is not a parameter of the model; a trained weight that is used without a graph, as in a checkpoint with
+    use_reentrant=True, or unseen, as in TorchScript. A product written as repeat, scale and sum is not noticed.
     """
 
     def __init__(self, feedback: Feedback, model: nn.Module):
@@ -55,7 +55,7 @@ class FeedbackTransport(TorchFunctionMode):
         # id of a weight -> number of the parameter that it is, or (if in `computed`) that it is computed from
         self.weights = {id(p): j for j, (_, p) in enumerate(self.parameters) if p.is_floating_point()}
         self.computed: dict[int, weakref.ref[Tensor]] = {}
-        self.seen: set[int] = set()  # the ids of what functions with a graph have taken
+        self.seen: set[int] = set()  # the ids of tensors that functions with a graph were given
         self.runs_again = False  # whether something may run again in the backward pass, as in a checkpoint
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,7 +71,7 @@ class FeedbackTransport(TorchFunctionMode):
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
-        """Run the backward pass within. Raises ValueError, and drops the gradients, if an unseen weight has one."""
+        """Run the backward pass within. Raises ValueError, and drops all gradients, if an unseen weight has one."""
         with self if self.runs_again else nullcontext():
             yield
         for j, (_, parameter) in enumerate(self.parameters):
@@ -88,14 +88,15 @@ class FeedbackTransport(TorchFunctionMode):
                 raise self._no_B(j, UNSEEN)
 
     def backward(self, func: Any, out: Tensor, **settings: Any) -> None:
-        """Run out.backward, and what a checkpoint runs again within this mode."""
-        if settings["gradient"] is None:  # not the rule's, but a block's own
-            return func(out, **settings)
-        with self:  # torch takes a mode off while it runs a function
+        """Run out.backward in this mode, so that a checkpoint's second forward pass is seen, too."""
+        if settings["gradient"] is None:  # a call by a block, not by the rule
+            func(out, **settings)
+            return
+        with self:  # torch switches a mode off while it runs a function
             run_backward(out, settings["gradient"])
 
     def gradient(self, func: Any, *args: Any, **settings: Any) -> Any:
-        """Run torch.autograd.grad, unless it makes a graph: B has none."""
+        """Run torch.autograd.grad; raise ValueError if it makes a graph, which B does not have."""
         if settings["create_graph"]:
             raise ValueError("FA has no gradient of a gradient, which a block takes (create_graph): use DFA or MEM-DFA")
         return func(*args, **settings)
@@ -130,7 +131,7 @@ class FeedbackTransport(TorchFunctionMode):
         key, weights, computed = id(tensor), self.weights, self.computed
         if j is not None and key not in weights:
             weights[key] = j
-            computed[key] = weakref.ref(tensor, lambda _: (weights.pop(key), computed.pop(key)))  # ids are used again
+            computed[key] = weakref.ref(tensor, lambda _: (weights.pop(key), computed.pop(key)))  # Python reuses ids
         elif j is None and key in computed:
             del weights[key], computed[key]
 
@@ -158,12 +159,13 @@ class FeedbackTransport(TorchFunctionMode):
             )
         self.seen.add(key)
         self.seen.add(id(bias))
-        self.runs_again = self.runs_again or saved_tensors_hooks(False) is not None
+        self.runs_again = self.runs_again or saves_through_hooks()
         return lambda: self.feedback.weight(j, weight)
 
     def linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Run F.linear."""
-        return Linear.apply(input, weight, bias, self._get_B(weight, bias))
+        out: Tensor = Linear.apply(input, weight, bias, self._get_B(weight, bias))
+        return out
 
     def convolution(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
         """Run a convolution of torch, `func`."""

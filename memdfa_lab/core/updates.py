@@ -1,4 +1,4 @@
-"""What becomes of the gradients that blocks hold: they are clipped, unscaled and handed to the optimizers."""
+"""From gradients to updates: gradients are unscaled, clipped and passed to the optimizers."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -19,10 +19,10 @@ from memdfa_lab.core.terms import Terms
 class Updates:
     """The updates of a rule's blocks, one optimizer a block."""
 
-    so_far: ClassVar[str] = "no weight was changed"  # when the loss of a batch is found
+    so_far: ClassVar[str] = "no weight was changed"  # what is true when the loss of a batch is found
     leaves_blocks: ClassVar[bool] = False  # whether a block, once taught, is not needed again in the step
     chain: list[nn.Module]
-    parameters: list[list[nn.Parameter]]  # that learn, by block
+    parameters: list[list[nn.Parameter]]  # those that learn, by block
     optimizers: list[torch.optim.Optimizer | None]
 
     def __init__(self, clip_norm: float | None, clip_global_norm: float | None, offload: Store | None):
@@ -34,8 +34,8 @@ class Updates:
         check_type("offload", offload or IN_MEMORY, Store, "a store, such as ml.offload.Disk(folder)")
         if offload is not None and not self.leaves_blocks:
             raise ValueError(
-                f"{type(self).__name__} cannot offload: it comes back through blocks that it has left; take "
-                "MemDFA, which does not, or leave offload out"
+                f"{type(self).__name__} cannot offload: MEM-DFA's step alone takes weights from a store; take MemDFA, "
+                "or leave offload out"
             )
         self.clip_norm, self.clip_global_norm = clip_norm, clip_global_norm
         self.group = Group()
@@ -46,16 +46,16 @@ class Updates:
         self._terms: Terms | None = None
 
     def signal(self, i: int, e: Tensor) -> Signal:
-        """Return what block i is taught."""
+        """Return the signal that block i is taught."""
         raise NotImplementedError
 
     def begin_updates(self) -> None:
-        """Forget the last step's norm. Raises ValueError if several processes train, and something is for one."""
+        """Forget the last step's norm. Raises ValueError for a setting that several processes cannot use."""
         self._norm = None
         given = {"clip_global_norm": self.clip_global_norm, "float16": self.scalers, "offload": self.store.offloads}
         alone = [name for name, value in given.items() if value]
         if alone and self.group.size > 1:
-            raise ValueError(f"{' and '.join(alone)} is for one process: use clip_norm, bfloat16, memory on several")
+            raise ValueError(f"{' and '.join(alone)} is for one process: use clip_norm, bfloat16, no offload")
 
     def update_all(self, blocks: Iterable[int]) -> None:
         """Update these blocks by the gradients they hold."""
@@ -68,7 +68,7 @@ class Updates:
             self.update(i)
 
     def find_norm(self, x: Tensor, e: Tensor) -> None:
-        """Form the gradient of each block on x (N, ...), add its norm, and drop it; all else is restored."""
+        """Form each block's gradient on x (N, ...), add up its norm, and drop it; everything else is restored."""
 
         def learn(i: int, block: BlockGradient) -> None:
             if self.parameters[i]:
@@ -92,7 +92,7 @@ class Updates:
             check_finite("the norm of all gradients is not finite", self._norm)
 
     def update(self, i: int) -> None:
-        """Update block i's weights by the gradients they hold, and free those."""
+        """Update block i's weights by the gradients they hold, and free the gradients."""
         self._add_penalties(i)
         optimizer = self.optimizers[i]
         if optimizer is None:
@@ -109,13 +109,13 @@ class Updates:
             else:
                 optimizer.step()
             for parameter in self.parameters[i]:
-                parameter.grad = None  # as zero_grad does, which takes longer than the step of a small block
+                parameter.grad = None  # as zero_grad does, whose call takes longer than the step of a small block
 
     def _unscale(self, i: int) -> None:
         optimizer = self.optimizers[i]
         self._unscaled = None
         if self.scalers and optimizer is not None and any(p.grad is not None for p in self.parameters[i]):
-            self._unscaled = i  # a block without a gradient rests in this step
+            self._unscaled = i  # a block without a gradient is not updated in this step
             self.scalers[i].unscale_(optimizer)
 
     def _add_penalties(self, i: int, once: bool = True) -> None:

@@ -1,8 +1,9 @@
-"""Watch each operation that torch runs, and make tensors without data: what the profilers and the rehearsal stand on.
+"""Watch each operation that torch runs, and make tensors without data: the basis of the profilers and the rehearsal.
 
-Like core/compat.py it uses private names of torch, and tests/test_watcher.py says what is needed of each.
+Like core/compat.py this module uses private names of torch; tests/test_watcher.py tests what it needs of each.
 """
 
+import ctypes
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,13 +19,27 @@ _C: Any = torch._C  # torch's stubs lack some of it
 
 # Between autograd and the kernels torch's dispatcher has a place for C++ FakeTensor, which Python cannot switch on.
 _PLACE: Any = _C._parse_dispatch_key("Fake")
-_WATCHERS = "memdfa_lab watchers"  # where they are kept for a thread; autograd's threads are given them
+_WATCHERS = "memdfa_lab watchers"  # the key of a thread's watchers; autograd passes them on to its own threads
+
+
+def _takes_over() -> bool:
+    """Tell whether storing an object for a thread takes over our reference, as in old releases, or adds its own."""
+    kept = (object(),)
+    before = sys.getrefcount(kept)
+    _C._stash_obj_in_tls("memdfa_lab asks", kept)
+    takes_over = sys.getrefcount(kept) == before
+    if takes_over:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    return takes_over
+
+
+_TAKES_OVER = _takes_over()
 
 
 class Watcher:
-    """Within it each operation that torch runs is run by `watch`, once autograd has noted it.
+    """A context within which `watch` runs each of torch's operations, after autograd has recorded it.
 
-    A TorchDispatchMode sees the same, but where there is one torch's backward formulas take other operations.
+    A TorchDispatchMode sees the same operations, but with one active torch's backward formulas use other operations.
     """
 
     def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
@@ -42,18 +57,20 @@ class Watcher:
 
 
 def watchers() -> tuple[Watcher, ...]:
-    """Return the watchers in force in this thread; the last of them sees an operation first."""
+    """Return the active watchers of this thread; the last of them sees an operation first."""
     return _C._get_obj_in_tls(_WATCHERS) if _C._is_key_in_tls(_WATCHERS) else ()
 
 
 def _watch_by(inner: tuple[Watcher, ...]) -> None:
+    if _TAKES_OVER:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))
     _C._stash_obj_in_tls(_WATCHERS, inner)
     _C._dispatch_tls_set_dispatch_key_included(_PLACE, bool(inner))
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Let nothing see the operations within, neither watchers nor dispatch modes."""
+    """Hide the operations within from all watchers and dispatch modes."""
     inner = watchers()
     _watch_by(())
     try:
@@ -72,22 +89,23 @@ def _seen(operation: Any, *args: Any, **kwargs: Any) -> Any:
         _watch_by(inner)
 
 
-_LIBRARIES = Library("_", "IMPL"), Library("aten", "IMPL", "Fake")  # what they register is there as long as they are
+_LIBRARIES = Library("_", "IMPL"), Library("aten", "IMPL", "Fake")  # their registrations last as long as these objects
 _LIBRARIES[0].fallback(_seen, "Fake")
-# Two functions take a view in C++, for a tensor of another class, and Python must not have met it: `as_subclass`, ...
+# Two functions make a view in C++ that Python must not see, for a tensor of another class: `as_subclass`, ...
 _LIBRARIES[1].impl("alias", fallthrough_kernel)
 
 
 def _made_unseen(*args: Any, **kwargs: Any) -> Tensor:  # ... and the one behind nn.Parameter
     with unwatched():
-        return _C.TensorBase._make_subclass(*args, **kwargs)
+        made: Tensor = _C.TensorBase._make_subclass(*args, **kwargs)
+        return made
 
 
 _max_pool1d = torch.max_pool1d
 
 
 def _max_pooled(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Without a graph torch pools in no operation that can be seen: it takes memory, and reads the data."""
+    """Run max_pool1d; without a graph, torch runs no operation that a watcher sees, and reads the data."""
     if has_data(input) or not input.numel() or (input.requires_grad and torch.is_grad_enabled()):
         return _max_pool1d(input, *args, **kwargs)
     with unwatched():
@@ -96,9 +114,9 @@ def _max_pooled(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _count(change: int) -> None:
-    """Note so many more watchers in force, in any thread.
+    """Change the number of active watchers, over all threads.
 
-    While there is one, two functions of torch are replaced, and what torch.compile made runs as it was written.
+    While a watcher is active, two functions of torch are replaced, and compiled code runs uncompiled.
     """
     global _in_force
     tensor: Any = Tensor
@@ -117,7 +135,7 @@ def _count(change: int) -> None:
 _LOCK, _REPLACED, _in_force = Lock(), ExitStack(), 0
 
 
-# Tensors that say that they are on the CPU, and have no data
+# Tensors whose device is the CPU, and that have no data
 _CPU, _NOWHERE = torch.device("cpu"), 1
 _NO_DATA = "this tensor has a shape and no data, since it is part of a prediction: only operations of torch may use it"
 
@@ -126,16 +144,16 @@ class _StorageWithoutData(torch.UntypedStorage):
     def resize_(self, size: int) -> None:
         own: Any = self
         with storages_replaceable(own):
-            for part in (0, size):  # torch swaps what is of the same size or none
+            for part in (0, size):  # torch swaps only memory of equal size, or none
                 own._swap_data_ptr_(_C._construct_storage_from_data_pointer(_NOWHERE, _CPU, part))
 
 
 def empty_of_shape(
     shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, size_bytes: int, why: str = _NO_DATA
 ) -> Tensor:
-    """Return a CPU tensor over a storage that says it has this size, and has no memory.
+    """Return a CPU tensor over a storage that reports this size and has no memory.
 
-    Who asks for the data, outside of a watcher that answers instead, gets a RuntimeError that says `why` not.
+    An access to its data, outside of a watcher that answers instead, raises RuntimeError with the text `why`.
     """
     storage = _C._construct_storage_from_data_pointer(_NOWHERE, _CPU, size_bytes)
     storage.__class__ = _StorageWithoutData
@@ -146,10 +164,10 @@ def empty_of_shape(
 
 @contextmanager
 def storages_replaceable(*storages: torch.UntypedStorage) -> Iterator[None]:
-    """Let these storages, where they have no data, be given to other tensors, or be resized, within."""
+    """Allow those of these storages that have no data to be given to other tensors or resized within."""
     locked = {storage._cdata for storage in storages if isinstance(storage, _StorageWithoutData)}
     for key in locked:
-        _C._clear_storage_data_ptr_access_error_msg(key)
+        getattr(_C, "_clear_storage_data_ptr_access_error_msg", lambda key: None)(key)
     try:
         yield
     finally:
@@ -158,5 +176,8 @@ def storages_replaceable(*storages: torch.UntypedStorage) -> Iterator[None]:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Tell whether a tensor has data; one of a prediction, or on the meta device, has none."""
-    return not (tensor.is_meta or isinstance(tensor.untyped_storage(), _StorageWithoutData))
+    """Tell whether a tensor has data; a tensor of a prediction, on the meta device, or in a store has none."""
+    if tensor.is_meta:
+        return False
+    storage = tensor.untyped_storage()
+    return not isinstance(storage, _StorageWithoutData) and (storage.nbytes() > 0 or not tensor.numel())

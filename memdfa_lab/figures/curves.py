@@ -9,7 +9,7 @@ from memdfa_lab.figures.lines import from_zero, lines, right_angle
 
 @draws("rule", "epoch loss test_accuracy")
 def learning_curves(table: pd.DataFrame) -> Figure:
-    """Draw training loss and test error against epochs, the mean over seeds in a band from the least to the largest.
+    """Draw training loss and test error against epochs: the mean over seeds, in a band from the least to the largest.
 
     `table` has the columns rule, epoch, loss, test_accuracy, and a row a seed (`ml.experiments.compare`). Without any
     test example, the loss is drawn alone.

@@ -1,4 +1,4 @@
-"""What the explorers draw anew as a knob is turned."""
+"""The figures that the explorers draw again at each change of a control."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,16 @@ from matplotlib.figure import Figure
 from memdfa_lab.core.checks import check_number, check_type, lookup
 from memdfa_lab.figures.inputs import categories_in, check_array, draws, require_columns
 from memdfa_lab.figures.lines import draw_lines, from_zero, in_units, lines, logarithmic, looks_of, right_angle
+from memdfa_lab.figures.peaks import label_ends
 from memdfa_lab.figures.profiles import draw_steps
 from memdfa_lab.figures.style import FILLS, MIB, legend, legend_of_fills, panels
+
+# The looks of runs that are no rule's: colours are for rules and for kinds of memory.
+GREYS: list[dict[str, Any]] = [
+    {"color": "black", "linestyle": "-", "marker": "o"},
+    {"color": "#555555", "linestyle": "--", "marker": "^"},
+    {"color": "#999999", "linestyle": "-.", "marker": "s"},
+]
 
 
 @draws("rule", "depth bytes")
@@ -40,7 +48,7 @@ def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: in
         axes.axhline(budget_bytes / MIB, color="black", linewidth=1, linestyle=(0, (8, 4)), label="budget")
     axes.set(xlabel="hidden layers", ylabel=ylabel)
     logarithmic(axes, "xy", [1, 10, 100, 1000])
-    axes.legend(frameon=False, fontsize=9, handlelength=3.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    label_ends(axes, [line for line in axes.lines if len(line.get_xdata()) > 1])
     return figure
 
 
@@ -93,10 +101,10 @@ def feedback(
     """Draw the spectrum of B beside theory (left), and angles to BP against steps (right), a line a run.
 
     Args:
-        values: Singular values of B and of others drawn like it, over the entries' deviation and the root of n, (N,).
-        own: Those of B alone, (M,).
-        grid: Where the theory is known, (K,).
-        theory: Density of the singular values on `grid`, (K,); None if they are all to be alike.
+        values: Singular values of B and of others drawn like it, over the entries' deviation times sqrt(n), (N,).
+        own: Those of B only, (M,).
+        grid: Where the theory is evaluated, (K,).
+        theory: Density of the singular values on `grid`, (K,); None if theory has all of them equal.
         angles: The columns run, step and angle_deg, or an empty table.
         title: Title of the spectrum.
         steps: Where the axis of the steps ends.
@@ -110,16 +118,17 @@ def feedback(
         top = 1.0
     else:
         spectrum.fill_between(grid, theory, color="#cccccc", lw=0, label="Marchenko–Pastur")
-        look: Any = {"histtype": "step", "color": "#0072B2", "linewidth": 1.6, "label": "drawn"}
+        look: Any = {"histtype": "step", "color": "#666666", "linewidth": 1.6, "label": "drawn"}
         heights, _, _ = spectrum.hist(values, np.linspace(0, grid[-1], 40), density=True, **look)
         top = 1.3 * max(heights.max(), theory.max())
-    spectrum.plot(own, np.full(len(own), 0.03 * top), "|", color="#D55E00", markersize=12, label="this B")
+    spectrum.plot(own, np.full(len(own), 0.03 * top), "|", color="black", markersize=12, label="this B")
     spectrum.set(xlabel="singular value of B / (σ √n)", ylabel="density", xlim=(0, grid[-1]), ylim=(0, top))
     spectrum.set_title(title, fontsize=10)
     spectrum.legend(frameon=False, fontsize=8, loc="upper left")
     if len(angles):
         require_columns("angles", angles, ["run"], ["step", "angle_deg"])
-        draw_lines(angle, angles, "step", "angle_deg", by="run")
+        looks = zip(angles["run"].unique(), GREYS, strict=False)
+        draw_lines(angle, angles, "step", "angle_deg", by="run", looks={run: (str(run), look) for run, look in looks})
     right_angle(angle, 119)
     angle.set(xlabel="steps", ylabel="angle to BP (degrees)", xlim=(0, steps))
     legend(figure, [angle])

@@ -1,4 +1,4 @@
-"""What figures check before they draw: tables with their columns, dicts of tables, arrays of numbers."""
+"""Checks of the figures' arguments: tables with their columns, dicts of tables, arrays of numbers."""
 
 import inspect
 from collections.abc import Callable, Mapping

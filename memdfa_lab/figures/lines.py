@@ -1,4 +1,4 @@
-"""Lines of any table: one a rule or other group, in one panel or many, with a band over seeds."""
+"""Line plots of any table: a line for each rule or other group, in one panel or more, with a band over seeds."""
 
 import itertools
 import math
@@ -106,19 +106,18 @@ def in_units(table: pd.DataFrame, column: str) -> "pd.Series[float]":
     return table[column] / MIB if column.endswith("bytes") else table[column]
 
 
-def logarithmic(axes: Any, which: str, values: Iterable[float], most: int = 14) -> None:
-    """Make x, y or both logarithmic, with plain numbers: x at `most` of the values, y at 1, 2, 5, 10 and so on."""
-    if "x" in which:
-        ticks = sorted(set(values))
-        ticks = ticks[:: math.ceil(len(ticks) / most)]
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, labels=[f"{tick:,g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-    if "y" in which:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
+def logarithmic(axes: Any, which: str, values: Iterable[float] = (), most: int = 14) -> None:
+    """Make x, y or both logarithmic, with plain numbers at 1, 2, 5, 10 and so on; x at `most` of the values, if any."""
+    for name in which:
+        axis, ticks = getattr(axes, f"{name}axis"), sorted(set(values))
+        axes.set(**{f"{name}scale": "log"})
+        if name == "x" and ticks:
+            ticks = ticks[:: math.ceil(len(ticks) / most)]
+            axis.set_ticks(ticks, labels=[f"{tick:,g}" for tick in ticks])
+        else:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
 
 
 def right_angle(axes: Any, largest: float = 0) -> None:

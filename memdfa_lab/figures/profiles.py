@@ -46,7 +46,7 @@ def draw_steps(steps: Mapping[str, pd.DataFrame], ylabel: str, height: float) ->
         mark_peak(axes, lower)
         shade_phases(axes, list(table["phase"]))
         axes.set(title=label, xlim=(0, max(1, len(table) - 1)), ylim=(0, max(1.3 * top, 1) / MIB))
-        axes.set_xlabel("births and frees, in order" if place >= len(steps) - columns else "")
+        axes.set_xlabel("time (events)" if place >= len(steps) - columns else "")
         axes.set_ylabel(ylabel if place % columns == 0 else "")
         axes.yaxis.set_major_formatter("{x:,g}")
     return figure
@@ -58,10 +58,12 @@ def lifetimes(timelines: Mapping[str, pd.DataFrame]) -> Figure:
 
     `timelines`: label -> `Trace.timeline`, of which storage, phase, block, category and bytes are drawn. Wide bars are
     activations, narrow ones above and below their middle signals and gradients; the row above the last block has the
-    tensors of the loss, e with them. Single numbers are left out. Raises ValueError for a step without blocks.
+    tensors of the loss, e with them. Time is counted in births and frees, alike in all panels. Single numbers are left
+    out. Raises ValueError for a step without blocks.
     """
     bars = {"activations": (0.0, 0.8), "error": (0.2, 0.3), "gradients": (-0.2, 0.3)}  # middle, height
     figure, all_axes = panels(len(timelines), columns=2, height=2.6, sharey=True, grid=False)
+    longest = 1
     for place, (axes, (label, table)) in enumerate(zip(all_axes, timelines.items(), strict=True)):
         large = table.groupby("storage")["bytes"].transform("first") > 8
         events = table[large & table["category"].isin(bars)].reset_index(drop=True)
@@ -77,9 +79,12 @@ def lifetimes(timelines: Mapping[str, pd.DataFrame]) -> Figure:
             look: Any = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
             axes.barh(rows, length, height, left=born.index, **look)
         shade_phases(axes, list(events["phase"]))
-        axes.set(title=label, xlabel="births and frees, in order", xlim=(0, len(events)), ylim=(0.4, last + 2.6))
+        axes.set(title=label, xlabel="time (events)", ylim=(0.4, last + 2.6))
+        longest = max(longest, len(events))
         axes.set_yticks(range(1, last + 2), labels=[*range(1, last + 1), "loss, e"])
         axes.set_ylabel("block" if place % 2 == 0 else "")
+    for axes in all_axes:
+        axes.set_xlim(0, longest)
     legend_of_fills(figure, pd.Series(1, index=list(bars)))
     return figure
 

@@ -1,4 +1,4 @@
-"""What all figures have in common: the looks of rules and of memory, settings, panels, legends, and how they are saved.
+"""What all figures share: the styles of rules and of memory categories, settings, panels, legends, and saving.
 
 Colours are Okabe and Ito's, safe for colour-blind eyes; each rule has its own line style and marker besides, so that a
 grey print can be read.
@@ -39,6 +39,10 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
         "BP, checkpointing + step in backward",
         {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "X"},
     ),
+    "binomial": ("BP, binomial checkpointing", {"color": "#332288", "linestyle": (0, (8, 2)), "marker": ">"}),
+    "reversible": ("BP, reversible", {"color": "#44AA99", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "p"}),
+    "activation_offload": ("BP, activations on disk", {"color": "#AA4499", "linestyle": ":", "marker": "d"}),
+    "mezo": ("MeZO", {"color": "#999933", "linestyle": "-.", "marker": "H"}),
     "last_layer": ("last layer only", {"color": "#999999", "linestyle": "--", "marker": "*"}),
     "local_readout": ("local readouts", {"color": "#117733", "linestyle": "-", "marker": "h"}),
     "drtp": ("DRTP", {"color": "#882255", "linestyle": (0, (3, 1, 1, 1)), "marker": "<"}),
@@ -50,17 +54,17 @@ LOOKS: list[dict[str, Any]] = [
     {"color": color, "linestyle": dashes, "marker": marker}
     for color, dashes, marker in zip(COLOURS, DASHES, "o^sDvPX*", strict=True)
 ]
-# category of memory -> colour and hatch, in the order in which they are stacked
+# category of memory -> colour and hatch, in the order in which they are stacked. No rule has one of these colours.
 FILLS = {
     "parameters": ("#dddddd", ""),
     "buffers": ("#bbbbbb", "||"),
-    "optimizer state": ("#999999", ""),
+    "optimizer state": ("#888888", ""),
     "feedback": ("#F0E442", "xx"),
-    "input": ("#009E73", "--"),
-    "activations": ("#0072B2", ""),
-    "error": ("#E69F00", "//"),
-    "gradients": ("#D55E00", "\\\\"),
-    "workspace": ("#CC79A7", ".."),
+    "input": ("#BBCC33", "--"),
+    "activations": ("#004488", ""),
+    "error": ("#A6761D", "//"),
+    "gradients": ("#994455", "\\\\"),
+    "workspace": ("#FFAABB", ".."),
 }
 
 SETTINGS: Any = {
@@ -77,6 +81,11 @@ SETTINGS: Any = {
     "hatch.linewidth": 0.4,
 }
 BELOW: Any = {"loc": "outside lower center", "frameon": False, "fontsize": 9}  # where a figure's legend is
+
+
+def label(rule: str) -> str:
+    """Return a rule's name as people write it: "MEM-DFA" for memdfa. Any other name is returned as it is."""
+    return STYLES[rule][0] if rule in STYLES else rule
 
 
 def panels(
@@ -111,11 +120,11 @@ def legend(figure: Figure, of: Sequence[Any] = (), handlelength: float = 3.5) ->
     """
     handles: dict[str, Any] = {}
     for axes in of or figure.axes:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = [label for label, _ in STYLES.values()]
-    labels = sorted(handles, key=lambda label: order.index(label) if label in order else len(order))
+        handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [name for name, _ in STYLES.values()]
+    labels = sorted(handles, key=lambda name: order.index(name) if name in order else len(order))
     size, columns = BELOW["fontsize"], max(1, len(labels))
-    widths = [TextPath((0, 0), label, size).get_extents().width + (handlelength + 3) * size for label in labels]
+    widths = [TextPath((0, 0), name, size).get_extents().width + (handlelength + 3) * size for name in labels]
     while columns > 1 and sum(map(max, np.array_split(widths, columns))) > 72 * figure.get_figwidth():
         columns -= 1
     rows = math.ceil(len(labels) / columns)

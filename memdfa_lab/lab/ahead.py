@@ -1,4 +1,4 @@
-"""What is known of a training run before its first step: its task, batches and labels that would be refused."""
+"""Checks before the first step of a training run: its task, and batches, labels and metrics that would be refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,14 +25,14 @@ def look_ahead(
     task_name: str | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> tuple[Task | None, dict[str, Any]]:
-    """Return the task of this loss and these labels, or that of the name, and the metrics: accuracy and those given.
+    """Return the task, from the loss and labels or by name, and the metrics: accuracy and those given.
 
-    The task is None if nothing is known of the loss.
+    The task is None if the loss is unknown.
 
-    The network runs on the smallest part of a batch that a rank of the group gets, which leaves nothing behind. Raises
-    ValueError if it takes the largest part and not that one, as BatchNorm does with one example, if outputs and labels
-    are not those of the task, if a metric does not take them, or if what there is to test on is of another kind. What
-    the network refuses of any size, the first step says.
+    The network runs on the smallest part of a batch that a rank of the group gets; this leaves no trace. Raises
+    ValueError if the network takes the largest part but not the smallest (BatchNorm does not take a single example), if
+    outputs and labels do not fit the task, if a metric does not take them, or if the test data differs in kind from the
+    training data. A batch that the network refuses at any size is reported by the first step.
     """
     x, y = train.known()
     kind = (x.dtype, x.shape[1:])
@@ -58,7 +58,7 @@ def look_ahead(
     found = metrics_of(task, metrics or {}, group.size)
     outputs = output_of(rule, x[:TRIED_ON]) if metrics else None
     if isinstance(outputs, Tensor):
-        try_out(found, task, outputs, y[:TRIED_ON])
+        try_out(found, task, outputs.cpu(), y[:TRIED_ON])  # as `evaluate` has them
     return task, found
 
 
@@ -74,7 +74,7 @@ def output_of(rule: Rule, x: Tensor) -> Tensor | Exception:
 
 
 def _too_short(n: int, first: int, last: int, ranks: int, problem: Exception) -> str:
-    """Return what is wrong with a last batch, or a rank's part of one, and which batch size would do."""
+    """Return a message for a last batch, or a rank's part of it, that is too short, with batch sizes that work."""
     least = max(1, last // ranks)
     sizes = [k for k in range(2 * ranks, n + 1) if n % k == 0 or n % k // ranks > least]
     hints = [f"batch_size {min(sizes, key=lambda k: abs(k - first))}"] if sizes else []

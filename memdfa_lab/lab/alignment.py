@@ -1,11 +1,11 @@
-"""Angles between what a rule does and what BP would do: below 90 degrees, a small enough step lowers the loss.
+"""Angles between a rule's updates and BP's gradient: below 90 degrees, a small enough step lowers the loss.
 
-For a block with BP's gradient g and the rule's own update direction d, both of all its weights in one vector,
+For a block, let g be BP's gradient and d the rule's own gradient, each one vector of all its weights. Then
 
     cos(angle) = <d, g> / (|d| |g|),        loss(W - lr d) = loss(W) - lr <d, g> + O(lr^2).
 
-FA and DFA start near 90 degrees, as any two directions of many dimensions are, and come below as the network learns:
-the weights above come to agree with B (Lillicrap et al. 2016; Nøkland 2016).
+FA and DFA start near 90 degrees, as any two random directions in many dimensions. The angle falls as the network
+learns, since the weights above come to agree with B (Lillicrap et al. 2016; Nøkland 2016).
 """
 
 import copy
@@ -34,18 +34,18 @@ from memdfa_lab.lab.examples import examples_of
 T = TypeVar("T")
 RULE = "a rule, such as ml.MemDFA(model, optimizer)"
 Step = Callable[..., Tensor]  # a rule's step as a function of rule, x and y
-Directions = list[list[Tensor]]  # for each block tensors that are one vector together; none if it is not taught
+Directions = list[list[Tensor]]  # for each block, tensors that form one vector; an empty list if it is not taught
 
 
 def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float]:
     """Return the angle between the rule and BP on one batch, x (N, ...) and y, in degrees (0 to 180), one a block.
 
-    `of`: "gradient", of a block's weights, biases and whatever else it trains, before clipping and the optimizer; or
-    "signal", at the block's output, all examples together (Lillicrap's angle). NaN where there is no direction: a block
-    that trains nothing, or a gradient of zeros. The network is used in the mode (training or not) that it is in. The
-    rule is left as it is: weights, buffers, gradients, optimizer state, feedback and torch's generators.
+    `of`: "gradient", that of all parameters that a block trains, before clipping and the optimizer; or "signal", that
+    at the block's output, over all examples (the angle of Lillicrap et al. 2016). NaN where there is no direction: for
+    a block that trains nothing, or a gradient of zeros. The network runs in its present mode (training or evaluation).
+    The rule is left as it is: weights, buffers, gradients, optimizer state, feedback and torch's generators.
 
-    Raises TypeError if there is no rule, ValueError for another `of`, and what `rule.step` raises.
+    Raises TypeError if `rule` is no rule, ValueError for another `of`, and what `rule.step` raises.
     """
     check_type("rule", rule, Rule, RULE)
     check_batch(x)
@@ -57,9 +57,9 @@ def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float
 def error_angle(rule: Rule, x: Tensor, y: Tensor) -> float:
     """Return the angle between the e of a rule's `pass1` and that of an exact pass, in degrees (0 to 180).
 
-    The batch is x (N, ...) and y. All examples count together, and the network is used in the mode that it is in; the
-    rule is left as it is. Without `pass1` the angle is 0. Raises TypeError if there is no rule, and what `rule.step`
-    raises for a batch.
+    The batch is x (N, ...) and y; e of all examples is one vector. The network runs in its present mode, and the rule
+    is left as it is. Without `pass1` the angle is 0. Raises TypeError if `rule` is no rule, and what `rule.step` raises
+    for a batch.
     """
     check_type("rule", rule, Rule, RULE)
     check_batch(x)
@@ -69,11 +69,11 @@ def error_angle(rule: Rule, x: Tensor, y: Tensor) -> float:
 
 
 def feedback_angles(rule: Rule, x: Tensor) -> list[float]:
-    """Return the angle between B_i and what it stands for, in degrees (0 to 180), one a block.
+    """Return the angle between B_i and the matrix that it replaces, in degrees (0 to 180), one a block.
 
-    That is the mean over x (N, ...) of dlogits/dh_i, the slopes of the logits by the block's output. Matrices that
-    learn come to agree with it. NaN for the last block, and where B_i is not dense. The rule is left as it is. Raises
-    TypeError if there is no rule, RuntimeError if its network rests in a store.
+    That matrix is dlogits/dh_i, the Jacobian of the logits with respect to the block's output, averaged over x
+    (N, ...). A B_i that learns comes to agree with it. NaN for the last block, and where B_i is not dense. The rule is
+    left as it is. Raises TypeError if `rule` is no rule, RuntimeError if its network rests in a store.
     """
     check_type("rule", rule, Rule, RULE)
     check_batch(x)
@@ -108,10 +108,10 @@ def follow(
 ) -> pd.DataFrame:
     """Train as `ml.fit` does, and return the angles after each number of steps in `at`, 0 being the start.
 
-    They are taken on the first `probe` training images. `before_step(rule, step)` may change something, such as B,
-    before each step, from 0 on. Columns: step, block (from 1 on), gradient_deg, signal_deg. Raises TypeError for a
-    rule, data or function that is none, ValueError for numbers below 1 (`at`, `seed`: below 0) and an empty `at`, all
-    before the first step; and what `rule.step` raises.
+    The angles are those on the first `probe` training images. `before_step(rule, step)` may change something, such as
+    B, before each step, from 0 on. Columns: step, block (from 1 on), gradient_deg, signal_deg. Before the first step,
+    raises TypeError for a rule, data or function of another type, and ValueError for numbers below 1 (`at`, `seed`:
+    below 0) and an empty `at`; later what `rule.step` raises.
     """
     check_type("rule", rule, Rule, RULE)
     check_data("follow", data)
@@ -177,7 +177,7 @@ def _signals(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
 
 @contextmanager
 def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
-    """Give a rule whose step leaves the gradients in the weights and changes none; put back what it does change."""
+    """Give a copy of the rule whose step leaves gradients and changes no weight; restore the rest on leaving."""
     rule.follow_model()
     twin = _apart(rule)  # the same network
     twin.optimizers, twin.loss_optimizer = [None for _ in rule.optimizers], None
@@ -215,12 +215,13 @@ def _angle(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
-    """Return the angle between what a block is taught and what its output does, in degrees (0 to 90), one a block.
+    """Return the angle between a block's desired and actual change of output, in degrees (0 to 90), one a block.
 
-    The block is taught -s, its signal under DFA and MEM-DFA (e for the last). A small step of plain SGD moves its
-    output, for all examples of the batch x (N, ...) together, by -lr J J^T s, with J the slopes of the output by the
-    weights. Few weights behind many outputs cannot do what is asked of each. NaN for a block that trains nothing. The
-    rule is left as it is. Raises TypeError if there is no rule, and what `rule.step` raises for a batch.
+    The desired change is -s, with s the block's signal under DFA and MEM-DFA (e for the last block). A small step of
+    plain SGD changes the output, over all examples of the batch x (N, ...), by -lr J J^T s, where J is the Jacobian of
+    the output with respect to the weights. Few weights with many outputs cannot make every desired change. NaN for a
+    block that trains nothing. The rule is left as it is. Raises TypeError if `rule` is no rule, and what `rule.step`
+    raises for a batch.
     """
     check_type("rule", rule, Rule, RULE)
     check_batch(x)

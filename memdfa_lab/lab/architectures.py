@@ -6,22 +6,23 @@
 | conv5x5(20,valid)  | the same without padding; conv5x5(20,nobias) is without bias                              |
 | separable(64)/2    | 3x3 convolution of each channel with stride 2, then 1x1 with 64 filters, bn and relu both |
 | maxpool3/2         | pooling, 3x3 with stride 2; avgpool too                                                   |
-| maxpool3/2(ceil)   | the same with windows over the edge, of which only the inside counts (TensorFlow's SAME)  |
+| maxpool3/2(ceil)   | the same with windows past the edge, whose inner part counts (TensorFlow's SAME)          |
 | mean               | average over all pixels                                                                   |
 | 500, classes       | dense layer of 500 units, of one unit a class; images are flattened before it             |
 | bn, relu, ...      | BatchNorm, one of ACTIVATIONS                                                             |
+| dropout0.2         | dropout with probability 0.2                                                              |
 | resnet18, ...      | torchvision's residual network, its stem made for small images                            |
 | [500 relu]x20      | these parts 20 times                                                                      |
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from memdfa_lab.core.checks import check_int
+from memdfa_lab.core.checks import check_int, of_an_extra
 
 Shape = tuple[int, int, int]  # (C, H, W) of one image
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -34,6 +35,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 CONVOLUTION = re.compile(r"conv(\d+)x\1\((\d+)(,valid|,nobias)?\)(?:/(\d+))?")
 SEPARABLE = re.compile(r"separable\((\d+)\)(?:/(\d+))?")
+DROPOUT = re.compile(r"dropout(0\.\d+)")
 POOLING = re.compile(r"(max|avg)pool(\d+)(?:/(\d+))?(\(ceil\))?")
 ON_IMAGES = (CONVOLUTION, SEPARABLE, POOLING, re.compile("mean|resnet(18|34|50|101|152)"))
 
@@ -41,15 +43,17 @@ ON_IMAGES = (CONVOLUTION, SEPARABLE, POOLING, re.compile("mean|resnet(18|34|50|1
 def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
     """Return the modules of a network, in order, for images of a shape (C, H, W) and a number of classes.
 
-    Raises ValueError for a part that is not in the table above, or that does not fit what comes before it.
+    Raises ValueError for a part that is not in the table above, or that does not fit the part before it.
     """
     text = re.sub(r"\[([^\]]*)\]x(\d+)", lambda found: " ".join([found[1]] * int(found[2])), text)
     modules: list[nn.Module] = []
     size: tuple[int, ...] = shape  # of the output so far: (C, H, W), or (n,) behind a dense layer
     for part in text.replace("classes", str(classes)).split():
-        if re.search(r"(?<!\d)0", part):
+        if dropout := DROPOUT.fullmatch(part):
+            modules.append(nn.Dropout(float(dropout[1])))
+        elif re.search(r"(?<!\d)0", part):
             raise ValueError(f"each number in {part!r} must be a whole number from 1 on")
-        if part.isdecimal():
+        elif part.isdecimal():
             if len(size) == 3:
                 modules.append(nn.Flatten())
             modules.append(nn.Linear(math.prod(size), int(part)))
@@ -117,9 +121,27 @@ def _windows(side: int, kernel: int, stride: int, ceil: bool = False) -> int:
 
 
 def _resnet(name: str, channels: int, classes: int) -> list[nn.Module]:
-    from torchvision.models import resnet  # not above: `import memdfa_lab` does not load torchvision
+    with of_an_extra():
+        from torchvision.models import resnet  # not above: `import memdfa_lab` does not load torchvision
 
     net = getattr(resnet, name)(num_classes=classes)
     stem = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     units = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
     return [*stem, *units, net.avgpool, nn.Flatten(), net.fc]
+
+
+def _uniform(layer: nn.Linear | nn.Conv2d) -> None:
+    bound = 1 / math.sqrt(layer.weight[0].numel())
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+# name -> what is done to each Linear and convolution, whose biases are zero before
+INITIALISATIONS: dict[str, Callable[[nn.Linear | nn.Conv2d], object]] = {
+    "he_normal": lambda layer: nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"),  # the authors'
+    "uniform": _uniform,  # in +-1/sqrt(fan_in), the biases too: Nøkland's for BP
+    "zero": lambda layer: nn.init.zeros_(layer.weight),  # Nøkland's for DFA
+    "orthogonal": lambda layer: nn.init.orthogonal_(layer.weight, gain=1.05),  # a signal passes 100 layers of tanh
+    "xavier_uniform": lambda layer: nn.init.xavier_uniform_(layer.weight),  # BioTorch's
+}

@@ -1,7 +1,7 @@
-"""BatchNorm over the examples of all ranks, on any device: torch's own SyncBatchNorm is for GPUs alone.
+"""BatchNorm over the examples of all ranks, on any device; torch's own SyncBatchNorm is for GPUs only.
 
 For h (n, C, ...) on each rank, x = (h - mean) / sqrt(variance + eps), where mean and variance (C,) are over all ranks'
-examples and pixels (Ioffe and Szegedy 2015). Sums over ranks are differentiable, so autograd finds the way back.
+examples and pixels (Ioffe and Szegedy 2015). Sums over ranks are differentiable, so that autograd forms the gradient.
 """
 
 from typing import Any
@@ -18,10 +18,11 @@ OF_ONE_PROCESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def synchronise(model: nn.Module, group: Group) -> None:
-    """Make each BatchNorm in the model one whose statistics are the whole batch's; weights and buffers stay.
+    """Replace each BatchNorm in the model by one with statistics of the whole batch; its weights and buffers stay.
 
-    Do so before a rule is made. A block with one then learns by autograd, not by hand. In a group of one process
-    nothing changes. Raises ValueError for a BatchNorm of another class than torch's three, or one that is the model.
+    Call it before making a rule. A block with such a BatchNorm learns by autograd, not by hand. In a group of one
+    process nothing changes. Raises ValueError for a BatchNorm of another class than torch's three, or one that is the
+    whole model.
     """
     if group.size == 1:
         return
@@ -51,7 +52,7 @@ class SyncBatchNorm(ANY_BATCH_NORM):
         over, shape = [0, *range(2, h.dim())], (1, -1, *[1] * (h.dim() - 2))
         counts = 0.0 if self.group.idle else 1.0  # an idle rank's example has no part in the statistics
         values = h.double()
-        N = 2.0  # without data it is not exchanged, and does not matter: bytes are counted
+        N = 2.0  # in a prediction the sum is not exchanged, and N does not matter
         if has_data(h):
             N = self.group.total([counts * h.numel() / h.shape[1]], "BatchNorm's number of examples").item()
         if N < 2:

@@ -1,9 +1,9 @@
 """Time and memory of rules side by side: in one process, in turns, as ratios to BP.
 
-A machine's speed drifts, and others use it too. So each round gives every contender one step, in an order drawn anew,
-and a ratio compares two steps of the same round. The median over rounds is reported, with the quartiles.
+A machine's speed drifts, and other processes use it too. Each round therefore gives every contender one step, in a new
+random order, and a ratio compares two steps of the same round. The median over rounds is reported, with the quartiles.
 
-Images may lie in memory with the channels last or contiguously. Each contender tries both, and is timed in its faster.
+Images may be stored with the channels last or contiguously. Each contender tries both, and is timed in the faster one.
 """
 
 import gc
@@ -22,11 +22,14 @@ import torch
 
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
-from memdfa_lab.core.rules import ALL_RULES, RULES, find_rule
+from memdfa_lab.core.devices import CPU, module_of
+from memdfa_lab.core.rules import ALL_RULES, find_rule
 from memdfa_lab.lab import models
 from memdfa_lab.lab.example import example_step
 from memdfa_lab.memory import measure
 from memdfa_lab.memory.predict import kept_bytes
+from memdfa_lab.rivals.binomial import fewest_snapshots
+from memdfa_lab.rivals.reversible import Coupling
 
 # network -> batch size; what `memdfa bench` runs if nothing else is asked for
 NETWORKS = {
@@ -38,7 +41,7 @@ NETWORKS = {
     "vgg_16": 32,
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NOISE = 0.1  # how far BP's time may move between rounds, as a part of it, and how much of a processor others may use
+NOISE = 0.1  # how much BP's time may vary between rounds, relatively; how much of a processor others may use
 COUNTERS = Path("/proc/stat")  # Linux counts there what the processors' time is spent on
 
 
@@ -55,32 +58,35 @@ class Contender:
 def contenders(
     rules: Sequence[str], kinds: Sequence[str], options: Mapping[str, Any] | None = None, passes: Sequence[str] = ()
 ) -> list[Contender]:
-    """Return BP and the rules, those that use feedback once with each kind.
+    """Return BP and the rules as contenders; a rule that uses feedback appears once with each kind.
 
-    Each comes again with `options`, if given; DFA and MEM-DFA also with each of `passes` as their `pass1`. Raises
-    ValueError for unknown names.
+    If `options` are given, each contender appears again with them; DFA and MEM-DFA also appear with each of `passes` as
+    their `pass1`. Raises ValueError for unknown names.
     """
     found = [Contender("bp")]
     for kind in kinds:
         lookup("feedback", kind, feedback.KINDS)
     for rule in dict.fromkeys(rules):
-        find_rule(rule)
-        uses_feedback = rule in RULES and rule != "bp"
-        found += [Contender(rule, kind) for kind in (kinds if uses_feedback else ["none"])]
+        found += [Contender(rule, kind) for kind in (kinds if find_rule(rule).uses_feedback else ["none"])]
     found = list(dict.fromkeys(found))
     for one in list(found):
-        for pass1 in [None, *(passes if find_rule(one.rule).teaches_blocks else ())]:
+        for pass1 in [None, *(passes if find_rule(one.rule).teaches_feedback else ())]:
             given = {**(options or {}), **({"pass1": pass1} if pass1 else {})}
             setting = ", ".join(f"{name}={value}" for name, value in given.items())
             found += [Contender(one.rule, one.feedback, setting, given)] if given else []
     return found
 
 
-def frontier(network: str, batch_size: int, kind: str = "regenerated", points: int = 5) -> list[Contender]:
-    """Return BP, MEM-DFA that keeps from nothing to everything, and checkpointing with more and more segments.
+def frontier(
+    network: str, batch_size: int, kind: str = "regenerated", points: int = 5, passes: Sequence[str] = ()
+) -> list[Contender]:
+    """Return contenders from little memory to little time: BP, MEM-DFA, checkpointing, and other rivals.
 
-    `points` is how many values of keep_bytes there are, `kind` that of MEM-DFA's feedback. Raises ValueError for
-    unknown names, a batch size below 1, and fewer than two points.
+    MEM-DFA appears with `points` values of keep_bytes, from 0 to all, and with feedback of this `kind`; it appears
+    again with each of `passes` as its `pass1`, except where everything is kept. Checkpointing appears with growing
+    numbers of segments, binomial checkpointing with the fewest snapshots for one to five repeated runs of a block.
+    `Reversible` appears for a network with couplings. Raises ValueError for unknown names, a batch size below 1, and
+    fewer than two points.
     """
     blocks = models.build(network)
     check_int("batch size", batch_size)
@@ -88,15 +94,20 @@ def frontier(network: str, batch_size: int, kind: str = "regenerated", points: i
     x = torch.empty(batch_size, *models.input_shape(network), device="meta")
     everything = sum(kept_bytes(blocks, x))
     found = [Contender("bp")]
-    for k in range(points):
-        part = k / (points - 1)
-        options = {"keep_bytes": math.inf if k == points - 1 else int(part * everything)}
-        found.append(Contender("memdfa", kind, f"keeps {part:.0%}", options))
+    for pass1 in [None, *passes]:
+        for k in range(points - (pass1 is not None)):
+            part = k / (points - 1)
+            options: dict[str, Any] = {"keep_bytes": math.inf if k == points - 1 else int(part * everything)}
+            options |= {"pass1": pass1} if pass1 else {}
+            found.append(Contender("memdfa", kind, f"keeps {part:.0%}", options))
     root = round(math.sqrt(len(blocks)))
     for segments in sorted({min(2, len(blocks)), max(1, root // 2), root, min(2 * root, len(blocks)), len(blocks)}):
         for rule in ("checkpoint", "checkpoint_step_in_backward"):
             found.append(Contender(rule, "none", f"{segments} segments", {"segments": segments}))
-    return found
+    for snapshots in sorted({fewest_snapshots(len(blocks), most) for most in range(1, 6)}):
+        found.append(Contender("binomial", "none", f"{snapshots} snapshots", {"snapshots": snapshots}))
+    coupled = any(isinstance(block, Coupling) and block.reversible for block in blocks)
+    return found + [Contender(rule) for rule in (*(["reversible"] if coupled else []), "activation_offload", "mezo")]
 
 
 def bench(
@@ -108,19 +119,21 @@ def bench(
     warm_up: int = 2,
     seed: int = 0,
     threads: int | None = None,
+    device: str = CPU,
 ) -> pd.DataFrame:
-    """Return a row a contender: median step time and quartiles, its ratio to BP's round by round, the measured peak.
+    """Return a row a contender: step time in seconds and its ratio to BP's (median, quartiles), and the measured peak.
 
-    The first row is BP's, always; then `against` (all rules and baselines, feedback regenerated, if not given). The
-    loss is the network's own. `optimizer`: a name in `ml.experiments.OPTIMIZERS`, with a rate too small to matter, or
-    as a rule takes it. `threads`: how many torch uses meanwhile; as many as now, if not given. Columns besides:
+    The first row is always BP's; then comes `against` (default: all rules and baselines, with regenerated feedback).
+    The loss is the network's own. `optimizer`: a name in `ml.experiments.OPTIMIZERS`, used with a negligible learning
+    rate, or a factory as for a rule. `threads`: the number that torch uses; default: as many as now. `device`: where
+    the networks are; a step ends when the device has finished it. Further columns:
 
     - `ratio_alike`: the median of the ratio to BP with the same precision.
-    - `layout`: how images and filters lie in memory: as in the contender's fastest step of `warm_up` rounds with each.
-    - `moved`: how far its time moved between rounds: the 90 % quantile over the 10 % quantile, less 1.
-    - `noisy`: whether BP's moved by more than a tenth.
+    - `layout`: the memory layout of images and filters, that of the fastest step in `warm_up` rounds with each layout.
+    - `moved`: how much the time varied between rounds: the 90 % quantile over the 10 % quantile, minus 1.
+    - `noisy`: whether BP's time varied by more than a tenth.
 
-    Raises ValueError for unknown names and sizes below 1.
+    Raises ValueError for unknown names, sizes below 1, and a device that is not there.
     """
     given = torch.get_num_threads() if threads is None else threads
     for name, value in (("batch size", batch_size), ("rounds", rounds), ("threads", given)):
@@ -130,7 +143,7 @@ def bench(
     steps = []
     for one in every:
         kind = "stored" if one.feedback == "none" else one.feedback
-        steps.append(example_step(one.rule, network, batch_size, optimizer, kind, seed, **one.options))
+        steps.append(example_step(one.rule, network, batch_size, optimizer, kind, seed, device=device, **one.options))
     rules, (x, y) = [rule for rule, _, _ in steps], steps[0][1:]
     images = any(parameter.dim() == 4 for parameter in rules[0].blocks.parameters())
     inputs = {name: x.to(memory_format=layout) for name, layout in LAYOUTS.items() if images or name == "contiguous"}
@@ -141,13 +154,16 @@ def bench(
         if images:
             rules[k].blocks.to(memory_format=LAYOUTS[layout])
         gc.collect()  # not in the middle of somebody's step
+        wait()
         started = time.perf_counter()
         rules[k].step(inputs[layout], y)
+        wait()
         return time.perf_counter() - started
 
+    wait = module_of(device).synchronize
     order, before = np.random.default_rng(seed), torch.get_num_threads()
     gc.collect()
-    gc.freeze()  # what exists stays: the collections between steps need not look at it again
+    gc.freeze()  # existing objects stay: later collections need not look at them again
     torch.set_num_threads(given)
     try:
         for _ in range(warm_up):
@@ -175,6 +191,7 @@ def bench(
                 "rule": one.rule,
                 "feedback": one.feedback,
                 "setting": one.setting,
+                "pass1": one.options.get("pass1", ""),
                 "median_s": median,
                 "low_s": low,
                 "high_s": high,
@@ -189,19 +206,19 @@ def bench(
                 "moved": slowest / fastest - 1,
             }
         )
-    table = pd.DataFrame(rows).assign(rounds=rounds, threads=given, torch=torch.__version__)
+    table = pd.DataFrame(rows).assign(rounds=rounds, threads=given, device=device, torch=torch.__version__)
     return table.assign(noisy=bool(table["moved"][0] > NOISE))
 
 
 def _alike(one: Contender) -> tuple[Any, ...]:
-    """Return the options that BP has, too, by which a contender is compared with its like."""
+    """Return the options that BP has, too: a contender is compared with the BP that shares them."""
     return tuple(one.options.get(name) for name in ("precision", "clip_global_norm"))
 
 
 def wait_until_quiet(longest_s: float = 600, sample_s: float = 5) -> bool:
-    """Wait until other processes use less than a tenth of one processor, and tell whether they do in the end.
+    """Wait until other processes use less than a tenth of one processor; return whether they did in the end.
 
-    Raises ValueError where the system does not count what they use.
+    Raises ValueError on a system that does not report processor use in /proc/stat.
     """
     if not COUNTERS.exists():
         raise ValueError(f"the load is read from {COUNTERS}, which this system does not have: leave --quiet out")
@@ -218,4 +235,4 @@ def wait_until_quiet(longest_s: float = 600, sample_s: float = 5) -> bool:
 
 
 def _processor_ticks() -> np.ndarray:
-    return np.array(COUNTERS.read_text().split()[1:9], float)
+    return np.array(COUNTERS.read_text("ascii").split()[1:9], float)

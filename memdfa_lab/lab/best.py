@@ -1,4 +1,4 @@
-"""The best epoch of a run by its test data, and when there has been none better for long."""
+"""The best epoch of a run on its test data, and early stopping."""
 
 import math
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ from memdfa_lab.lab.examples import Examples
 
 @dataclass
 class Best:
-    """The best epoch so far, by a column of the history, with a copy of the network's weights and buffers at its end.
+    """The best epoch so far, by a column of the history, with a copy of the network's weights and buffers then.
 
-    `sign`: 1 if more of it is better, -1 if less. `patience`: how many epochs without a better one end the training.
+    `sign`: 1 if larger values are better, -1 if smaller. `patience`: training ends after so many epochs without a
+    better one.
     """
 
     column: str
@@ -26,7 +27,7 @@ class Best:
 
     @classmethod
     def of(cls, column: str, metrics: Mapping[str, Any], patience: int, test: Examples | None) -> "Best":
-        """Return none so far. Raises ValueError for a column that no metric gives, or that may be better either way."""
+        """Return a Best without an epoch. Raises ValueError for a column of no metric, or without a direction."""
         if test is None or test.total == 0:
             raise ValueError("stop_after looks at test data, and there are none: give test=, or data.holdout()")
         columns = {f"test_{name}": metric for name, metric in metrics.items()}
@@ -38,7 +39,7 @@ class Best:
         return cls(column, 1 if higher else -1, patience)
 
     def is_over(self, epoch: int) -> bool:
-        """Tell whether there has been none better for long, after so many epochs."""
+        """Tell whether, after this many epochs, the last `patience` ones brought no improvement."""
         return epoch - self.epoch >= self.patience
 
     def see(self, row: Mapping[str, float], network: nn.Module) -> None:

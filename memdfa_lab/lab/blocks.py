@@ -1,4 +1,4 @@
-"""What a model is cut into, as a table: `ml.blocks.show(model, x)`."""
+"""The blocks into which a model is cut, as a table: `ml.blocks.show(model, x)`."""
 
 import pandas as pd
 import torch
@@ -11,12 +11,12 @@ from memdfa_lab.memory.predict import kept_bytes
 
 
 def show(model: nn.Module, x: Tensor) -> pd.DataFrame:
-    """Return a row a block: what it runs, its output, its parameters, and what it keeps while it is taught.
+    """Return a row a block: the modules it runs, its output, its parameters, and what it keeps while it is taught.
 
-    `x`: a batch (N, ...), which runs once; the model is left as it was. What is alive at the cut is the output alone,
-    `output_bytes`. `kept_bytes`: what the block keeps for its gradients; MEM-DFA holds one block's at a time. `note`
-    tells where a skip spans several weight layers, so that they are one block, and the part of all kept bytes that this
-    costs.
+    `x`: a batch (N, ...), which runs once; the model is left as it was. Between two blocks only the output is alive,
+    `output_bytes`. `kept_bytes`: what the block keeps for its gradients; MEM-DFA holds this for one block at a time.
+    `note` says where a skip connection spans several weight layers, which are then one block, and what part of all kept
+    bytes that block has.
     """
     blocks, rows, h = as_blocks(model), [], x
     sizes = kept_bytes(blocks, x)

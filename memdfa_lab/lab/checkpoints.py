@@ -1,34 +1,31 @@
-"""Checkpoints of `fit`: what they hold, and whether one belongs to the run that is to go on from it."""
+"""Checkpoints of `fit`: their contents, and the check that a checkpoint belongs to the run that resumes from it."""
 
 import copy
 import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from memdfa_lab.core.checks import first_difference
-from memdfa_lab.core.compat import tree_map_only
+from memdfa_lab.core.generators import of_torch
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.state import described
 from memdfa_lab.lab.distributed import digest
 from memdfa_lab.lab.examples import Examples
-from memdfa_lab.lab.files import locked, write_whole
+from memdfa_lab.lab.files import locked, read_saved, write_saved
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
-FORMAT = 3
+INSTEAD = "delete it, or start anew with overwrite=True"
 
 
 def checked(checkpoint: str | Path | None, rule: Rule, stop_after: int | None) -> Path | None:
-    """Return the path. Raises ValueError if a run cannot be kept there, or not of this rule.
+    """Return the path. Raises ValueError if this rule's run cannot be saved there.
 
-    What rests in a store is kept there, with all else that the run needs.
+    A network that rests in a store has its checkpoint there, with everything else that the run needs.
     """
     store, path = rule.store, None if checkpoint is None else Path(checkpoint)
     if store.offloads and rule.group.size > 1:
@@ -46,13 +43,13 @@ def checked(checkpoint: str | Path | None, rule: Rule, stop_after: int | None) -
 
 
 def is_there(path: Path, rule: Rule) -> bool:
-    """Tell whether there is a run to go on with."""
+    """Tell whether there is a run to resume."""
     return rule.store.progress is not None if rule.store.offloads else path.exists()
 
 
 @contextmanager
 def kept(path: Path | None, rule: Rule) -> Iterator[None]:
-    """Keep others from writing the checkpoint within, also the rule's store, except through `write`."""
+    """Lock the checkpoint within, and keep the rule's store from committing except through `write`."""
     if path is None or not rule.store.offloads:
         with nullcontext() if path is None else locked(path):
             yield
@@ -65,38 +62,29 @@ def kept(path: Path | None, rule: Rule) -> Iterator[None]:
 def write(
     path: Path, settings: dict[str, Any], rule: Rule, schedulers: list[Scheduler], progress: dict[str, Any]
 ) -> None:
-    """Write all that a run needs to go on, whole or not at all."""
+    """Write everything that a run needs to resume, completely or not at all."""
     state = {
-        "format": FORMAT,
         "settings": settings,
         "rule": _groups(rule) if rule.store.offloads else rule.state_dict(),
         "schedulers": [scheduler.state_dict() for scheduler in schedulers],
-        "generators": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "generators": {kind: get() for kind, (get, _) in of_torch(rule.device).items()},
         "progress": progress,
     }
-    # numpy's numbers, such as a learning rate from a logspace, would be refused when they are read.
-    state = tree_map_only(np.generic, np.generic.item, state, lambda part: isinstance(part, OrderedDict))
-
     if rule.store.offloads:
         rule.store.commit(state)
-        return
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # of a path, torch hides why it could not be written, such as a full disk
-            torch.save(state, file)
-
-    write_whole(path, save)
+    else:
+        write_saved(path, state)
 
 
 def restore(
     path: Path, settings: dict[str, Any], rule: Rule, schedulers: list[Scheduler], epochs: int
 ) -> dict[str, Any]:
-    """Give a rule, its schedulers and torch's generators their state from a checkpoint, and return the progress.
+    """Load a checkpoint into a rule, its schedulers and torch's generators, and return the run's progress.
 
     Raises ValueError, before anything changes, if the checkpoint is damaged, of another version or of other settings,
     or has come past `epochs`.
     """
-    state = copy.deepcopy(rule.store.progress) if rule.store.offloads else _read(path)
+    state = copy.deepcopy(rule.store.progress) if rule.store.offloads else read_saved(path, INSTEAD)
     for name, ours in settings.items():
         theirs = state["settings"].get(name)
         if theirs != ours:
@@ -117,9 +105,9 @@ def restore(
         rule.load_state_dict(state["rule"])
     for scheduler, value in zip(schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(value)
-    torch.set_rng_state(state["generators"]["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["generators"]["cuda"])
+    for kind, (_, put) in of_torch(rule.device).items():
+        if kind in state["generators"]:  # a run may go on on another kind of device
+            put(state["generators"][kind])
     return progress
 
 
@@ -134,35 +122,18 @@ def _load_groups(rule: Rule, saved: list[Any]) -> None:
             group.update({name: value for name, value in values.items() if name != "params"})
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not check them
-            if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        version = state["format"]
-    except Exception as problem:  # damage shows as any kind of exception
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint of memdfa_lab: delete it, or start anew with overwrite=True"
-        ) from problem
-    if version != FORMAT:
-        raise ValueError(
-            f"{path} was written by another version of memdfa_lab (format {version}, this one has {FORMAT}): finish "
-            "the run with that version, or start anew with overwrite=True"
-        )
-    return state
-
-
 def settings_of(rule: Rule, schedulers: list[Scheduler], examples: Examples) -> dict[str, Any]:
-    """Return what must not change between a run and its continuation; no scheduler has made a step yet.
+    """Return what must not change between a run and its continuation; call it before any scheduler has stepped.
 
-    The network is known by its representation, which has the settings of each layer, and by the names, shapes and
-    dtypes of its state.
+    The network is identified by its repr, which has the settings of each layer, and by the names, shapes and dtypes of
+    its state.
     """
     optimizer = next(optimizer for optimizer in rule.optimizers if optimizer is not None)
+    settings = [*rule.own_settings, *(["pack"] if rule.pack else [])]
+    own = ", ".join(f"{name}={getattr(rule, name)}" for name in settings)
     tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in rule.blocks.state_dict(keep_vars=True).items()]
     return {
-        "rule": type(rule).__name__,
+        "rule": type(rule).__name__ + (f"({own})" if own else ""),
         "network": "\n".join([without_addresses(rule.blocks), *tensors]),
         "data": examples.facts,
         "loss": _described(rule.loss_fn),

@@ -1,4 +1,4 @@
-"""MNIST, CIFAR-10, mnist5k, which needs no network, folders and .npz; normalised as the authors of MEM-DFA do."""
+"""MNIST, CIFAR-10, mnist5k (needs no network), folders and .npz files, normalised as by the authors of MEM-DFA."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdfa_lab.core.checks import check_finite, check_int, check_type, lookup
+from memdfa_lab.core.checks import check_finite, check_int, check_type, lookup, of_an_extra
 from memdfa_lab.core.seeds import mix
 from memdfa_lab.lab.sources import KEYS, LOADERS, Arrays, image_folder, read_npz, require, split
 
@@ -24,8 +24,8 @@ SIZES = {"mnist": ((60000, 28, 28), (10000, 28, 28)), "cifar10": ((50000, 32, 32
 class Data:
     """Normalised images (N, C, H, W) float32, labels (N,) int64; pixels are x * pixel_range + mean.
 
-    Filled by hand, x may be any (N, ...) that the network takes, such as whole numbers for words, and y what the loss
-    takes.
+    If you fill it yourself, x may be any (N, ...) that the network takes, such as whole numbers for words, and y
+    whatever the loss takes.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Data:
     def batches(
         self, batch_size: int, seed: int = 0, like: Tensor | None = None, drop_last: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches x (N, C, H, W) and y (N,) of the training data for ever, epoch after epoch as `ml.fit` does.
+        """Yield batches x (N, C, H, W) and y (N,) of the training data without end, in the order of `ml.fit`.
 
-        Both are on the device of `like`, if it is given, and x is as `as_input` makes it. Raises ValueError if
+        With `like`, both are on its device, and x is converted by `as_input`. Raises ValueError if
         `drop_last` leaves no batch.
         """
         n = len(self.x_train)
@@ -61,10 +61,10 @@ class Data:
                 yield (x, y) if like is None else (as_input(x, like), y.to(like.device))
 
     def holdout(self, fraction: float = 0.1, seed: int = 0) -> "Data":
-        """Split the training data, class by class, and leave the test data out: for choosing anything.
+        """Split the training data, class by class, and leave the test data out: for choosing settings.
 
-        x_test, y_test of the result are the held-out images. The normalisation stays: its few constants have seen the
-        held-out pixels, never a label and never the test set.
+        x_test, y_test of the result are the held-out images. The normalisation stays: its few
+        constants depend on the held-out pixels, but not on labels or the test set.
         Raises ValueError if the fraction leaves a class without an image on either side, or y_train has no classes.
         """
         if self.y_train.dim() != 1 or self.y_train.is_floating_point():
@@ -79,13 +79,13 @@ class Data:
         """Keep the first images (None: all), for quick runs; raises ValueError if there are fewer."""
         for n, x in ((train, self.x_train), (test, self.x_test)):
             if n is not None and check_int("a subset", n) > len(x):
-                raise ValueError(f"subset of {n} images: {self.name} has 1 to {len(x)} to give")
+                raise ValueError(f"subset of {n} images: {self.name} can give 1 to {len(x)}")
         parts = {key: getattr(self, key)[: train if key.endswith("train") else test] for key in KEYS}
         return replace(self, test_exact=None if self.test_exact is None else self.test_exact[:test], **parts)
 
 
 def check_data(who: str, data: Any) -> None:
-    """Raise TypeError if this is not a data set, which `who` takes.
+    """Raise TypeError if this is not a data set, as `who` takes.
 
     Raises ValueError if it has no training example or not a y for each x, FloatingPointError if it holds NaN or inf.
     """
@@ -96,7 +96,7 @@ def check_data(who: str, data: Any) -> None:
 
 
 def check_pair(x_name: str, x: Any, y_name: str, y: Any) -> None:
-    """Raise what `check_data` does for one x and y; there may be no x_test."""
+    """Raise the errors of `check_data` for one x and y; x_test may be empty."""
     for name, tensor in ((x_name, x), (y_name, y)):
         check_type(name, tensor, Tensor, "a tensor (use torch.as_tensor)")
         if tensor.layout is not torch.strided or tensor.is_nested:
@@ -112,7 +112,7 @@ def check_pair(x_name: str, x: Any, y_name: str, y: Any) -> None:
 
 
 def as_input(x: Tensor, like: Tensor) -> Tensor:
-    """Return x on the device of `like`, a weight; in its dtype, too, unless x is of whole numbers or truth values."""
+    """Return x on the device of `like`, a weight; and in its dtype, unless x has whole numbers or booleans."""
     return x.to(like) if x.is_floating_point() else x.to(like.device)
 
 
@@ -154,23 +154,23 @@ def load(
 ) -> Data:
     """Load a data set by name, or from the path of a folder of images or of an .npz, into memory.
 
-    What does not fit there, give to `ml.fit` as a Dataset or a DataLoader. Root: the argument, or $MEMDFA_DATA, or
-    memdfa_lab in the user's cache folder. ROOT/NAME.npz is taken if it is there, else what torchvision keeps there,
-    else torchvision downloads it. `shape` (C, H, W): pad with the darkest pixel and repeat a grey channel, so that
-    every network runs on it. Values are minus the training mean of their channel, over max - min of training. The
-    global generator is left alone.
+    Data that does not fit into memory can be given to `ml.fit` as a Dataset or a DataLoader. `root`: default,
+    $MEMDFA_DATA, else memdfa_lab in the user's cache folder. It is searched for NAME.npz, then for torchvision's files;
+    if neither is there, torchvision downloads them. `shape` (C, H, W): images are padded with the darkest pixel, and a
+    grey channel is repeated. Each value is reduced by the training mean of its channel, then divided by the max - min
+    of all training values. The global generator is left alone.
 
-    A folder has a folder of images for each class, or folders train and test (or val) of that kind. Without a test,
-    `test_fraction` of each class is taken for it, by `seed`. Images are read in colour, or in grey if C is 1, and made
-    to fill (H, W) of the shape, where what stands out is cut off; without a shape they must be of one size.
+    A folder has a folder of images for each class, or folders train and test (or val) of that kind. Without a test
+    folder, `test_fraction` of each class is taken for testing, by `seed`. Images are read in colour, or in grey if C is
+    1, and scaled and cropped to (H, W) of the shape; without a shape they must have one size.
 
     An .npz has x_train, y_train, x_test, y_test. x is uint8, uint16 or float: images (N, H, W), (N, H, W, C) or (N, C,
     H, W) with C = 1, 3 or 4, rows (N, F), whose columns are the channels, or, with `shape` (C, L), signals (N, C, L).
     Rows of larger whole numbers, such as tokens, stay as they are. y is whole numbers, (N,) or (N, 1), from
-    `first_label` on, which become 0..K-1. It may have test_exact (N,), False for test images that are close copies. Of
-    colours with alpha, alpha is left out.
+    `first_label` on, which become 0..K-1. test_exact (N,), if there, is False for test images that are close copies. An
+    alpha channel is left out.
 
-    Raises ValueError for an unknown name, a damaged file, a shape that cannot be had, or without a network.
+    Raises ValueError for an unknown name, a damaged file, a shape that is not possible, or a failed download.
     """
     text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
     path = Path(text).expanduser()
@@ -178,12 +178,14 @@ def load(
         signals = isinstance(shape, Sequence) and len(shape) == 2
         return _normalised(path.stem, read_npz(path, signals, check_int("first_label", first_label, 0)), shape)
     if text and text not in LOADERS and path.is_dir():
-        return _normalised(path.resolve().name, image_folder(path, shape, test_fraction, seed), None)
+        with of_an_extra():
+            return _normalised(path.resolve().name, image_folder(path, shape, test_fraction, seed), None)
     lookup("data set", text or name, {**LOADERS, "the path of a folder of images or of an .npz": None})
     folder = Path(root or os.environ.get("MEMDFA_DATA") or _cache()).expanduser()
     path = folder / f"{text}.npz"
     if text not in SIZES or not path.exists():
-        return _normalised(text, LOADERS[text](folder), shape)
+        with of_an_extra():
+            return _normalised(text, LOADERS[text](folder), shape)
     arrays = read_npz(path)
     found = tuple((len(arrays[key]), *arrays[key].shape[2:]) for key in ("x_train", "x_test"))
     how = f"train and test (N, H, W) = {found}, not {SIZES[text]}: replace it, or pass its path as the name"
@@ -231,15 +233,16 @@ def _normalised(name: str, arrays: Arrays, shape: Sequence[int] | None) -> Data:
 
 
 def flip_and_crop(padding: int = 4) -> Callable[[Tensor], Tensor]:
-    """Return an `augment` for `ml.fit`: each image (C, H, W) of a batch by itself flipped or not, padded and cropped.
+    """Return an `augment` for `ml.fit`: each image (C, H, W) is flipped at random, padded, and cropped at random.
 
-    It is of torchvision.transforms.v2. What is padded is 0, the training mean.
+    It uses torchvision.transforms.v2. The padding is 0, the training mean.
     """
     return partial(_flipped_and_cropped, padding=check_int("padding", padding, 0))
 
 
 def _flipped_and_cropped(x: Tensor, padding: int) -> Tensor:
-    from torchvision.transforms import v2
+    with of_an_extra():
+        from torchvision.transforms import v2
 
     change = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(x.shape[-2:], padding)])
     return torch.stack([change(image) for image in x])

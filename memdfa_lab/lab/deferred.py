@@ -1,10 +1,10 @@
-"""A model that is made without memory, and its initial values, drawn later, some tensors at a time.
+"""A model that is made without memory; its initial values are drawn later, some tensors at a time.
 
-While it is made, what gives each tensor its value is noted: how it was created, and what the functions of torch.nn.init
-and operations of one tensor did to it. Later the same is done with memory.
+While the model is made, everything that gives values to tensors is recorded: operations, and functions of
+torch.nn.init. Later the recorded calls on which some tensors depend run in the same order, with memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any
@@ -13,24 +13,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core.compat import TRUTH_VALUE, aten, storage_id
+from memdfa_lab.core.compat import TRUTH_VALUE, storage_id, tree_map_only
 from memdfa_lab.core.contract import tensors_in
+from memdfa_lab.core.generators import seeded
 from memdfa_lab.core.watcher import has_data
 from memdfa_lab.memory.shapes import ShapesAlone
 
-Step = Callable[[Tensor], Tensor]  # the value of a tensor from what it was before
-OVERWRITES = (
-    aten.bernoulli_.float,
-    aten.exponential_.default,
-    aten.fill_.Scalar,
-    aten.log_normal_.default,
-    aten.normal_.default,
-    aten.random_.default,
-    aten.uniform_.default,
-    aten.zero_.default,
-)
 INITIALISERS = {name: function for name, function in vars(nn.init).items() if name[0] != "_" and name[-1] == "_"}
 USE_LOAD = "make the model in memory, save its state_dict, and give store.load(make, state) that"
+Storages = dict[int, torch.UntypedStorage]  # with data, by the number of the one without
 
 
 class Deferred(ShapesAlone):
@@ -38,8 +29,8 @@ class Deferred(ShapesAlone):
 
     def __init__(self) -> None:
         super().__init__(truth=0)
-        self._steps: dict[int, list[Step] | None] = {}  # by storage; None if they are not known
-        self._alive: list[Tensor] = []  # so that no two storages have one number
+        self._noted: list[tuple[Any, Any, list[Tensor]]] = []  # functions, what they are given and what they put out
+        self._writers: dict[int, list[int]] = {}  # by storage: which of these write to it
 
     def make(self, make: Callable[[], nn.Module]) -> nn.Module:
         """Return make(), without data. Raises ValueError if it needs data."""
@@ -49,7 +40,7 @@ class Deferred(ShapesAlone):
             )
         try:
             with self, ExitStack() as stack:
-                for name, function in INITIALISERS.items():
+                for name, function in INITIALISERS.items():  # which may ask for values
                     stack.enter_context(patch.object(nn.init, name, self._noting(function)))
                 return make()
         except (RuntimeError, NotImplementedError) as problem:
@@ -59,32 +50,37 @@ class Deferred(ShapesAlone):
             ) from problem
 
     def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        if operation is TRUTH_VALUE and not has_data(args[0]):
-            raise RuntimeError("it asks for a value")
         given = tensors_in([args, kwargs])
+        if given and all(map(has_data, given)):
+            return operation(*args, **kwargs)
+        if operation is TRUTH_VALUE:
+            raise RuntimeError("it asks for a value")
+        before = tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # the operation may change shapes
         out = super().watch(operation, args, kwargs)
-        for made in () if operation.is_view else tensors_in(out):
-            self._note(made, self._history(operation, args, kwargs, given, made))
+        if not operation.is_view and "empty" not in operation.name():
+            self._note(operation, before, tensors_in(out))
         return out
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError if it is not known how a tensor of the model gets its value."""
+        """Raise ValueError if the recorded calls do not tell how a tensor of the model gets its value."""
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not has_data(tensor) and self._steps.get(storage_id(tensor)) is None:
+            if self._needed([tensor]) is None:
                 raise ValueError(f"it is not known how make() initialises {name}: {USE_LOAD}")
         check_attributes(model)
 
     def draw(self, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         """Return the values of these tensors, with random numbers from this seed; torch's generator is as before."""
-        values = {}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            for name, tensor in tensors.items():
-                value = tensor.detach()
-                for step in self._steps.get(storage_id(tensor)) or ():
-                    value = step(value)
-                values[name] = value
-        return values
+        storages: Storages = {}
+        with seeded(seed), torch.no_grad():
+            for k in self._needed(tensors.values()) or ():
+                function, given, out = self._noted[k]
+                args, kwargs = tree_map_only(Tensor, lambda tensor: _with_data(tensor, storages), given)
+                for tensor, made in zip(out, tensors_in(function(*args, **kwargs)), strict=True):
+                    if storage_id(tensor) not in storages and made.stride() == tensor.stride():
+                        storages[storage_id(tensor)] = made.untyped_storage()
+                    elif made.data_ptr() != (kept := _with_data(tensor, storages)).data_ptr():
+                        kept.copy_(made)
+        return {name: _with_data(tensor.detach(), storages) for name, tensor in tensors.items()}
 
     def _noting(self, initialise: Any) -> Any:
         @wraps(initialise)
@@ -92,29 +88,38 @@ class Deferred(ShapesAlone):
             if has_data(tensor):
                 initialise(tensor, *args, **kwargs)
             else:
-                known = _is_whole(tensor) and not _generators(args, kwargs)
-                self._note(tensor, [_over(tensor, initialise, args, kwargs)] if known else None)
+                self._note(initialise, ((tensor.detach(), *args), kwargs), [tensor])
             return tensor
 
         return note
 
-    def _note(self, tensor: Tensor, steps: list[Step] | None) -> None:
-        self._alive.append(tensor)
-        self._steps[storage_id(tensor)] = steps
+    def _note(self, function: Any, given: Any, out: list[Tensor]) -> None:
+        for tensor in out:
+            if has_data(tensor):
+                raise RuntimeError("it writes what has no data into a tensor that has")
+            self._writers.setdefault(storage_id(tensor), []).append(len(self._noted))
+        self._noted.append((function, given, [tensor.detach() for tensor in out]))
 
-    def _history(self, operation: Any, args: Any, kwargs: Any, given: list[Tensor], made: Tensor) -> list[Step] | None:
-        """Return the steps of what an operation has made, or changed in place."""
-        if _generators(args, kwargs):
-            return None
-        if not given:
-            return None if "empty" in operation.name() else [lambda value: operation(*args, **kwargs)]
-        before = args[0] if args else None
-        if len(given) > 1 or given[0] is not before or not _is_whole(before) or not _is_whole(made):
-            return None
-        if operation in OVERWRITES:
-            return [_over(made, operation, args[1:], kwargs)]
-        steps = self._steps.get(storage_id(before))
-        return None if steps is None else [*steps, lambda value: operation(value, *args[1:], **kwargs)]
+    def _needed(self, tensors: Iterable[Tensor]) -> list[int] | None:
+        """Return the numbers of the recorded calls that these tensors depend on.
+
+        None if one of the tensors has no value, or depends on a generator of its own.
+        """
+        waiting = [*tensors]
+        needed: set[int] = set()
+        while waiting:
+            tensor = waiting.pop()
+            if has_data(tensor) or not tensor.numel():
+                continue
+            if storage_id(tensor) not in self._writers:
+                return None
+            for k in {*self._writers[storage_id(tensor)]} - needed:
+                needed.add(k)
+                args, kwargs = self._noted[k][1]
+                if any(isinstance(value, torch.Generator) for value in [*args, *kwargs.values()]):
+                    return None
+                waiting += tensors_in([args, kwargs])
+        return sorted(needed)
 
 
 def check_attributes(model: nn.Module) -> None:
@@ -126,21 +131,11 @@ def check_attributes(model: nn.Module) -> None:
                 raise ValueError(f"{where} is neither a parameter nor a buffer, and would have no data: register it")
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
-
-
-def _generators(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(value, torch.Generator) for value in [*args, *kwargs.values()])
-
-
-def _over(like: Tensor, fill: Any, args: Any, kwargs: Any) -> Step:
-    """Return the step that fills a new tensor of this shape, whatever it was before."""
-    shape, dtype = like.shape, like.dtype
-
-    def step(value: Tensor) -> Tensor:
-        new = torch.empty(shape, dtype=dtype)
-        fill(new, *args, **kwargs)
-        return new
-
-    return step
+def _with_data(tensor: Tensor, storages: Storages) -> Tensor:
+    """Return a tensor with the data that its storage has by now, of which there may be none yet."""
+    if has_data(tensor):
+        return tensor
+    key, offset = storage_id(tensor), tensor.storage_offset()
+    if key not in storages:
+        storages[key] = torch.UntypedStorage(tensor.untyped_storage().nbytes())
+    return torch.empty(0, dtype=tensor.dtype).set_(storages[key], offset, tensor.shape, tensor.stride())

@@ -1,12 +1,12 @@
 """One network on several processes, each with its part of the batch: data-parallel training, as torchrun starts it.
 
-The loss is the whole batch's, and each rank has its own examples' rows of e (`whole_loss`); then the sum over ranks of
-each block's gradients is the gradient of that loss. A step exchanges three numbers with the loss, or the logits, and
-each gradient once, block by block. MEM-DFA sends block i's while block i + 1 is run again, and updates block i before
-block i + 1 has its gradient, so that every rank holds one block's gradients, and memory to send them from. B is drawn
+The loss is that of the whole batch, and each rank has its own examples' rows of e (`whole_loss`). The gradient of a
+block is then the sum over ranks of its gradients. A step exchanges three numbers for the loss (or all logits), and each
+gradient once, block by block. MEM-DFA sends block i's gradient while block i + 1 is run again, and updates block i
+before block i + 1 has its gradient: every rank holds one block's gradients, and a buffer to send them from. B is drawn
 from its seed on each rank and never sent.
 
-gloo on the CPU; nccl on CUDA (written, not run on a GPU).
+gloo on the CPU; nccl on CUDA, xccl on XPU (written, not run on a GPU).
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.core import group
 from memdfa_lab.core.checks import first_difference
+from memdfa_lab.core.devices import CPU, check_device, module_of
 from memdfa_lab.core.phases import label
 from memdfa_lab.core.seeds import mix
 from memdfa_lab.lab.whole_loss import whole_error
@@ -38,10 +39,10 @@ class Group(group.Group):
     """The ranks that train together; `Group()` is one process alone, and changes nothing.
 
     Attributes:
-        idle: This rank has no example of its own in the batch; what it computes counts for nothing.
-        asked: This rank is to stop after this step.
-        stop: Some rank was to stop, before this step, so that all stop after it.
-        agreed: The loss whose settings are known to be the same on all ranks.
+        idle: This rank has no example of its own in the batch; its results are ignored.
+        asked: This rank was asked to stop after this step.
+        stop: Some rank was asked to stop before this step, so that all ranks stop after it.
+        agreed: The loss whose settings were found to be the same on all ranks.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", timeout_s: float = TIMEOUT_S):
@@ -89,7 +90,7 @@ class Group(group.Group):
         return list(self._buffers.values())
 
     def _begin(self, parameters: Sequence[Tensor]) -> None:
-        """Copy the gradients into memory to send from, which they then are in, and begin to sum them over ranks."""
+        """Move the gradients into the send buffer, and begin to sum them over ranks."""
         self._begun, self._works = parameters, []
         learned = [parameter for parameter in parameters if parameter.grad is not None]
         for dtype in dict.fromkeys(parameter.dtype for parameter in learned):
@@ -103,7 +104,7 @@ class Group(group.Group):
             self._works.append(self.call("a block's gradients", dist.all_reduce, buffer, async_op=True))
 
     def _buffer(self, use: str, dtype: torch.dtype, n: int) -> Tensor:
-        """Return memory for n numbers, kept for this use: gloo frees what it has sent a moment late."""
+        """Return memory for n numbers, kept for this use: gloo frees its send buffers a moment late."""
         buffer = self._buffers.get((use, dtype))
         if buffer is None or len(buffer) < n:
             buffer = label("gradients", torch.empty(n, dtype=dtype, device=self.device))
@@ -113,7 +114,7 @@ class Group(group.Group):
     # What a training run needs.
 
     def part(self, chosen: Tensor) -> Tensor:
-        """Return this rank's part of a batch, (n,). If it has none: one example of another rank, and be idle."""
+        """Return this rank's part of a batch, (n,). A rank without one gets another rank's example, and is idle."""
         mine = chosen.tensor_split(self.size)[self.rank]
         self.idle = len(mine) == 0
         return chosen[:1] if self.idle else mine
@@ -126,12 +127,12 @@ class Group(group.Group):
         return total / N
 
     def draw_apart(self, *numbers: int) -> None:
-        """Seed torch's global generators from these numbers and the rank, so that no two ranks drop the same units."""
+        """Seed torch's global generators from these numbers and the rank, so that ranks drop different units."""
         if self.size > 1:
             torch.manual_seed(mix(*numbers, self.rank))
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank the first one's buffers (BatchNorm's statistics), to evaluate one network."""
+        """Copy the first rank's buffers (BatchNorm's statistics) to every rank, so that all evaluate one network."""
         if self.size == 1:
             return
         for buffer in model.buffers():
@@ -166,7 +167,7 @@ class Group(group.Group):
             self.call("the other ranks", dist.barrier)
 
     def total(self, values: Tensor | Sequence[float], what: str) -> Tensor:
-        """Return the sum over ranks of a vector, in float64; `what` it is, for the error."""
+        """Return the sum over ranks of a vector, in float64; `what` names the vector in an error."""
         vector = torch.as_tensor(values, dtype=torch.float64)
         buffer = self._buffer("totals", vector.dtype, len(vector)).copy_(vector)
         self.call(what, dist.all_reduce, buffer)
@@ -185,28 +186,27 @@ class Group(group.Group):
 
 @contextmanager
 def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
-    """Join the processes that torchrun has started, for as long as the block runs; without torchrun, be alone.
+    """Join the processes that torchrun has started, within the with-block; without torchrun, give a group of one.
 
-    `device`: cpu (gloo) or cuda (nccl), where each rank has the GPU of its number on the machine. `timeout_s`: how long
-    a rank waits for another before it ends with RankLost. Raises ValueError for a timeout that is not above 0, and for
-    a GPU that is not there.
+    `device`: cpu (gloo) or an accelerator (nccl on cuda), of which each rank takes the one with its local rank.
+    `timeout_s`: how long a rank waits for another before it ends with RankLost. Raises ValueError for a timeout that is
+    not above 0, and for a device that is not there.
     """
     if not timeout_s > 0:
         raise ValueError(f"the timeout must be a number of seconds above 0, got {timeout_s!r}")
-    size, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
+    size, kind, backend = int(os.environ.get("WORLD_SIZE", 1)), torch.device(check_device(device)).type, "gloo"
     if size == 1:
         yield Group(device=device)
         return
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not there: use cpu, or install a torch that finds your GPU")
-    if on_gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    if kind != CPU:
+        device = check_device(f"{kind}:{os.environ['LOCAL_RANK']}")
+        module_of(kind).set_device(device)
+        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     # Its functions keep the process group that exists when it is first imported, which an optimizer does in its first
     # step. The group's threads would outlive `destroy_process_group`, and now and then abort the interpreter.
     import_module("torch.distributed.nn")
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as problem:
         raise RankLost(
             f"not all of the {size} ranks came together within {timeout_s:g} s: start all of them"

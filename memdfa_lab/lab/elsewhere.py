@@ -1,4 +1,4 @@
-"""What stores of resting blocks have in common: how a network gets into one, and how its blocks come and go."""
+"""What stores have in common: how a network gets into a store, and how its blocks are brought in and taken out."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -7,34 +7,87 @@ from typing import Any
 from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import as_blocks
-from memdfa_lab.core.checks import check_int, first_difference
+from memdfa_lab.core.checks import check_int
+from memdfa_lab.core.feedback import Stored
+from memdfa_lab.core.phases import label
 from memdfa_lab.core.seeds import LARGEST_SEED, mix
-from memdfa_lab.core.store import FORWARD, TEACH, Store
+from memdfa_lab.core.store import FORWARD, NORM, TEACH, Store
+from memdfa_lab.core.watcher import unwatched
 from memdfa_lab.lab.deferred import Deferred, check_attributes
-from memdfa_lab.lab.place import Place
-from memdfa_lab.lab.resting import Resting, Saved, state_bytes
+from memdfa_lab.lab.resting import (
+    FEEDBACK,
+    KINDS,
+    Saved,
+    absent,
+    check_block,
+    described,
+    state_bytes,
+    tensors_of,
+    values_of,
+    weights,
+)
 
+ORDER = (FORWARD, NORM, TEACH)
 Values = Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]]  # of a block's tensors, by its number
+Coming = Callable[[], dict[str, Tensor]]  # waits for tensors that are on their way into memory, and returns them
 
 
 class Elsewhere(Store):
-    """A store whose blocks rest in a `place`, `ahead` of which are brought in before they are needed."""
+    """A store whose blocks rest elsewhere, `ahead` of which are brought in before they are needed.
+
+    A subclass says where: its `str` names the place, and `write` and `read` move tensors. The methods from `begin` to
+    `errors_named` are for stores that outlast the process or can fail.
+
+    Attributes:
+        device: The device on which the blocks compute.
+        is_filled: Whether the store has a network from before.
+        chain: The blocks; empty until the store is given some.
+        rule: The rule that trains them, or None.
+        network: A description of the network, by which a different one is recognised.
+    """
 
     offloads = True
+    device = "cpu"
+    is_filled = False
 
-    def __init__(self, place: Place, ahead: int):
+    def __init__(self, ahead: int):
         self.ahead = check_int("ahead", ahead, 0)
-        self.place = place
-        self._resting: Resting | None = None
+        self.chain: list[nn.Module] = []
+        self.rule: Any = None
+        self.network = ""
         self._broken = ""  # why the store can no longer be used
+        self._coming: dict[int, tuple[str, Coming]] = {}  # what is read ahead, by block
+        self._stored: dict[int, Tensor] = {}  # the B that rests there and does not change, by block
+
+    def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of block i: all but FEEDBACK, or FEEDBACK alone."""
+        raise NotImplementedError
+
+    def read(self, i: int, wanted: Callable[[str], bool]) -> Coming:
+        """Begin to read the tensors of block i whose names are wanted."""
+        raise NotImplementedError
+
+    def begin(self, network: str, needed: int) -> None:
+        """Raise ValueError for another or a damaged network, or if there is none and too little room for it."""
+
+    def resume(self, rule: Any) -> None:
+        """Give a rule what it kept when the network was last used. Raises ValueError if it cannot go on with it."""
+
+    def whole(self) -> str:
+        """Return where training can go on after a step that failed."""
+        return "the beginning"
+
+    def errors_named(self) -> Any:
+        """Return the context of reading and writing."""
+        return nullcontext()
 
     def build(self, make: Callable[[], nn.Module], seed: int = 0) -> nn.Sequential:
         """Return make() as blocks without data, whose values rest in the store.
 
-        A store that has a network keeps it, which must be one of this make(). Else each block is initialised by itself
-        as make() would do it, with random numbers from (seed, block). `make` runs without data: nothing but its shapes
-        is in memory. Raises ValueError if the store has another network or no room, or make() initialises a tensor in
-        a way that cannot be done later.
+        A store that has a network keeps it; it must be one of this make(). Otherwise each block is initialised on its
+        own, as make() would do it, with random numbers from (seed, block). `make` runs without data: only shapes are in
+        memory. Raises ValueError if the store has another network or too little room, or if make() initialises a tensor
+        in a way that cannot be repeated later.
         """
         check_int("seed", seed, 0, LARGEST_SEED)
         deferred = Deferred()
@@ -45,113 +98,136 @@ class Elsewhere(Store):
     def load(self, make: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Sequential:
         """Return make() as blocks without data, with the values of a state_dict of such a model in the store.
 
-        They are taken block by block: of torch.load(file, mmap=True) no more is in memory at once. Raises ValueError if
-        the store has a network or no room, or the state is of another model.
+        The values are copied block by block; with torch.load(file, mmap=True) only one block is in memory at a time.
+        Raises ValueError if the store has a network or too little room, or the state is of another model.
         """
         model = Deferred().make(make)
         check_attributes(model)
-        if self.place.is_filled:
-            raise ValueError(f"{self.place} holds a network already: go on with it by build, or take another folder")
-        named = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-        ours, theirs = ("\n".join(f"{k} {tuple(v.shape)}" for k, v in each.items()) for each in (named, state))
-        if ours != theirs:
-            ours, theirs = first_difference(ours, theirs)
-            raise ValueError(f"this state is of another model: it has {theirs!r}, make() has {ours!r}")
-        names = {id(tensor): name for name, tensor in named.items()}
-
-        def values(i: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            unsaved = [name for name, tensor in tensors.items() if id(tensor) not in names]
-            if unsaved:
-                raise ValueError(f"{unsaved[0]} is a buffer that is in no state_dict: register it as persistent")
-            return {name: state[names[id(t)]].detach().to("cpu", t.dtype) for name, t in tensors.items()}
-
-        return self._fill(as_blocks(model), values)
+        if self.is_filled:
+            raise ValueError(f"{self} holds a network already: go on with it by build, or take another folder")
+        return self._fill(as_blocks(model), values_of(model, state))
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the network's weights and buffers by name; each is fetched when it is asked for."""
-        return Saved(self._network())
+        return Saved(self._network().chain, lambda i, name: self.read(i, lambda other: other == name)()[name])
 
     def take(self, rule: Any) -> None:
-        if self._resting is None:
-            if self.place.is_filled:
+        if not self.chain:
+            if self.is_filled:
                 raise ValueError(
-                    f"{self.place} holds a network already, with which store.build(make) goes on: give MemDFA what "
-                    "that returns, or take another folder for this model"
+                    f"{self} holds a network already, with which store.build(make) goes on: give MemDFA what that "
+                    "returns, or take another folder for this model"
                 )
-
-            def values(i: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-                return {name: tensor.detach() for name, tensor in tensors.items()}
-
-            self._fill(rule.blocks, values, state_bytes(rule))
-        resting = self._network()
-        if resting.rule is not None:
-            raise ValueError(f"{self.place} has the network of a rule already: give each rule a store of its own")
-        if not resting.has(rule.chain):
+            self._fill(rule.blocks, lambda i, tensors: {k: t.detach() for k, t in tensors.items()}, state_bytes(rule))
+        if self._network().rule is not None:
+            raise ValueError(f"{self} has the network of a rule already: give each rule a store of its own")
+        ours, theirs = ([id(t) for b in blocks for t in weights(0, b).values()] for blocks in (self.chain, rule.chain))
+        if ours != theirs:
             raise ValueError("these are not the blocks that the store has: give MemDFA what build returned, as it is")
-        self.check_rule(rule, resting)
-        resting.remember_state(rule)
-
-    def check_rule(self, rule: Any, resting: Resting) -> None:
-        """Raise ValueError if the network cannot go on with this rule."""
+        self.resume(rule)
+        self.rule = rule
 
     @contextmanager
     def block(self, i: int, use: str = FORWARD) -> Iterator[None]:
-        resting = self._network()
+        self._network()
         with self.errors_named():
-            resting.bring_in(i, use)
+            self._bring_in(i, use)
         try:
             yield
         except BaseException:
             if use == TEACH:
                 self._broken = f"a step was cut short: make store and rule anew, which go on from {self.whole()}"
-            resting.take_out(i)
+            self._take_out(i)
             raise
         with self.errors_named():
-            resting.leave(i, use)
-
-    def whole(self) -> str:
-        """Return where training can go on after a step that failed."""
-        return "the beginning"
-
-    def errors_named(self) -> Any:
-        """Return the context in which the place is read and written."""
-        return nullcontext()
-
-    def filled(self) -> None:
-        """Note that the place has a network now, which was not there before."""
-
-    def check_space(self, sizes: int) -> None:
-        """Raise ValueError if the place has no room for so many bytes."""
+            self._keep(i, use)
+        self._take_out(i)
 
     def __deepcopy__(self, memo: object) -> Any:
-        raise TypeError(f"a rule whose network rests in {self.place} cannot be copied: make another, in memory")
+        raise TypeError(f"a rule whose network rests in {self} cannot be copied: make another, in memory")
 
-    def _network(self) -> Resting:
+    def _network(self) -> "Elsewhere":
         if self._broken:
             raise RuntimeError(self._broken)
-        if self._resting is None:
-            raise RuntimeError(f"the store of {self.place} has no network yet: build one, or give MemDFA a model")
-        return self._resting
+        if not self.chain:
+            raise RuntimeError(f"the store of {self} has no network yet: build one, or give MemDFA a model")
+        return self
 
     def _fill(self, blocks: nn.Sequential, values: Values, more_bytes: int = 0) -> nn.Sequential:
-        """Take over blocks, write these values unless the place has some, and return the blocks without data.
+        """Take over blocks, write these values unless there are some, and return the blocks without data.
 
         There must be room for more_bytes besides.
         """
-        if self._resting is not None:
-            raise ValueError(f"the store of {self.place} has a network already: make another store")
-        resting, is_new = Resting(list(blocks), self.place, self.ahead), not self.place.is_filled
+        if self.chain:
+            raise ValueError(f"the store of {self} has a network already: make another store")
+        for i, block in enumerate(blocks):
+            check_block(i, block, self.device)
+        network, is_new = described(blocks), not self.is_filled
+        tensors = [tensor for block in blocks for tensor in weights(0, block).values()]
+        self.begin(network, sum(tensor.numel() * tensor.itemsize for tensor in tensors) + more_bytes)
         if is_new:
-            tensors = [tensor for i in range(len(blocks)) for tensor in resting.tensors(i).values()]
-            self.check_space(sum(tensor.numel() * tensor.itemsize for tensor in tensors) + more_bytes)
             with self.errors_named():
-                for i in range(len(blocks)):
-                    self.place.write(i, values(i, resting.tensors(i)), {})
-        else:
-            self.place.check(resting.network)
-        self._resting = resting
+                for i, block in enumerate(blocks):
+                    self.write(i, values(i, weights(i, block)))
+        self.chain, self.network = list(blocks), network
         if is_new:
-            self.filled()
+            self.commit()
         for i in range(len(blocks)):
-            resting.take_out(i)
+            self._take_out(i)
         return blocks
+
+    def _bring_in(self, i: int, use: str) -> None:
+        """Give block i's tensors the data that this use needs, and begin to read the blocks after it."""
+        read_for, coming = self._coming.pop(i, (FORWARD, None))
+        if coming is None or ORDER.index(read_for) < ORDER.index(use):
+            coming = self._read_for(i, use)
+        fetched = coming()
+        for name, tensor in self._resting(i).items():
+            if name in fetched:
+                kind = "parameters" if isinstance(tensor, nn.Parameter) else "buffers"
+                kind = KINDS.get(name.split(".")[0], kind)
+                value = label(kind, fetched.pop(name))
+                if value.stride() != tensor.stride():
+                    value = label(kind, value.new_empty_strided(value.shape, tensor.stride()).copy_(value))
+                tensor.data = value
+        for j in range(i + 1, i + 1 + min(self.ahead, len(self.chain) - 1)):
+            later, j = use if j < len(self.chain) else self._after(use), j % len(self.chain)
+            if j not in self._coming or ORDER.index(self._coming[j][0]) < ORDER.index(later):
+                self._coming[j] = later, self._read_for(j, later)
+
+    def _read_for(self, i: int, use: str) -> Coming:
+        def wanted(name: str) -> bool:
+            kind = name.split(".")[0]
+            return use == TEACH or kind not in KINDS or (use == NORM and (kind == FEEDBACK or name.endswith(".B")))
+
+        return self.read(i, wanted)
+
+    def _after(self, use: str) -> str:
+        """Return for what blocks are used once all have been used for `use`."""
+        if use == TEACH and not self.rule.sweeps:
+            return FORWARD
+        norm = self.rule is not None and self.rule.clip_global_norm is not None
+        return NORM if norm and use == FORWARD else TEACH
+
+    def _keep(self, i: int, use: str) -> None:
+        """Write what this use has changed in block i."""
+        if use == TEACH:
+            self._coming.pop(i, None)
+            values = tensors_of(i, self.chain[i], self.rule).items()
+            self.write(i, {name: tensor.detach().contiguous() for name, tensor in values})
+        fixed = use != FORWARD and isinstance(self.rule.feedback, Stored) and not self.rule.feedback.learns
+        B = self.rule.feedback.matrices.get(("block", i)) if fixed else None
+        if B is not None and self._stored.get(i) is not B:
+            self.write(i, {FEEDBACK: B.detach()})
+            self._stored[i] = B
+
+    def _resting(self, i: int) -> dict[str, Tensor]:
+        """Return the tensors of block i that rest, by name."""
+        fixed = {FEEDBACK: self._stored[i]} if i in self._stored else {}
+        return tensors_of(i, self.chain[i], self.rule) | fixed
+
+    def _take_out(self, i: int) -> None:
+        """Take block i's data out of memory."""
+        with unwatched():
+            for tensor in self._resting(i).values():
+                tensor.data = absent(tensor.shape, tensor.stride(), tensor.dtype, self.device, str(self))

@@ -1,4 +1,4 @@
-"""What a network puts out in evaluation mode, how often that is right, and other metrics of it."""
+"""A network's output in evaluation mode, its accuracy, and other metrics."""
 
 import math
 import warnings
@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,8 +55,8 @@ def _output(model: Rule | nn.Module, h: Tensor) -> Tensor:
 def accuracy(model: Rule | nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
     """Return the part of the examples x (N, ...) whose largest output, of (N, C), is the label y (N,).
 
-    A label of -100 does not count. Raises ValueError if there is no example, not a label for each, or if this would
-    mean nothing: for outputs that are not scores of two classes or more, and labels that are not from 0 to C - 1.
+    A label of -100 does not count. Raises ValueError if there is no example or not one label for each, if the outputs
+    are not scores of two classes or more, or if labels are not from 0 to C - 1.
     """
     if not isinstance(y, Tensor) or y.shape != (len(x),) or not len(x):
         given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
@@ -90,7 +91,7 @@ def _of_each(function: Callable[[Tensor, Tensor], Any], output: Tensor, y: Tenso
 def metrics_of(task: Task | None, given: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return accuracy, where the task has labels, and the metrics that are given to `fit`, on `size` ranks.
 
-    Raises TypeError for what is no metric, ValueError for an object on several ranks, whose parts do not add up.
+    Raises TypeError for what is no metric, ValueError for a metric object on several ranks, which sees only a part.
     """
     found: dict[str, Any] = {"accuracy": Average(task.right, True)} if task is not None and task.has_labels else {}
     for name, metric in given.items():
@@ -111,7 +112,7 @@ def metrics_of(task: Task | None, given: Mapping[str, Any], size: int) -> dict[s
 
 
 def _update(metric: Any, task: Task | None, output: Tensor, y: Tensor) -> None:
-    """Show outputs (n, ...) and y to a metric: as the loss has them, or to an object as torchmetrics has them."""
+    """Pass outputs (n, ...) and y to a metric: to a function as to the loss, to an object as in torchmetrics."""
     y = as_target(y, output)
     if task is not None and not isinstance(metric, Average):
         output = output.movedim(task.class_dim, 1) if task.of_classes else output
@@ -120,7 +121,7 @@ def _update(metric: Any, task: Task | None, output: Tensor, y: Tensor) -> None:
 
 
 def try_out(metrics: Mapping[str, Any], task: Task | None, output: Tensor, y: Tensor) -> None:
-    """Raise ValueError for a metric that does not take outputs (n, ...) and y (n, ...), or gives no number of them."""
+    """Raise ValueError for a metric that does not take outputs (n, ...) and y (n, ...), or returns no number."""
     for name, metric in metrics.items():
         try:
             if task is not None and not task.has_labels and ".classification" in type(metric).__module__:
@@ -141,9 +142,9 @@ def try_out(metrics: Mapping[str, Any], task: Task | None, output: Tensor, y: Te
 def evaluate(
     rule: Rule, metrics: Mapping[str, Any], task: Task | None, group: Group, batches: Iterable[Pair]
 ) -> dict[str, float]:
-    """Return each metric of these examples, of which each rank evaluates a part; NaN if there is none.
+    """Return each metric of these examples, rounded to float32; NaN without examples.
 
-    They are rounded to float32.
+    Each rank evaluates a part of them.
     """
     seen = False
     for metric in metrics.values():
@@ -159,3 +160,18 @@ def evaluate(
             metric.sums = group.total(metric.sums, "a metric")
     values = [float(metric.compute()) if seen else math.nan for metric in metrics.values()]
     return dict(zip(metrics, torch.tensor(values, dtype=torch.float32).tolist(), strict=True))
+
+
+def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
+    """Return how often each class (rows) was predicted as each class (columns), shape (classes, classes).
+
+    Raises ValueError if y and predicted are not as many whole numbers from 0 to classes - 1.
+    """
+    check_int("classes", classes)
+    both = [z.cpu().long() for z in (y, predicted) if not z.is_floating_point()]  # a byte would not hold their pairs
+    good = len(both) == 2 and y.shape == predicted.shape
+    if not good or any(z.numel() and not 0 <= z.min() <= z.max() < classes for z in both):
+        given = f"shapes {tuple(y.shape)} and {tuple(predicted.shape)}, {y.dtype} and {predicted.dtype}"
+        raise ValueError(f"y and predicted must be as many labels from 0 to {classes - 1}; got {given}")
+    pairs = both[0] * classes + both[1]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

@@ -1,4 +1,4 @@
-"""A rule on a network with random data: what is measured where only the step matters, not what is learned."""
+"""A rule on a network with random data, for measurements of a step whose results do not matter."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.devices import CPU, check_device
 from memdfa_lab.core.feedback import KINDS, Feedback
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Rule
@@ -25,15 +26,18 @@ def example_step(
     feedback: str | Feedback = "regenerated",
     seed: int = 0,
     layout: torch.memory_format = torch.contiguous_format,
+    device: str = CPU,
     **options: Any,
 ) -> tuple[Rule, Tensor, Tensor]:
     """Return a rule on a network with its own loss, random x (N, C, H, W) or (N, n), and labels y (N,).
 
     `network`: a name of `ml.models`, or the widths of a ReLU MLP, [784, 800, 10]. `optimizer`: one of OPTIMIZERS, with
-    a learning rate too small to matter, or as a rule takes it. `seed` gives feedback and data, `layout` how images and
-    filters lie in memory; `options` go to the rule. Raises ValueError for unknown names and numbers below 1.
+    a learning rate too small to matter, or as a rule takes it. `seed` gives feedback and data, `layout` is the memory
+    layout of images and filters; `options` go to the rule. Raises ValueError for unknown names, numbers below 1,
+    and a device that is not there.
     """
     check_int("the batch size", batch_size)
+    check_device(device)
     shape: Sequence[int]
     if isinstance(network, str):
         setting, shape = models.get(network), models.input_shape(network)
@@ -44,11 +48,11 @@ def example_step(
     named = isinstance(optimizer, str)
     factory = partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6) if named else optimizer
     B = named_feedback(feedback, seed)
-    learner = find_rule(rule)(net.to(memory_format=layout), factory, LOSSES[loss], B, **options)
+    learner = find_rule(rule)(net.to(device).to(memory_format=layout), factory, LOSSES[loss], B, **options)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch_size, *shape, generator=generator).to(memory_format=layout)
+    x = torch.randn(batch_size, *shape, generator=generator).to(device, memory_format=layout)
     classes = classes or forward_without_trace(learner.chain, x[:2]).shape[1]
-    return learner, x, torch.randint(classes, (batch_size,), generator=generator)
+    return learner, x, torch.randint(classes, (batch_size,), generator=generator).to(device)
 
 
 def named_feedback(feedback: str | Feedback, seed: int = 0) -> Feedback:

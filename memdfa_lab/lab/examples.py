@@ -1,7 +1,7 @@
 """Where batches come from: tensors, arrays, a torch Dataset, a DataLoader or `Data`, all read by a DataLoader.
 
-What is drawn at random for a batch, by the items of a Dataset, by a DataLoader or by `augment`, depends on (seed,
-epoch, batch) alone: the generators are seeded for it, and put back.
+The random numbers for a batch, drawn by the items of a Dataset, by a DataLoader or by `augment`, depend only on (seed,
+epoch, batch): the generators are seeded before a batch, and restored after it.
 """
 
 import random
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from memdfa_lab.core.compat import shut_down_workers
-from memdfa_lab.core.recompute import generator_restored, generators_restored, other_generators_restored
+from memdfa_lab.core.generators import generator_restored, generators_restored
 from memdfa_lab.core.seeds import mix
 from memdfa_lab.lab.datasets import batches_in, check_pair, order
 from memdfa_lab.lab.distributed import digest
@@ -38,9 +38,9 @@ OTHER_BATCH = (
 class Examples:
     """Examples (x, y) to train or to test on.
 
-    `source`: a Dataset, whose order in an epoch is ours and depends on (seed, epoch), or a DataLoader, which has its
-    own. `total`: how many examples there are, None if only the end of an epoch tells. `len(examples)`: how many of them
-    an epoch has. `facts` tell them from others, `last` the last batch.
+    `source`: a Dataset, which is read in an order given by (seed, epoch), or a DataLoader, which has its own order.
+    `total`: the number of examples, None if it is known only at the end of an epoch. `len(examples)`: the number in one
+    epoch. `facts` identify the examples, `last` identifies the last batch.
     """
 
     source: Any
@@ -68,7 +68,7 @@ class Examples:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Of the first and of the last batch of an epoch."""
+        """The sizes of the first and of the last batch of an epoch."""
         n = self.total or self.batch_size
         first = min(self.batch_size, n)
         return first, first if self.drop_last else n % first or first
@@ -76,7 +76,7 @@ class Examples:
     def batches(self, epoch: int, first: int = 0) -> Batches:
         """Yield the batches (x, y) of an epoch, counted from 0, from batch `first` on.
 
-        The one before is read again, unless all are in memory; a warning says so if it is not the one that it was.
+        Unless all are in memory, the batch before is read again; if it differs from the first time, a warning is given.
         """
         n, again = self.total, first > 0 and not self.in_memory
         ours: tuple[Tensor, ...] = ()
@@ -93,7 +93,7 @@ class Examples:
                 yield x, y
 
     def first(self, n: int | None = None) -> Batches:
-        """Yield the first n examples (None: all) in batches, not augmented, and disturb nothing."""
+        """Yield the first n examples (None: all) in batches, not augmented; generators are restored."""
         chosen = torch.arange(self.total or 0)[:n]
         parts = -(-len(chosen) // (AT_ONCE if self.in_memory else self.batch_size)) or 1  # none much smaller
         with closing(self._read(chosen.tensor_split(parts) if self.total != 0 else (), 0, 0, None)) as batches:
@@ -104,7 +104,7 @@ class Examples:
                     return
 
     def known(self) -> Pair:
-        """Return what is cheap to look at: all that is in memory, or else the first batch."""
+        """Return examples to check: all, if they are in memory, else the first batch."""
         if self.in_memory:
             x, y = self.source.tensors
             return x, y
@@ -142,14 +142,14 @@ class Examples:
 
     @contextmanager
     def _drawn(self, epoch: int, batch: int) -> Iterator[None]:
-        """Seed the generators from which a batch may be drawn, and put them back."""
+        """Seed the generators from which a batch may draw, and restore them on leaving."""
         if self.in_memory and self.augment is None:
             yield
             return
         parts = [self.source, *(getattr(self.source, name, None) for name in ("sampler", "batch_sampler"))]
         parts.append(getattr(parts[-1], "sampler", None))
         own = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g is not None}
-        with generators_restored(torch.device("cpu")), other_generators_restored(), ExitStack() as restored:
+        with generators_restored("cpu"), ExitStack() as restored:
             number = mix(mix(self.seed, epoch), batch, 1)
             torch.default_generator.manual_seed(number)
             np.random.seed(number)  # noqa: NPY002 (the one that items draw from)

@@ -5,22 +5,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memdfa_lab import memory
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.devices import CPU, check_device
 from memdfa_lab.core.distributions import seconds_a_number
 from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import datasets, models
 from memdfa_lab.lab.batchnorm import synchronise
+from memdfa_lab.lab.constraints import standardised
 from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.distributed import Group
+from memdfa_lab.lab.evaluation import confusion as confusion
 from memdfa_lab.lab.example import example_step, named_feedback
 from memdfa_lab.lab.fit import fit
 from memdfa_lab.lab.history import History
@@ -33,7 +34,7 @@ from memdfa_lab.memory import sizing
 
 
 def load_for(network: str, dataset: str, root: str | Path | None = None) -> Data:
-    """Return a data set as the network takes it: in the shape of MODULE:FUNCTION@SHAPE, digits in the network's own."""
+    """Return a data set in the network's shape: that of MODULE:FUNCTION@SHAPE, or the network's own for digits."""
     setting = models.get(network)
     shape = setting.input_shape or None if setting.function or dataset in ("mnist5k", "mnist") else None
     flat = shape is not None and shape[:2] == (1, 1)  # 784-[...]: the network flattens what it is given
@@ -51,29 +52,34 @@ def make_rule(
 ) -> Rule:
     """Return a rule with a new network for `data`, from the names of rule and network and `RunSettings`.
 
-    What is not given is the network's own setting. `sync_batchnorm`: the processes over which BatchNorm has its
-    statistics; each its own, if not given. `offload`: where the network rests, which goes on if it is there. Raises
-    ValueError for an unknown name, a number out of its range, or a device that is not there.
+    Settings that are not given are the network's own. `sync_batchnorm`: the group of processes that share BatchNorm's
+    statistics; default: none. `offload`: the store in which the network rests; a network that is there is trained on.
+    Raises ValueError for an unknown name, a number out of its range, or a device that is not there.
     """
     run = RunSettings(rule=rule, network=network, **settings).completed()
-    if run.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {run.device!r} is not there: use cpu, or install a torch that finds your GPU")
+    check_device(run.device)
     decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
     make = partial(models.build, network, data.input_shape, data.classes, run.seed, run.initialisation)
     model = make().to(run.device) if offload is None else offload.build(make, run.seed)
     if sync_batchnorm is not None:
         synchronise(model, sync_batchnorm)
+    made = partial(OPTIMIZERS[str(run.optimizer)], lr=run.lr, **decay)
     return find_rule(rule)(
         model,
-        optimizer=partial(OPTIMIZERS[str(run.optimizer)], lr=run.lr, **decay),
+        optimizer=standardised(made, data.classes) if run.standardise else made,
         loss_fn=LOSSES[str(run.loss)],
         feedback=feedback_of(run),
-        clip_norm=run.clip_norm,
-        clip_global_norm=run.clip_global_norm,
-        precision=run.precision,
-        pass1=run.pass1,
         offload=offload,
+        **options_of(run),
     )
+
+
+def options_of(run: RunSettings) -> dict[str, Any]:
+    """Return the run's options for its rule, other than network, optimizer, loss and feedback."""
+    names = {name: name for name in ("clip_norm", "clip_global_norm", "precision", "pass1", "pack")}
+    names |= {"positions": "readout_positions", "similarity": "readout_similarity"}
+    names |= {"seed": "seed"} if run.rule in ("local_readout", "mezo") else {}
+    return {to: getattr(run, name) for to, name in names.items() if getattr(run, name) is not None}
 
 
 def feedback_of(run: RunSettings) -> Feedback:
@@ -98,12 +104,12 @@ def train(
     offload: Disk | None = None,
     **settings: Any,
 ) -> tuple[Rule, History]:
-    """Train one network with one rule and return both; what is None is the network's own setting.
+    """Train one network with one rule; return the history and the rule. A setting of None is the network's own.
 
-    With a `folder`, history.csv and checkpoint.pt are written there, and a run that was interrupted goes on, or starts
-    anew with `overwrite`. `offload`: where the network rests, and what the run needs to go on, too. `group`: the
+    With a `folder`, history.csv and checkpoint.pt are written there, and an interrupted run resumes, or starts anew
+    with `overwrite`. `offload`: the store in which the network rests, together with the run's checkpoint. `group`: the
     processes that train together (`ml.distributed.ranks`), with BatchNorm's statistics over all of them if
-    `sync_batchnorm`. `settings`: more of `RunSettings`. Raises ValueError for settings that cannot be, and what
+    `sync_batchnorm`. `settings`: more of `RunSettings`. Raises ValueError for impossible settings, and what
     `ml.fit` raises.
     """
     run = RunSettings(rule=rule, network=network, epochs=epochs, batch_size=batch_size, seed=seed, **settings)
@@ -157,9 +163,9 @@ def compare(
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a rule from the table of `compare`: mean and spread over seeds of the last epoch, time of all.
+    """Return a row a rule from the table of `compare`: mean and spread over seeds in the last epoch, and total time.
 
-    Accuracies are there if the table has them.
+    Accuracies are included if the table has them.
     """
     runs = table.groupby(["rule", "seed"], sort=False)
     rules = runs.last().assign(seconds=runs["seconds"].sum()).groupby("rule", sort=False)
@@ -182,19 +188,20 @@ def profile(
     feedback_kind: str | Feedback = "regenerated",
     measured: bool = False,
     seed: int = 0,
+    device: str = CPU,
     **options: Any,
 ) -> memory.Trace:
-    """Return what a step in the steady state holds, from names; predicted, or `measured` on random data.
+    """Return the memory of a step in the steady state, from names: predicted or, if `measured`, on random data.
 
-    The loss is the network's own. `feedback_kind` may be feedback itself, `options` go to the rule. Raises ValueError
-    for unknown names and a batch size below 1.
+    The loss is the network's own; a prediction also takes `loss_fn`. `feedback_kind` may be a Feedback; `options` go to
+    the rule. Raises ValueError for unknown names and a batch size below 1.
     """
     check_int("the batch size", batch_size)
     if measured:
-        step = example_step(rule, network, batch_size, optimizer, feedback_kind, seed, **options)
+        step = example_step(rule, network, batch_size, optimizer, feedback_kind, seed, device=device, **options)
         return memory.measure(*step, warm_up=1)
     build, shape, how = _to_predict(network, optimizer, feedback_kind, seed)
-    return memory.predict(rule, build, (batch_size, *shape), **how, **options)
+    return memory.predict(rule, build, (batch_size, *shape), **{**how, **options})
 
 
 def sizes(
@@ -205,11 +212,11 @@ def sizes(
     feedback_kind: str | Feedback = "regenerated",
     **options: Any,
 ) -> dict[str, float]:
-    """Return what can be said of a rule before it runs; the arguments are those of `profile`.
+    """Return the sizes of a rule that are known before it runs; the arguments are those of `profile`.
 
-    "B": the bytes of all its matrices, kept or not. "s to draw B": how long drawing them takes here, going by a matrix
-    of a million numbers. "largest batch": that which fits into the budget, 0 if not one example does. Raises ValueError
-    for unknown names and what is no size.
+    "B": the bytes of all its matrices, kept or not. "s to draw B": the seconds that drawing them takes here, estimated
+    from a matrix of a million numbers. "largest batch": the largest that fits into the budget, 0 if not one example
+    does. Raises ValueError for unknown names and for a budget that is no size.
     """
     build, shape, how = _to_predict(network, optimizer, feedback_kind)
     B = sizing.feedback_bytes(rule, build, shape, **how, **options)
@@ -228,18 +235,3 @@ def _to_predict(
         "loss_fn": LOSSES[models.get(network).loss],
     }
     return partial(models.build, network), models.input_shape(network), how
-
-
-def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
-    """Return how often each class (rows) was taken for each (columns), shape (classes, classes).
-
-    Raises ValueError if y and predicted are not as many whole numbers from 0 to classes - 1.
-    """
-    check_int("classes", classes)
-    both = [z.cpu().long() for z in (y, predicted) if not z.is_floating_point()]  # a byte would not hold their pairs
-    good = len(both) == 2 and y.shape == predicted.shape
-    if not good or any(z.numel() and not 0 <= z.min() <= z.max() < classes for z in both):
-        given = f"shapes {tuple(y.shape)} and {tuple(predicted.shape)}, {y.dtype} and {predicted.dtype}"
-        raise ValueError(f"y and predicted must be as many labels from 0 to {classes - 1}; got {given}")
-    pairs = both[0] * classes + both[1]
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

@@ -50,33 +50,33 @@ def fit(
 
     `data`: (x, y), tensors or arrays; a torch Dataset with items (x, y); a DataLoader; or what `ml.datasets.load`
     returns. `test`: likewise, by default the test part of data from `ml.datasets`. The network trains in training mode,
-    on the device and in the dtype of its weights; inputs of whole numbers stay what they are. Batches have `batch_size`
-    examples, 100 by default; the last one of an epoch may be shorter, `drop_last` leaves it out then. A DataLoader has
+    on the device and in the dtype of its weights; inputs of whole numbers are not converted. Batches have `batch_size`
+    examples, 100 by default; the last one of an epoch may be shorter, and `drop_last` leaves it out. A DataLoader has
     its own order and sizes. `augment`: a function of a batch x, such as `ml.datasets.flip_and_crop()`.
 
-    `task`: one of `ml.tasks.TASKS`, taken from the loss if that is one of torch or `ml.losses`; with any other loss,
-    none is assumed. `metrics`: by name, objects with update(outputs, y), compute() and reset(), as torchmetrics has
-    them, which get the classes in dimension 1 and labels as whole numbers, or functions of outputs and y that return a
-    mean over the batch, such as {"loss": F.cross_entropy}. Each gives the history train_NAME and test_NAME.
+    `task`: one of `ml.tasks.TASKS`; default: taken from a loss of torch or `ml.losses`, and none for any other loss.
+    `metrics`: a dict by name. A metric is an object with update(outputs, y), compute() and reset(), as in torchmetrics,
+    which gets the classes in dimension 1 and labels as whole numbers; or a function of outputs and y that returns a
+    mean over the batch, such as F.cross_entropy. Each adds the columns train_NAME and test_NAME to the history.
 
     `scheduler` makes a learning-rate scheduler for an optimizer. It steps after each epoch, ReduceLROnPlateau by the
     epoch's loss, or with `scheduler_each="batch"` after each batch, as OneCycleLR and a warm-up do.
 
-    `stop_after`: end after so many epochs without a better `monitor`, a column of test data. For test_loss the loss
-    becomes a metric; another function needs an attribute `higher_is_better`. The weights and buffers of the best epoch,
-    of which a copy is kept, come back. Such data are no test any more: use a held-out part, as of `data.holdout()`.
+    `stop_after`: end after this many epochs without a better value of `monitor`, a column of test data. For test_loss
+    the loss becomes a metric; any other function needs an attribute `higher_is_better`. The weights and buffers of the
+    best epoch are then restored from a copy. Data used in this way is no test any more: use `data.holdout()`.
 
-    The order of the examples depends on (seed, epoch) alone. What the items of a Dataset, a DataLoader and `augment`
+    The order of the examples depends only on (seed, epoch). What the items of a Dataset, a DataLoader and `augment`
     draw from the generators of torch, numpy and Python depends on (seed, epoch, batch); a DataLoader's own generator,
     if it has one, is seeded from that and its initial seed. Dropout draws from torch's global generator, so call
     `torch.manual_seed` before building the rule.
 
     `checkpoint`: a file that is written after each epoch, every `save_every_s` seconds within one, and on Ctrl-C after
     the running step. If it exists, training goes on where it stopped, with the result of an uninterrupted run, bit for
-    bit; `overwrite=True` starts anew. A DataLoader reads the epoch from its start again, up to where it stopped. The
-    result may be another if batches depend on anything else, such as the state of persistent workers, a sampler with
-    its own generator of numpy, or a stream: a warning says so if the last batch is not the one that it was. Of a rule
-    with `offload` it is the store's folder, which then takes over the run with the network.
+    bit; `overwrite=True` starts anew. A DataLoader reads the epoch again from its start to where it stopped. The result
+    may differ if batches depend on anything else, such as the state of persistent workers, a sampler with its own
+    generator of numpy, or a stream: a warning is given if the last batch differs from the first time. For a rule with
+    `offload`, `checkpoint` must be the store's folder, which then keeps the run together with the network.
     `on_epoch(rule, epoch)` is called after each epoch, from 1 on; the numbers that it returns by name, if any, become
     columns of the history.
 
@@ -85,8 +85,8 @@ def fit(
     the checkpoint and all read it; a run may go on with another number of ranks. Dropout is then drawn from (seed,
     epoch, batch, rank), and evaluation uses the first rank's BatchNorm statistics.
 
-    Raises, before the first step, TypeError for a rule, data, metric or function that is none, such as a generator,
-    which can be read once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of different
+    Raises, before the first step, TypeError for a rule, data, metric or function of another type, such as a generator,
+    read only once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of different
     lengths, outputs or labels that are not the task's, a metric that does not take them, a last batch that is too short
     for BatchNorm, a checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError
     for NaN or inf in data in memory, or in the first batch of others. Later RankLost if another rank ends;

@@ -1,4 +1,4 @@
-"""What came out of each epoch, as a table."""
+"""The results of each epoch, as a table."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,9 @@ from memdfa_lab.lab.files import write_text
 class History:
     """The results of each epoch, a dict a row: epoch, loss (mean over the epoch), metrics, seconds of training.
 
-    Each metric has two columns, such as train_accuracy, of the first 10,000 training examples, and test_accuracy, NaN
-    without test data. Accuracy is there if the task has labels: the part of them, whether of examples, positions,
-    pixels or several an example, that the network finds.
+    Each metric has two columns, such as train_accuracy, on the first 10,000 training examples, and test_accuracy, which
+    is NaN without test data. Accuracy is included if the task has labels: it is the part of the labels that the network
+    predicts, whether there is one an example, position or pixel, or several an example.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -26,5 +26,5 @@ class History:
         return pd.DataFrame(self.rows, columns=list(columns)).astype({"epoch": int})
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table, whole or not at all."""
+        """Write the table, completely or not at all."""
         write_text(path, self.table.to_csv(index=False))

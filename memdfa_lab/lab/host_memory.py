@@ -1,84 +1,71 @@
-"""Tensors of blocks in the machine's memory, copied to and from a device, on a GPU beside its computation."""
+"""A store in the machine's memory; blocks are copied to and from a device, on a GPU during its computation."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memdfa_lab.lab.place import FEEDBACK
+from memdfa_lab.core.devices import CPU, accelerator, check_device, module_of
+from memdfa_lab.lab.elsewhere import Coming, Elsewhere
 
 
-class HostMemory:
-    """The tensors of blocks, pinned if `device` is a GPU: then copies are made by the GPU, on a stream of their own.
+class Host(Elsewhere):
+    """A store in the machine's memory for the blocks of a network that computes on a GPU, one block at a time.
 
-    Attributes:
-        device: On which the blocks compute.
+    `device`: where blocks compute; default: the machine's accelerator. On "cpu" no memory is saved, and a prediction
+    gives what a `Disk` with ahead=0 holds. `ahead`: how many blocks are copied before they are needed. On a device with
+    streams, such as CUDA's, copies from and to pinned memory run on a stream of their own, during the computation. The
+    store ends with the process: save `state_dict()`. Written, not run on a GPU.
+
+    Raises ValueError for a device that is not there.
     """
 
-    def __init__(self, device: str):
-        self.device = device
-        self._tensors: dict[int, dict[str, Tensor]] = {}
-        self._texts: dict[int, dict[str, str]] = {}
-        self._stream = None if device == "cpu" else torch.cuda.Stream(device)
+    def __init__(self, device: str | None = None, *, ahead: int = 1):
+        super().__init__(ahead)
+        self.device = check_device(device or accelerator() or "cuda")
+        self._kept: dict[int, dict[str, Tensor]] = {}  # pinned if there is a stream
+        self._module = module_of(self.device)
+        has_streams = self.device != CPU and hasattr(self._module, "Stream")
+        self._stream = self._module.Stream(self.device) if has_streams else None
 
     def __str__(self) -> str:
         return "the machine's memory"
 
-    @property
-    def is_filled(self) -> bool:
-        return False  # only in this process, whose store knows it
-
-    def check(self, network: str) -> None:
-        """A process has one network here."""
-
-    def write(self, i: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Take over the tensors and texts of block i."""
-        here = self._tensors.setdefault(i, {})
-        self._texts[i] = dict(metadata)
+    def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+        kept = self._kept.setdefault(i, {})
+        if self._stream is not None and any(tensor.device.type == CPU for tensor in tensors.values()):
+            self._stream.synchronize()  # what the processor copies waits for no stream
         with self._copying():
             for name, tensor in tensors.items():
-                if name not in here:
-                    here[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
-                here[name].copy_(tensor, non_blocking=True)
-                if self._stream is not None and tensor.is_cuda:
+                if name not in kept:
+                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
+                kept[name].copy_(tensor, non_blocking=True)
+                if self._stream is not None and tensor.device.type != CPU:
                     tensor.record_stream(self._stream)
 
-    def write_feedback(self, i: int, B: Tensor) -> None:
-        """Take over B_i, which never changes."""
-        self.write(i, {FEEDBACK: B}, self._texts[i])
-
-    def header(self, i: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Return nothing: no network from before is here."""
-        return {}, {}
-
-    def read(self, i: int, wanted: Callable[[str], bool], feedback: bool = False) -> "_Copies":
-        """Begin to copy the tensors of block i whose names are wanted, and B_i as FEEDBACK."""
+    def read(self, i: int, wanted: Callable[[str], bool]) -> Coming:
         with self._copying():
             found = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device).copy_(tensor, non_blocking=True)
-                for name, tensor in self._tensors[i].items()
-                if (feedback if name == FEEDBACK else wanted(name))
+                for name, tensor in self._kept[i].items()
+                if wanted(name)
             }
-        return _Copies(found, self._stream)
+
+        def wait() -> dict[str, Tensor]:
+            if self._stream is not None:
+                now = self._module.current_stream(self.device)
+                now.wait_stream(self._stream)
+                for tensor in found.values():
+                    tensor.record_stream(now)
+            return found
+
+        return wait
 
     def _copying(self) -> Any:
-        """Return the context of copies, which begin when all that has been asked of the GPU is done."""
+        """Return the context of copies, which begin when all that has been asked of the device is done."""
         if self._stream is None:
             return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self._stream)
-
-
-class _Copies(NamedTuple):
-    tensors: dict[str, Tensor]
-    stream: Any
-
-    def result(self) -> dict[str, Tensor]:
-        if self.stream is not None:
-            now = torch.cuda.current_stream(self.stream.device)
-            now.wait_stream(self.stream)
-            for tensor in self.tensors.values():
-                tensor.record_stream(now)
-        return self.tensors
+        self._stream.wait_stream(self._module.current_stream(self.device))
+        return self._module.stream(self._stream)

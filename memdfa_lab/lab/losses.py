@@ -3,7 +3,7 @@
 Weights of classes are a loss's own, partial(F.cross_entropy, weight=w). Weights of examples can be a column of y, as in
 `lambda out, y: (F.cross_entropy(out, y[:, 0].long(), reduction="none") * y[:, 1]).mean()`.
 
-`as_mean` knows which losses are weighted means over the examples, so that the loss of a batch follows from its parts'.
+`as_mean` knows which losses are weighted means over examples: the loss of a batch then follows from those of its parts.
 """
 
 from collections.abc import Callable
@@ -44,21 +44,21 @@ CROSS_ENTROPY = {"weight": None, "ignore_index": -100, "reduction": "mean", "lab
 
 
 class Mean(NamedTuple):
-    """A loss known as a mean: its settings, and the weight of examples by their y, by which their mean divides."""
+    """A loss known as a weighted mean: its settings, and the total weight of examples, a function of their y."""
 
     settings: dict[str, Any]
     weight: Callable[[Tensor], float]
 
 
 def as_mean(loss_fn: Callable[..., Tensor]) -> Mean | None:
-    """Return what is known of the losses above and cross-entropy by a mean; None for any other loss.
+    """Return the losses above, F.nll_loss and cross-entropy with a mean as a Mean; None for any other loss.
 
     Cross-entropy is F.cross_entropy, a partial of it by keywords, or nn.CrossEntropyLoss. Its mean is over the labels
     that count, each with the weight of its class. With both class weights and label smoothing, None.
     """
     if loss_fn is mse or loss_fn is bce:
         return Mean({"loss": loss_fn.__name__}, len)
-    if loss_fn is token_cross_entropy:
+    if loss_fn is token_cross_entropy or loss_fn is F.nll_loss:
         return Mean({"loss": loss_fn.__name__}, partial(_weight_of_labels, None, -100))
     given: dict[str, Any] = {}
     if type(loss_fn) is nn.CrossEntropyLoss and not has_hooks(loss_fn) and not has_global_hooks():
@@ -71,7 +71,7 @@ def as_mean(loss_fn: Callable[..., Tensor]) -> Mean | None:
     if options.keys() != CROSS_ENTROPY.keys() or options["reduction"] != "mean":
         return None
     weights, ignored = options["weight"], options["ignore_index"]
-    if weights is not None and options["label_smoothing"]:  # a label whose class weighs 0 then has a loss all the same
+    if weights is not None and options["label_smoothing"]:  # a label whose class has weight 0 then still has a loss
         return None
     return Mean({"loss": "cross_entropy", **options}, partial(_weight_of_labels, weights, ignored))
 

@@ -1,14 +1,14 @@
-"""Past one machine: what ranks hold and send, measured, and a pipeline of machines, simulated.
+"""More than one machine: the memory and traffic of ranks, measured, and a pipeline of machines, simulated.
 
 `measure`: bytes sent are those that the process hands to the system's write calls during the step (/proc/self/io, Linux
 only): the gradients, what gloo writes around them, and nothing else, since a step writes no file.
 
-`simulate`: each machine has as many consecutive blocks. The unit of time is the forward pass of one micro-batch on one
-machine. The gradient of its weights takes one more, and so does the signal to the machine before (BP and FA); DFA and
-MEM-DFA take e B_i, `signal`, in place of that. A machine updates its weights when it has its gradients of all
-micro-batches, so each rule makes the updates that it makes on one machine; then it begins the next batch. `wire` is how
-long activations, signals and e travel, while machines go on computing. BP's schedule is GPipe's (Huang et al. 2019):
-all forward, then all backward.
+`simulate`: each machine has equally many consecutive blocks. The unit of time is the forward pass of one micro-batch on
+one machine. The gradient of its weights takes another unit; under BP and FA, the signal to the machine before takes one
+more. DFA and MEM-DFA form e B_i instead, which takes `signal`. A machine updates its weights after the gradients of all
+micro-batches, and then begins the next batch, so that each rule makes the same updates as on one machine. `wire` is the
+time that activations, signals and e travel, while machines go on computing. BP's schedule is GPipe's (Huang et al.
+2019): all forward passes, then all backward passes.
 """
 
 import json
@@ -57,8 +57,10 @@ def measure(sizes: Sequence[int], cases: Sequence[tuple[str, str]], batch: int, 
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "settings").write_text(json.dumps(settings), encoding="utf-8")
             torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment |= {"USE_LIBUV": "0"} if os.name == "nt" else {}  # some releases for Windows lack it
             command = [sys.executable, "-m", *torchrun, "-m", "memdfa_lab.lab.machines", folder]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode != 0:
                 raise RuntimeError(f"{size} ranks could not be measured: {done.stderr[:2000]}")
             of_ranks = [pd.read_json(Path(folder) / f"{rank}") for rank in range(size)]
@@ -97,7 +99,7 @@ def _rows(group: Group, cases: Sequence[Sequence[str]], batch: int, optimizer: s
 def _sent_bytes() -> int:
     if not COUNTS.exists():
         return 0
-    counts = dict(line.split(": ") for line in COUNTS.read_text().splitlines())
+    counts = dict(line.split(": ") for line in COUNTS.read_text("ascii").splitlines())
     return int(counts["wchar"])
 
 
@@ -135,8 +137,8 @@ def simulate(
 def steady(table: pd.DataFrame) -> dict[str, float]:
     """Return what a simulation of two batches or more settles to: `busy`, `rate` and `held`.
 
-    `busy`: the part of the time in which machines compute. `rate`: micro-batches in a unit of time. `held`: of how many
-    micro-batches a machine holds what their gradient needs, at most. Raises ValueError for fewer than two batches.
+    `busy`: the fraction of the time in which machines compute. `rate`: micro-batches per unit of time. `held`: the most
+    micro-batches for whose gradients a machine holds activations at once. Raises ValueError for fewer than two batches.
     """
     first = table[table["machine"] == 0].groupby("batch")["start"].min()
     if len(first) < 2:

@@ -6,10 +6,10 @@ public code for MEM-DFA (repository chutney42/zpp-mem); a setting named in the c
 """
 
 import csv
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,30 @@ from torch import nn
 
 from memdfa_lab.core.blocks import as_blocks, parts_of
 from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.generators import seeded
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import own_models
 from memdfa_lab.lab.architectures import ACTIVATIONS, Shape, check_shape, layers
+from memdfa_lab.lab.architectures import INITIALISATIONS as INITIALISATIONS
+from memdfa_lab.lab.reversible import reversible as reversible
 from memdfa_lab.lab.transformers import gpt as gpt
 from memdfa_lab.lab.transformers import vit as vit
 
+LARGE = (3, 1024, 1024)  # images that are large enough for any network
 TABLE = Path(__file__).with_name("networks.csv")
 
 
 def _by_rule(cell: str) -> dict[str, str]:
-    """Read "BP's / that of FA, DFA and MEM-DFA", or one value for all."""
+    """Read a cell "value for BP / value for FA, DFA and MEM-DFA", or one value for all rules."""
     bp, *others = cell.split(" / ")
     return {rule: bp if rule == "bp" else (others or [bp])[0] for rule in RULES}
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and its setting; `lr` and `initialisation` hold a value a rule.
+    """A network and its setting; `lr` and `initialisation` have one value for each rule.
 
-    `layers` is written as in `lab.architectures`. `ours` names the settings that are not the source's. `function`
+    `layers` is written as in `lab.architectures`. `ours` names the settings that are not from the source. `function`
     makes a network that is not in the table, which may have no input shape, (), and no initialisation.
     """
 
@@ -48,7 +51,7 @@ class Network:
     dataset: str = "mnist"
     optimizer: str = "sgd"
     lr: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RULES, 0.01))
-    weight_decay: float | None = None  # None: what the optimizer has by itself
+    weight_decay: float | None = None  # None: the optimizer's default
     batch_size: int = 128
     epochs: int = 1
     loss: str = "cross_entropy"
@@ -81,7 +84,11 @@ with TABLE.open(encoding="utf-8", newline="") as _file:
 
 
 def names() -> list[str]:
-    """Return the names that `build` takes, and besides 784-[800]x32-10 for any ReLU MLP and MODULE:FUNCTION."""
+    """Return the names that `build` takes.
+
+    It also takes 784-[800]x32-10 for any ReLU MLP, reversible- and residual- before that, text such as
+    "[800 tanh]x2 classes", and MODULE:FUNCTION.
+    """
     return list(NETWORKS)
 
 
@@ -91,14 +98,26 @@ def table() -> pd.DataFrame:
 
 
 def get(name: str) -> Network:
-    """Return the network of that name. Raises ValueError, with the nearest name, if there is none."""
+    """Return the network of that name, or of that text as in `lab.architectures`, which may end in @CxHxW.
+
+    Raises ValueError, with the nearest name, if there is none.
+    """
+    if " " in str(name):
+        text, _, size = str(name).partition("@")
+        shape = own_models.shape_of(size)
+        with torch.device("meta"):  # raises an error if it is no network
+            layers(text, check_shape(shape) if shape else LARGE, 10)
+        return Network(text, shape)
     if ":" in str(name):
         function, shape = own_models.find(name)
         return Network(name, shape, initialisation=dict.fromkeys(RULES), function=function)
-    spelt = re.fullmatch(r"(\d+)-\[(\d+)\]x(\d+)-10", str(name))
+    spelt = re.fullmatch(r"(?:(reversible|residual)-)?(\d+)-\[(\d+)\]x(\d+)-10", str(name))
     if spelt is None:
         return lookup("network", name, {**NETWORKS, "784-[800]x32-10": NETWORKS["fc_relu"]})
-    inputs, width, depth = (check_int(f"each size in {name}", int(size)) for size in spelt.groups())
+    inputs, width, depth = (check_int(f"each size in {name}", int(size)) for size in spelt.groups()[1:])
+    if kind := spelt[1]:
+        make = partial(reversible, inputs, width, depth, 10, coupled=kind == "reversible", seed=None)
+        return Network(str(name), (1, 1, inputs), initialisation=dict.fromkeys(RULES), function=make)
     return Network(f"[{width} relu]x{depth} classes", (1, 1, inputs))
 
 
@@ -106,8 +125,11 @@ def input_shape(name: str) -> tuple[int, ...]:
     """Return the shape of one example that a network takes. Raises ValueError if that is not known."""
     shape: tuple[int, ...] = get(name).input_shape
     if not shape:
-        raise ValueError(f"the shape of {name}'s input is not known: add it, as in {own_models.EXAMPLE} (or --input)")
+        raise ValueError(f"the shape of {name}'s input is not known: end it in @3x32x32 (or --input)")
     return shape
+
+
+_own_shape = input_shape  # for `build` and `sizes`, in which an argument hides it
 
 
 def build(
@@ -126,7 +148,7 @@ def build(
     network = get(name)
     if network.function is not None:
         return _blocks(network.function, seed, initialisation)
-    shape = network.input_shape if input_shape is None else check_shape(input_shape)
+    shape = check_shape(_own_shape(name) if input_shape is None else input_shape)
     return from_layers(network.layers, shape, classes, seed, initialisation or network.initialisation["bp"])
 
 
@@ -144,9 +166,7 @@ def from_layers(
 def _blocks(make: Callable[[], Any], seed: int, initialisation: str | None) -> nn.Sequential:
     """Return what `make` returns as blocks; the weights are its own if there is no `initialisation`."""
     initialise = None if initialisation is None else lookup("initialisation", initialisation, INITIALISATIONS)
-    check_int("seed", seed, 0, LARGEST_SEED)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         blocks = as_blocks(make())
         for module in blocks.modules():
             if initialise and isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -199,7 +219,7 @@ def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> pd.
     `outputs` is n_i, the numbers in its output for one example; `feedback` is C n_i, those of DFA's B_i, 0 for the last
     block. The arguments are those of `build`.
     """
-    shape = get(name).input_shape if input_shape is None else input_shape
+    shape = check_shape(_own_shape(name) if input_shape is None else input_shape)
     rows: list[dict[str, object]] = []
     with torch.device("meta"):
         blocks, h = build(name, shape, classes), torch.empty(2, *shape)
@@ -226,19 +246,3 @@ def _sizes(name: str, given: object) -> list[int]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"{name} must be a list of sizes, such as [800, 800], got {given!r}")
     return [check_int(f"each size in {name}", size) for size in given]
-
-
-def _uniform(layer: nn.Linear | nn.Conv2d) -> None:
-    bound = 1 / math.sqrt(layer.weight[0].numel())
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None:
-            nn.init.uniform_(parameter, -bound, bound)
-
-
-# name -> what is done to each Linear and convolution, whose biases are zero before
-INITIALISATIONS: dict[str, Callable[[nn.Linear | nn.Conv2d], object]] = {
-    "he_normal": lambda layer: nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"),  # the authors'
-    "uniform": _uniform,  # in +-1/sqrt(fan_in), the biases too: Nøkland's for BP
-    "zero": lambda layer: nn.init.zeros_(layer.weight),  # Nøkland's for DFA
-    "xavier_uniform": lambda layer: nn.init.xavier_uniform_(layer.weight),  # BioTorch's
-}

@@ -1,77 +1,138 @@
-"""Weights that do not rest in memory: `Disk` keeps each block's in a file, and brings in one block at a time.
+"""Weights that rest outside of memory: `Disk` keeps each block in a file, and brings in one block at a time.
 
 `Host` does the same for a GPU, with the machine's memory in place of files.
 
-What rests where. A block's file, in the safetensors format, has its weights and buffers under the names of
-`rule.blocks.state_dict()`, the state of its optimizer as `optimizer.BLOCK.PARAMETER.NAME`, and a B that learns. Stored
-B has a file of its own, which is not committed, since it follows from its seed. In memory are the block in use, the
-`ahead` blocks that are read ahead, those that are being written, and what does not grow with the network: activations,
-e, the loss with its parameters, one shared B.
+Files. A block's file, in the safetensors format, has its weights and buffers under the names of
+`rule.blocks.state_dict()`, the state of its optimizer as `optimizer.BLOCK.PARAMETER.NAME`, and a B that learns. A
+stored B has a file of its own, which is not committed, since it follows from its seed. In memory are the block in use,
+the `ahead` blocks that are read ahead, those that are being written, and what does not grow with the network:
+activations, e, the loss with its parameters, one shared B.
 
-Never half a network. A block is written to the other of its two files, a and b, and a commit brings them onto the disk
-and then replaces a manifest that says which of them count. So the disk holds weights and state twice, and after a crash
-the last committed step is there, whole. With `commit_every=None` a block has one file, which is written over: a crash
-loses the network, and `commit` or `close` makes it whole.
+Commits. Each block has two files, a and b, and is written to the one that is not committed. A commit syncs these files
+to the disk, and then replaces `network.pt`, which lists the valid ones. The disk therefore holds weights and state
+twice, and after a crash the last committed step is complete. With `commit_every=None` a block has one file, which is
+overwritten: a crash then loses the network. `network.pt` marks it as invalid until `commit` or `close` completes it.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-from memdfa_lab.core.checks import check_int
-from memdfa_lab.lab.block_files import BlockFiles
-from memdfa_lab.lab.elsewhere import Elsewhere
-from memdfa_lab.lab.host_memory import HostMemory
-from memdfa_lab.lab.resting import Resting, state_bytes
+from memdfa_lab.core.checks import check_int, first_difference
+from memdfa_lab.core.compat import tree_map_only
+from memdfa_lab.lab import tensor_files
+from memdfa_lab.lab.elsewhere import Coming, Elsewhere
+from memdfa_lab.lab.files import locked, read_saved, write_saved
+from memdfa_lab.lab.host_memory import Host as Host
+from memdfa_lab.lab.resting import FEEDBACK, give_back, kept_of, state_bytes
+
+MANIFEST = "network.pt"
+MOST_WAITING = 2  # blocks to be written: they are in memory
 
 
 class Disk(Elsewhere):
     """A folder in which the blocks of a network rest: `MemDFA(store.build(make), optimizer, offload=store)`.
 
-    `folder`: is made if it is not there. `ahead`: how many blocks a thread reads before they are needed, while it also
-    writes those that are done; with 0 all reading and writing is waited for. `commit_every`: after so many steps the
-    folder takes them over, so that nothing that happens later can damage them; that waits for the disk. With None the
-    network is there once on the disk, and whole after `commit` and `close` alone. Under glibc, opening a Disk lets this
-    process give memory of 64 KiB and more back to the system as soon as it is free.
+    `folder`: is made if it does not exist. `ahead`: how many blocks a thread reads before they are needed; it also
+    writes finished blocks. With 0, the step waits for all reading and writing. `commit_every`: every so many steps the
+    network is committed, and a later crash cannot damage it; a commit waits for the disk. With None the disk holds the
+    network once, complete only after `commit` and `close`. Under glibc, opening a Disk makes this process return freed
+    memory of 64 KiB and more to the system at once.
 
     The model's tensors have data only while their block is in use. A model in memory may be given to MemDFA as well: it
     is written to the folder, which must not have a network yet, and its memory is given back.
 
     Attributes:
-        steps: How many steps the network has made, in all processes that had it.
+        steps: How many steps the network was trained for, over all processes that used it.
 
     Raises ValueError for a folder that is in use, cannot be written to, or holds no whole network.
     """
 
     def __init__(self, folder: str | Path, *, ahead: int = 1, commit_every: int | None = 1):
-        check_int("ahead", ahead, 0)
+        super().__init__(ahead)
         self.commit_every = None if commit_every is None else check_int("commit_every", commit_every)
         self.folder = Path(folder)
-        self._files = BlockFiles(self.folder, commit_every is not None, bool(ahead), commit_every == 1)
-        self.steps: int = self._files.committed["steps"] if self._files.committed else 0
-        self.progress = self._files.rest()["progress"] if self._files.committed else None
-        super().__init__(self._files, ahead)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} is a file: name a folder for the network's weights")
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(self.folder / MANIFEST))
+        try:
+            self._committed = self._read_manifest()
+        except BaseException:
+            self._lock.close()
+            raise
+        self.steps, self.progress = self._committed.get("steps", 0), self._committed.get("progress")
+        self._newest: list[str] = list(self._committed.get("blocks", []))  # files, by block
+        self._to_sync: set[str] = set()
+        # One thread reads and writes in the order of the requests. A read therefore returns what was written last, and
+        # waiting for it also waits for all writes before it.
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: deque[Future[Any]] = deque()
+        tensor_files.give_back_at_once()
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def is_filled(self) -> bool:  # type: ignore[override]
+        return bool(self._committed)
 
     @property
     def free_bytes(self) -> int:
-        """How much the folder's disk can still hold."""
+        """The free bytes of the folder's disk."""
         return shutil.disk_usage(self.folder).free
 
-    def check_rule(self, rule: Any, resting: Resting) -> None:
-        before = self._files.committed or {}
+    def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+        path, sync = self._feedback(i), False
+        if FEEDBACK not in tensors:
+            path, sync = self._next_path(i), self.commit_every == 1
+        self._writing.append(self._start(lambda: tensor_files.write(path, tensors, sync)))
+        while self._writing and (self._writing[0].done() or len(self._writing) > MOST_WAITING):
+            self._writing.popleft().result()
+
+    def read(self, i: int, wanted: Callable[[str], bool]) -> Coming:
+        paths = [
+            self.folder / self._newest[i],
+            *([self._feedback(i)] if i in self._stored and wanted(FEEDBACK) else []),
+        ]
+
+        def job() -> dict[str, Tensor]:
+            return {name: tensor for path in paths for name, tensor in tensor_files.read(path, wanted).items()}
+
+        return self._start(job).result
+
+    def begin(self, network: str, needed: int) -> None:
+        if not self._committed:
+            self._check_space(needed, "the network takes")
+        elif self._committed["network"] != network:
+            theirs, ours = first_difference(self._committed["network"], network)
+            raise ValueError(
+                f"{self.folder} holds another network: it has {theirs!r}, this one {ours!r}; choose another folder"
+            )
+        for name in self._newest:
+            tensor_files.check(self.folder / name)
+
+    def resume(self, rule: Any) -> None:
         for name, value in _facts(rule).items():
-            if before.get(name, value) != value:
-                raise ValueError(f"{self.folder} was trained with {name} {before[name]}, and this rule has {value}")
+            if self._committed.get(name, value) != value:
+                raise ValueError(
+                    f"{self.folder} was trained with {name} {self._committed[name]}, and this rule has {value}"
+                )
         if not self.steps:
-            self.check_space(state_bytes(rule), "the optimizer's state takes")
-        loss = self._files.rest()["loss"]
+            self._check_space(state_bytes(rule), "the optimizer's state takes")
+        loss = self._committed.get("loss")
         if loss is not None and rule.loss_optimizer is not None:
             rule.loss_fn.load_state_dict(loss["module"])
             rule.loss_optimizer.load_state_dict(loss["optimizer"])
+        for i, kept in enumerate(self._committed.get("kept", ())):
+            give_back(i, self.chain[i], rule, kept, str(self))
 
     def end_step(self) -> None:
         self.steps += 1
@@ -83,25 +144,32 @@ class Disk(Elsewhere):
         return self.commit_every is not None and self.steps % self.commit_every == 0
 
     def commit(self, progress: object = None) -> None:
-        """Let the folder take over the network as it is now, and `progress`, what else a run needs to go on."""
-        resting, loss = self._network(), None
-        facts = {"network": resting.network, "steps": self.steps}
-        if resting.rule is not None:
-            facts |= _facts(resting.rule)
-            if resting.rule.loss_optimizer is not None:
-                own = resting.rule.loss_optimizer.state_dict()
-                loss = {"module": resting.rule.loss_fn.state_dict(), "optimizer": own}
+        """Save the network as it is now in the folder, and `progress`, which is what else a run needs to resume."""
+        rule, loss = self._network().rule, None
+        if rule is not None and rule.loss_optimizer is not None:
+            loss = {"module": rule.loss_fn.state_dict(), "optimizer": rule.loss_optimizer.state_dict()}
+        facts = {"network": self.network, "steps": self.steps, "loss": loss, "progress": progress}
         with self.errors_named():
-            self._files.commit(facts, {"loss": loss, "progress": progress})
+            while self._writing:
+                self._writing.popleft().result()
+            for written in () if self.commit_every == 1 else self._to_sync:
+                tensor_files.sync(self.folder / written)
+            tensor_files.sync(self.folder)
+            facts |= {"whole": True, "blocks": list(self._newest)}
+            if rule is not None:
+                of_blocks = [kept_of(i, block, rule) for i, block in enumerate(self.chain)]
+                facts |= _facts(rule) | {"kept": tree_map_only(Tensor, _without_data, of_blocks)}
+            self._write_manifest(facts)
+        self._to_sync.clear()
         self.progress = progress
 
     def close(self) -> None:
-        """Commit the steps since the last commit, unless one was cut short, and let others have the folder."""
-        committed = self._files.committed
-        if not self._broken and self.commits_by_itself and committed is not None and committed["steps"] != self.steps:
+        """Commit the steps since the last commit, unless one was interrupted, and release the folder."""
+        if not self._broken and self.commits_by_itself and self._committed.get("steps", self.steps) != self.steps:
             self.commit()
         self._broken = self._broken or f"the store of {self.folder} is closed: make another"
-        self._files.close()
+        self._thread.shutdown()
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -109,24 +177,13 @@ class Disk(Elsewhere):
     def __exit__(self, *problem: object) -> None:
         self.close()
 
-    def filled(self) -> None:
-        self.commit()
-
-    def check_space(self, needed: int, what: str = "the network takes") -> None:
-        twice = ", twice (with commit_every=None once)" if self._files.twice else ""
-        if needed * (1 + self._files.twice) > self.free_bytes:
-            raise ValueError(
-                f"the disk of {self.folder} has {self.free_bytes:,} bytes free, and {what} {needed:,}{twice}: choose "
-                "another"
-            )
-
     def whole(self) -> str:
-        committed = self._files.committed
-        return f"step {committed['steps']}" if committed is not None and self._files.twice else "the beginning"
+        has_commit = self._committed and self.commit_every is not None
+        return f"step {self._committed['steps']}" if has_commit else "the beginning"
 
     @contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Say of what cannot be read or written within from where to go on; nothing more is written."""
+        """Name, in errors of reading and writing within, the step to go on from; nothing more is written then."""
         try:
             yield
         except OSError as problem:
@@ -134,24 +191,54 @@ class Disk(Elsewhere):
             self._broken = f"{where} cannot be read or written ({why}): mend that, then go on from {self.whole()}"
             raise OSError(problem.errno or 0, self._broken) from problem
 
-
-class Host(Elsewhere):
-    """The memory of the machine, in which the blocks of a network rest that computes on a GPU, one block at a time.
-
-    `device`: on which blocks compute; on "cpu" nothing is saved, and what a prediction with it says is what a `Disk`
-    with ahead=0 holds. `ahead`: how many blocks are copied before they are needed. Copies from and to pinned memory run
-    on a stream of their own, beside the computation. Nothing outlasts the process: save `state_dict()`.
-    Not run on a GPU yet.
-
-    Raises ValueError for a GPU that is not there.
-    """
-
-    def __init__(self, device: str = "cuda", *, ahead: int = 1):
-        if device != "cpu" and not torch.cuda.is_available():
+    def _check_space(self, needed: int, what: str) -> None:
+        times, twice = (1, "") if self.commit_every is None else (2, ", twice (with commit_every=None once)")
+        if needed * times > self.free_bytes:
             raise ValueError(
-                f"device {device!r} is not there: give Host(device='cpu'), or take ml.offload.Disk(folder)"
+                f"the disk of {self.folder} has {self.free_bytes:,} bytes free, and {what} {needed:,}{twice}: choose "
+                "another"
             )
-        super().__init__(HostMemory(device), ahead)
+
+    def _start(self, job: Callable[[], Any]) -> Future[Any]:
+        if self.ahead:
+            return self._thread.submit(job)
+        done: Future[Any] = Future()  # here and now, where profilers see it
+        try:
+            done.set_result(job())
+        except Exception as problem:
+            done.set_exception(problem)
+        return done
+
+    def _feedback(self, i: int) -> Path:
+        return self.folder / f"feedback_{i:05d}.safetensors"
+
+    def _next_path(self, i: int) -> Path:
+        """Return the file to which block i is written next, and note it as its newest."""
+        counts = self._committed["blocks"][i] if self._committed and self.commit_every is not None else ""
+        if self._committed and self.commit_every is None and not self._to_sync:
+            self._write_manifest({**self._committed, "whole": False})
+        self._newest[i : i + 1] = [f"block_{i:05d}_{'b' if '_a.' in counts else 'a'}.safetensors"]
+        self._to_sync.add(self._newest[i])
+        return self.folder / self._newest[i]
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_saved(self.folder / MANIFEST, manifest)
+        tensor_files.sync(self.folder)
+        self._committed = manifest
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        found = read_saved(path, "choose another folder") if path.exists() else {}
+        if not found.get("whole", True):
+            raise ValueError(
+                f"{self.folder} was left in the middle of a step that had no commits: delete it and begin anew (with "
+                "commit_every=1 the last step is kept whole)"
+            )
+        return found
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _facts(rule: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Networks that are not in the package's table: what a function returns that is named MODULE:FUNCTION."""
+"""Networks that are not in the package's table: those that a function named MODULE:FUNCTION returns."""
 
 import difflib
 import importlib
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-SPELLING = re.compile(r"([\w.]+):(\w+)(?:@(\d+(?:x\d+)*))?")
+SHAPE = r"\d+(?:x\d+)*"
+SPELLING = re.compile(rf"([\w.]+):(\w+)(?:@({SHAPE}))?")
 EXAMPLE = "torchvision.models:alexnet@3x224x224"
 
 
@@ -38,4 +39,11 @@ def find(name: str) -> tuple[Callable[[], Any], tuple[int, ...]]:
     except (TypeError, ValueError) as problem:
         why = f"{problem}; write a function without arguments that returns the model"
         raise ValueError(f"{name}: {function} cannot be called as it is: {why}") from problem
-    return found[function], tuple(map(int, shape.split("x"))) if shape else ()
+    return found[function], shape_of(shape)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """Return the shape that 3x224x224 spells, () for no text. Raises ValueError for another spelling."""
+    if text and not re.fullmatch(SHAPE, text):
+        raise ValueError(f"a shape is written as in 3x224x224, got {text!r}")
+    return tuple(map(int, text.split("x"))) if text else ()

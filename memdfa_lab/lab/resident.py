@@ -1,4 +1,4 @@
-"""The resident set: by how much a step raises the memory of a process of its own, as the system counts it."""
+"""The resident set: by how much a step raises the memory of its process, as the system counts it."""
 
 import ctypes
 import gc
@@ -30,9 +30,9 @@ def resident_peak(
     """Return by how many bytes a step raises the resident set of a fresh process with one thread: a median of 3 steps.
 
     `network`: a name of `ml.models`, or the widths of a ReLU MLP, [784, 800, 10]. In that process glibc's malloc
-    returns freed memory to the system, and Linux keeps the peak (VmHWM, set back before each step). What libraries and
-    optimizers allocate once is there after two steps before. Raises RuntimeError elsewhere than on Linux with glibc,
-    ValueError for names that are unknown.
+    returns freed memory to the system, and Linux records the peak (VmHWM, reset before each step). Two steps before let
+    libraries and optimizers allocate what they allocate once. Raises RuntimeError except on Linux with glibc,
+    ValueError for unknown names.
     """
     if platform.libc_ver()[0] != "glibc" or not os.access("/proc/self/clear_refs", os.W_OK):
         raise RuntimeError("the resident set is measured on Linux with glibc only: use measure or allocator_peak here")
@@ -57,12 +57,12 @@ def measure_here() -> None:
         gc.collect()
         libc.malloc_trim(0)
         rest = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
         rule.step(x, y)
         peaks.append(_status("VmHWM") - rest)
     print(statistics.median(peaks[2:]))
 
 
 def _status(name: str) -> int:
-    (kib,) = re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    (kib,) = re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
     return 1024 * int(kib)

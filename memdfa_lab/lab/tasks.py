@@ -1,4 +1,4 @@
-"""What a network learns, taken from its loss and a batch: which labels fit its outputs, and when an answer is right."""
+"""A network's task, found from its loss and a batch: which labels fit its outputs, and when a prediction is right."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -32,7 +32,7 @@ DIMENSIONS = {"classification": 2, "tokens": 3, "segmentation": 4}  # of the out
 
 
 class Task(NamedTuple):
-    """A task by name, the outputs' dimension of classes, the label that does not count, and the kind of its loss."""
+    """A task: its name, the dimension of classes in the outputs, the ignored label, and the kind of loss."""
 
     name: str
     class_dim: int = 1
@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
-        """Whether an answer is right or wrong."""
+        """Whether a prediction can be right or wrong."""
         return self.of_classes or self.name in ("binary", "multilabel")
 
     def check(self, output: Tensor, y: Tensor, name: str = "y") -> None:
@@ -80,14 +80,14 @@ class Task(NamedTuple):
         return bool(y.min() >= 0 and y.max() <= most) and not (y.is_floating_point() and bool((y != y.round()).any()))
 
     def right(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return which of the labels that count are found: the largest class, or those whose logit is above 0."""
+        """Return, for each label that counts, whether it is predicted: by the largest score, or by a logit above 0."""
         if self.of_classes:
             return (output.argmax(self.class_dim) == y)[y != self.ignored]
         return ((output > 0) == (y.reshape(output.shape) > 0)).flatten()
 
 
 def task_of(loss_fn: Callable[..., Tensor], output: Tensor, y: Tensor, name: str | None = None) -> Task | None:
-    """Return the task, from a loss and a batch's outputs (N, ...) and y; None for a loss nobody knows.
+    """Return the task, from a loss and a batch's outputs (N, ...) and y; None for an unknown loss.
 
     `name`: one of TASKS, where the caller knows it. Raises ValueError for another name.
     """
@@ -109,7 +109,7 @@ def task_of(loss_fn: Callable[..., Tensor], output: Tensor, y: Tensor, name: str
 
 
 def _kind(loss_fn: Any) -> tuple[str | None, int]:
-    """Return what kind of loss it is, if it is known, and which label it ignores."""
+    """Return the kind of a loss, None if unknown, and the label that it ignores."""
     function, settings = loss_fn, {}
     if isinstance(loss_fn, partial):
         function, settings = loss_fn.func, loss_fn.keywords

@@ -1,4 +1,4 @@
-"""Tensors in files of the safetensors format, which many tools open; read and written without a copy in between.
+"""Tensors in files of the safetensors format, which many tools open; read and written without an extra copy.
 
 A file has the length of its header in eight bytes, the header in JSON (dtype, shape and place of each tensor by name),
 and the numbers, in logical order.
@@ -36,16 +36,16 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MOST_AT_ONCE = 2**30  # macOS refuses 2 GiB
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-METADATA = "__metadata__"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sync: bool) -> int:
-    """Write tensors and texts by name over what the file had, and return its size in bytes.
+def write(path: Path, tensors: Mapping[str, Tensor], sync: bool) -> int:
+    """Write tensors by name over what the file had, and return its size in bytes.
 
     With `sync` they are on the disk at the end.
     """
-    header: dict[str, Any] = {METADATA: dict(metadata)}
+    header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.itemsize
@@ -62,17 +62,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return at
 
 
-def header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
-    """Return what the file says of each tensor (dtype, shape, data_offsets), its texts, and where the numbers begin."""
-    with opened(path, os.O_RDONLY) as file:
-        return _header(file)
-
-
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Return the tensors whose names are wanted, contiguous. Raises OSError if the file has been cut."""
     found = {}
     with unwatched(), opened(path, os.O_RDONLY) as file:  # profilers are told of it later, as of memory of ours
-        entries, _, start = _header(file)
+        entries, start = _header(file)
         for name, entry in entries.items():
             if wanted(name):
                 found[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
@@ -80,10 +74,11 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[
     return found
 
 
-def check(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what the file says of its tensors. Raises ValueError if it is not there, damaged or cut."""
+def check(path: Path) -> None:
+    """Raise ValueError if a file is not there, damaged or cut."""
     try:
-        entries, _, start = header(path)
+        with opened(path, os.O_RDONLY) as file:
+            entries, start = _header(file)
         end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         for entry in entries.values():
             size = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
@@ -94,19 +89,24 @@ def check(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         why = getattr(problem, "strerror", None) or problem
         raise ValueError(f"{path} is damaged or not a whole file of this network ({why})") from problem
-    return entries
 
 
 def sync(path: Path) -> None:
-    """Bring what has been written to a file, or which files a folder has, onto the disk."""
-    with opened(path, os.O_RDONLY) as file:
+    """Sync a file's content, or a folder's list of files, to the disk.
+
+    Windows opens no folder, and keeps such a list by itself.
+    """
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:
+        return
+    with opened(path, os.O_RDONLY if is_folder else os.O_RDWR) as file:  # Windows flushes what may be written to
         os.fsync(file)
 
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
     """Open a file for what is done within, and name it in errors."""
-    file = os.open(path, flags, 0o666)
+    file = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
     try:
         yield file
     except OSError as problem:
@@ -116,7 +116,8 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         os.close(file)
 
 
-def _header(file: int) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
+def _header(file: int) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return what the file says of each tensor (dtype, shape, data_offsets), and where the numbers begin."""
     size = bytearray(8)
     _read_at(file, 0, memoryview(size))
     length = int.from_bytes(size, "little")
@@ -125,14 +126,15 @@ def _header(file: int) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
     text = bytearray(length)
     _read_at(file, 8, memoryview(text))
     entries = json.loads(text)
-    return entries, entries.pop(METADATA, {}), 8 + length
+    entries.pop("__metadata__", None)  # texts, of other writers
+    return entries, 8 + length
 
 
 def give_back_at_once() -> None:
-    """Let memory of 64 KiB and more go back to the system when it is freed, in this process.
+    """Make this process return memory of 64 KiB and more to the system when it is freed (M_MMAP_THRESHOLD of mallopt).
 
-    Else glibc keeps it, and puts small objects of a block that comes later into it, so that no activation fits there
-    any more: memory would grow with depth. (M_MMAP_THRESHOLD of mallopt.)
+    Otherwise glibc keeps it, and places small objects of later blocks in it, so that activations no longer fit there:
+    memory would grow with depth.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
@@ -147,14 +149,25 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _write_at(file: int, at: int, data: memoryview) -> int:
     while data:
-        written = os.pwrite(file, data, at)
+        part = data[:MOST_AT_ONCE]
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(file, part, at)
+        else:  # Windows
+            os.lseek(file, at, os.SEEK_SET)
+            written = os.write(file, part)
         at, data = at + written, data[written:]
     return at
 
 
 def _read_at(file: int, at: int, into: memoryview) -> None:
     while into:
-        got = os.preadv(file, [into], at)
+        if hasattr(os, "preadv"):
+            got = os.preadv(file, [into[:MOST_AT_ONCE]], at)
+        else:  # Windows
+            os.lseek(file, at, os.SEEK_SET)
+            part = os.read(file, min(len(into), 2**20))
+            got = len(part)
+            into[:got] = part
         if not got:
             raise OSError(0, "the file has been cut")
         at, into = at + got, into[got:]

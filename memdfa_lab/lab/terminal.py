@@ -1,4 +1,4 @@
-"""What a training loop has to do with a terminal: Ctrl-C, and a bar that tells how far it is."""
+"""A training loop's use of a terminal: Ctrl-C, and a progress bar."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def ctrl_c_noted() -> Iterator[list[int]]:
 
 
 class LoadingInterrupted(KeyboardInterrupt):
-    """The processes that load batches have heard Ctrl-C, too, and have ended, before a batch was there."""
+    """Ctrl-C also ended the processes that load batches, before a batch was complete."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Two transformers as blocks: for images (ViT), and for text, of which they say what comes next (GPT).
+"""Two transformers as blocks: a ViT for images, and a GPT that predicts the next word of a text.
 
-A block is a unit of attention and MLP, with its skips. The embedding of patches is a block of its own, that of words
-belongs to the first unit's, and the norm behind the last unit to that one's.
+A block is a unit of attention and MLP, with its skips. The embedding of patches is a block of its own; that of
+words belongs to the block of the first unit, and the last norm to that of the last unit.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.core.blocks import as_blocks
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.seeds import LARGEST_SEED
+from memdfa_lab.core.generators import seeded
 from memdfa_lab.lab.architectures import Shape, check_shape
 
 
@@ -98,9 +98,7 @@ def _network(
         check_int(name, size)
     if width % heads:
         raise ValueError(f"heads must divide the width, got {heads} heads and width {width}")
-    check_int("seed", seed, 0, LARGEST_SEED)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         first = Embedding(embed(width), positions, width)
         units = [Unit(width, heads, causal) for _ in range(depth)]
         return as_blocks([first, *units, nn.LayerNorm(width), *before_last, nn.Linear(width, classes)])

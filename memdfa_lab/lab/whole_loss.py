@@ -1,9 +1,9 @@
-"""The loss of a batch that several ranks share, and each rank's rows of e: one process's, for any loss of logits and y.
+"""The loss of a batch that several ranks share, and each rank's rows of e, as on one process, for any loss.
 
 A loss that `losses.as_mean` knows follows from the parts. A rank whose examples weigh w of W together scales its e by
-w / W, and the ranks exchange three numbers. Any other loss is not known to follow from the parts, however it looks on
-one batch: an ignored label may come in a later one. So every rank gathers the logits and y of all, computes the loss of
-the whole batch, and takes its own rows of e. A rank then sends the logits and y of its part to each other rank, and
+w / W, and the ranks exchange three numbers. Any other loss may not follow from the parts, even if it does so for
+one batch: a later one may have an ignored label. Every rank then gathers the logits and y of all ranks, computes the
+loss of the whole batch, and takes its own rows of e. Each rank thus sends its logits and y to every other rank, and
 holds the whole batch's logits, y and e for a moment.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from memdfa_lab.core.group import Compute
 from memdfa_lab.lab.losses import as_mean
 
-Group = Any  # lab.distributed's, which stands on this module
+Group = Any  # lab.distributed.Group, which imports this module
 
 
 def whole_error(
@@ -27,7 +27,7 @@ def whole_error(
     """Return what `Group.error` returns, for two ranks or more.
 
     Raises ValueError on every rank, before any weight changes, if ranks differ in a loss's settings or in what it gives
-    for one batch, or if their logits or y cannot be put one under the other.
+    for one batch, or if their logits or y cannot be concatenated.
     """
     mean, total, weight = as_mean(loss_fn), 0.0, math.nan
     if mean is not None and loss_fn is group.agreed:

@@ -1,9 +1,9 @@
-"""Memory of a training step: measured per tensor, predicted before running, as a formula, as the allocator saw it."""
+"""Memory of a training step: measured per tensor, predicted before running, as a formula, and seen by the allocator."""
 
 import importlib
 from typing import Any
 
-from memdfa_lab.memory.crosscheck import allocator_peak, compare, cuda_peak, cuda_snapshot
+from memdfa_lab.memory.crosscheck import accelerator_peak, allocator_peak, compare
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.predict import predict
 from memdfa_lab.memory.sizing import deepest, largest_batch
@@ -13,11 +13,10 @@ __all__ = [
     "CATEGORIES",
     "Ledger",
     "Trace",
+    "accelerator_peak",
     "allocator_peak",
     "bytes_of",
     "compare",
-    "cuda_peak",
-    "cuda_snapshot",
     "deepest",
     "formula",
     "largest_batch",

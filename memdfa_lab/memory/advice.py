@@ -14,7 +14,7 @@ WORTH_IT = 0.1  # of the peak
 
 
 def advice(trace: Trace) -> str:
-    """Return a sentence or two; nothing for a step of a rule, which has a table, and without a backward pass."""
+    """Return one or two sentences, or "" for a rule's step (it has a table) or a trace without a backward pass."""
     if {event.phase for event in trace.events} != {"", "backward"}:
         return ""
     births = {id(event.storage): event for event in reversed(trace.events)}

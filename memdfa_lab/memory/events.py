@@ -19,7 +19,7 @@ class Event:
     """A storage is born, grows, shrinks or is freed."""
 
     time_s: float
-    operation: int  # how many operations had run by then
+    operation: int  # the number of operations that had run by then
     name: str  # of the last of them
     phase: str
     block: int | None

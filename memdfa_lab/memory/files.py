@@ -1,4 +1,4 @@
-"""Files that are whole or not there: each is written under a temporary name and then renamed."""
+"""Files that are either complete or absent: each is written under a temporary name and then renamed."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     Raises ValueError if nothing can be written in the folder, and what `write` raises.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # tempfile's are readable by their owner alone
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # only the owner can read tempfile's
     try:
         with folder_made_for(path):
             temporary.touch(exist_ok=False)
@@ -23,7 +23,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except BaseException as problem:
         temporary.unlink(missing_ok=True)
-        if isinstance(problem.__context__, KeyboardInterrupt):  # on its way out of torch.save, say, closing failed
+        if isinstance(problem.__context__, KeyboardInterrupt):  # for example, closing failed while it left torch.save
             raise problem.__context__ from problem
         if isinstance(problem, OSError) and problem.filename is None:
             problem.filename = str(path)  # a full disk does not say which file it was for

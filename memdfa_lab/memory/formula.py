@@ -1,42 +1,41 @@
-"""What the textbook says a step holds, in bytes, as sympy expressions that can be shown and solved.
+"""The memory of a step in closed form, in bytes, as sympy expressions that can be shown and solved.
 
 For an MLP of L hidden layers with ReLU, tanh or sigmoid (autograd keeps their output alone), cross-entropy, an
 optimizer without weight decay, and a batch of N:
 
     h_i = f(h_{i-1} W_i^T + b_i) of width n_i, h_0 = x of width n_0, logits of width C; P_i = n_i (n_{i-1} + 1).
 
-What grows with depth (`terms`) is kept apart from what one block needs while it is taught (`teaching`); `moments` puts
-them together, the instants at which the peak can be, and the peak is the largest. Widths are equal, n_0, n, ..., n, C
-with L from 2 on, unless given one by one, as numbers or symbols. Each expression is linear in N and, with equal widths,
-in L, but for signals so small that they are formed in one piece: to solve it is one division.
+`terms` has what grows with depth, `teaching` what one block needs while it is taught. `moments` adds them up for each
+instant at which the peak can be; `peak` is the largest of these sums. Unless widths are given one by one, as numbers or
+symbols, they are n_0, n, ..., n, C with L >= 2. Each expression is linear in N and, with equal widths, in L, except
+where signals are so small that they are formed in one piece: it is solved by one division.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import sympy as sp
 
-from memdfa_lab.core.checks import check_int, lookup
+from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core.local_losses import LOCAL_RULES
 from memdfa_lab.core.rules import RULES
-from memdfa_lab.core.signal import SMALL_BYTES
-from memdfa_lab.memory.sizing import fitting, largest
+from memdfa_lab.core.signal import SMALL_BYTES as SMALL_BYTES
 
-# s: the bytes of a number; k: those of a signal so small that it is formed in one piece.
+# s: bytes a number; k: the size in bytes below which a signal is formed in one piece.
 N, n, L, C, n_0, s, k = sp.symbols("N n L C n_0 s k", integer=True, positive=True)
 Terms = dict[str, sp.Expr]
-DEEPEST = 10**9  # layers that are tried
-# Numbers that rest a parameter, float32 scalars that rest a tensor (Adam's step), workspace a weight in an update.
+# Numbers of state a parameter, float32 scalars a tensor (Adam's step), numbers of workspace a weight in an update.
 OPTIMIZERS = {"sgd": (0, 0, 0), "momentum": (1, 0, 0), "adam": (2, 1, 2)}
 
 
 class Block(NamedTuple):
-    """One block of the network, and how much lies before and behind it."""
+    """One block of the network, and the sizes of what lies before and after it."""
 
     name: str
     weight: Any
-    h_in: Any  # width of its input; 0 for the first, since the batch is not the step's
+    h_in: Any  # width of its input; 0 for the first: the batch rests in memory
     h_out: Any
     before: Any  # sum of the widths of the hidden layers below it
     after: Any  # the same above it
@@ -49,9 +48,9 @@ class Block(NamedTuple):
 
 
 def blocks(widths: Sequence[Any] | None = None) -> list[Block]:
-    """Return the blocks of widths n_0, n_1, ..., C; without any, those of equal widths that can differ: 1, 2, L, L + 1.
+    """Return the blocks of widths n_0, n_1, ..., C; without widths, blocks 1, 2, L and L + 1 of equal widths.
 
-    Between block 2 and block L everything is linear in the block's number, so the largest is at one of the two.
+    Between block 2 and block L everything is linear in the block's number, so that the largest is one of the two.
     """
     if widths is None:
         P, P_last = n * (n + 1), C * (n + 1)
@@ -70,48 +69,68 @@ def blocks(widths: Sequence[Any] | None = None) -> list[Block]:
 
 
 def terms(rule: str, widths: Sequence[Any] | None = None, feedback: str = "stored", optimizer: str = "sgd") -> Terms:
-    """Return what grows with depth, as the ledger calls it, in bytes.
+    """Return what grows with depth, in bytes, by the ledger's categories.
 
-    "parameters", "optimizer state" and "feedback" rest; "activations" are those at the end of the forward pass, the
-    logits with them; "gradients" those at the end of the backward pass (DFA and MEM-DFA have freed theirs by then).
+    "parameters", "optimizer state" and "feedback" rest in memory; they include readouts, and Adam's state of a B that
+    learns. "activations" are those at the end of the forward pass, logits included; "gradients" are those at the end of
+    the backward pass (rules that teach blocks have freed theirs by then).
     """
-    lookup("rule", rule, RULES)
-    lookup("feedback", feedback, KINDS)
+    lookup("rule", rule, RULES | LOCAL_RULES)
+    learned = ["learned"] if rule in ("bp", "dfa", "memdfa") else []  # the others have no B, or one that does not learn
+    lookup("feedback", feedback, dict.fromkeys([*KINDS, *learned]))
     per_parameter, per_tensor, _ = lookup("optimizer", optimizer, OPTIMIZERS)
     every = blocks(widths)
     first, last, blocks_in_all = every[0], every[-1], L + 1 if widths is None else len(every)
     P = first.parameters + first.parameters_after
-    # One matrix a block, but for the last (DFA and MEM-DFA); one a weight, but for the first (FA).
+    # DFA and MEM-DFA: one matrix for each block but the last. FA: one for each weight but the first.
     rows = [b.weight for b in every[1:]] if rule == "fa" else [b.h_out for b in every[:-1]]
-    columns: Any = {"bp": 0, "fa": 1}.get(rule, last.h_out)
+    columns: Any = {"bp": 0, "local_readout": 0, "fa": 1}.get(rule, last.h_out)
     kept = sum(rows) if widths is not None else rows[0] * (L - 1) + rows[-1]
-    matrices = {"stored": kept, "shared": sp.Max(*rows), "regenerated": 0}[feedback]
+    matrices = {"shared": sp.Max(*rows), "regenerated": 0, "learned": 3 * kept}.get(feedback, kept)
+    steps = 4 * (blocks_in_all - 1) if feedback == "learned" and columns else 0
+    readouts = blocks_in_all - 1 if rule == "local_readout" else 0
+    P += last.h_out * (kept + readouts) if readouts else 0
+    below = {"memdfa": 0, "local_readout": last.h_in, "drtp": last.h_in}.get(rule, last.before)
     return {
         "parameters": sp.expand(s * P),
-        "optimizer state": sp.expand(per_parameter * s * P + 4 * per_tensor * 2 * blocks_in_all),
-        "feedback": sp.expand(s * columns * matrices),
-        "activations": sp.expand(s * N * (last.h_out + (0 if rule == "memdfa" else last.before))),
+        "optimizer state": sp.expand(per_parameter * s * P + 4 * per_tensor * 2 * (blocks_in_all + readouts)),
+        "feedback": sp.expand(s * columns * matrices + steps),
+        "activations": sp.expand(s * N * (last.h_out + below)),
         "gradients": sp.expand(s * P) if rule in ("bp", "fa") else sp.Integer(0),
     }
 
 
 def teaching(block: Block, classes: Any, feedback: str = "stored", optimizer: str = "sgd") -> Terms:
-    """Return what DFA and MEM-DFA need for one block above its activations and e, while it is taught, in bytes.
+    """Return what DFA and MEM-DFA need to teach one block, in bytes above its activations and e.
 
-    As `memdfa_lab.core.local` does it: a quarter of the signal at a time, with the columns of B that it takes; the
-    gradients, but for the weight's under plain SGD; at last the optimizer's workspace.
+    It follows `memdfa_lab.core.local`: a quarter of the signal at a time, with the columns of B for it; the gradients
+    (under plain SGD that of the bias only); and finally the optimizer's workspace.
     """
     gradients = block.h_out if optimizer == "sgd" else block.parameters
     found = {"update": s * (gradients + OPTIMIZERS[optimizer][2] * block.weight)}
     if not block.last:
-        least = sp.Max(sp.sympify(block.h_out) / 4, k / (N * s))
+        # The larger of a quarter and k bytes; sympy compares a number correctly with k, but not with k / (N s).
+        least = sp.Max(N * s * block.h_out / 4, k) / (N * s)
         quarter = sp.Min(block.h_out, 16 * sp.ceiling(least / 16))
         second = sp.Min(quarter, block.h_out - quarter)
-        drawn = {"stored": 0, "regenerated": quarter, "shared": block.h_out}[feedback]
+        drawn = {"regenerated": quarter, "shared": block.h_out}.get(feedback, 0)
         found["signal"] = s * (gradients + N * quarter + classes * drawn)
         if feedback == "regenerated":
             found["next columns"] = s * (gradients + classes * (quarter + second))
+        if feedback == "learned":
+            found["learn B"] = s * classes * block.h_out * (1 + OPTIMIZERS["adam"][2])
     return found
+
+
+def by_readout(block: Block, classes: Any, optimizer: str = "sgd") -> Terms:
+    """Return the same for a block with a readout: the readout's loss, gradients and update, then the block's update."""
+    workspace, readout = OPTIMIZERS[optimizer][2], classes * (block.h_out + 1)
+    return {
+        "loss of the readout": s * (4 * N * classes + 2),
+        "gradient of the readout": s * (N * (classes + block.h_out) + readout),
+        "update of the readout": s * (N * block.h_out + readout + workspace * classes * block.h_out),
+        "update": s * N * block.h_out + teaching(block, classes, optimizer=optimizer)["update"],
+    }
 
 
 def moments(
@@ -121,20 +140,21 @@ def moments(
     optimizer: str = "sgd",
     offloaded: bool = False,
 ) -> Terms:
-    """Return the bytes held above rest at each instant at which the peak can be, by what is done then.
+    """Return the bytes above rest at each instant at which the peak can be, by the name of the operation.
 
     `offloaded`, for MEM-DFA: weights, optimizer state and stored B rest in a store (`ml.offload`), and are in memory
-    while their block is in use. Raises ValueError for another rule.
+    only while their block is in use. Raises ValueError for any other rule.
     """
     if offloaded and rule != "memdfa":
-        raise ValueError(f"{rule} cannot offload: it comes back through blocks that it has left; ask for memdfa")
+        raise ValueError(f"{rule} cannot offload: MEM-DFA's step alone takes weights from a store; ask for memdfa")
     total, every = terms(rule, widths, feedback, optimizer)["activations"], blocks(widths)
     classes = every[-1].h_out
     per_parameter, per_tensor, _ = OPTIMIZERS[optimizer]
+    alone = rule in ("memdfa", *LOCAL_RULES)  # one block in memory at a time
     e, found = s * (N * classes + 1), {"error": total + s * (3 * N * classes + 2)}  # e with the loss
     for b in every:
-        below = b.h_in if rule == "memdfa" else b.before
-        twice = rule in ("bp", "fa") and not b.last  # before and behind the activation
+        below = b.h_in if alone else b.before
+        twice = rule in ("bp", "fa") and not b.last  # at the input and at the output of the activation
         weights = s * b.parameters if offloaded else 0
         found[f"forward {b.name}"] = s * N * (below + b.h_out * (1 + twice)) + weights
         if rule in ("bp", "fa"):
@@ -144,78 +164,31 @@ def moments(
             found[f"gradient {b.name}"] = held + s * (N * (b.before + b.h_in) + signal + b.parameters)
             found[f"update {b.name}"] = held + s * (b.parameters + OPTIMIZERS[optimizer][2] * b.weight)
         else:
-            above = 0 if rule == "memdfa" or b.last else b.after + classes
+            above = 0 if alone or b.last else b.after + classes
             inside = weights * (1 + per_parameter) + (8 * per_tensor if offloaded else 0)
-            inside += s * classes * b.h_out if offloaded and feedback == "stored" and not b.last else 0
-            for name, needed in teaching(b, classes, feedback, optimizer).items():
-                found[f"{name} {b.name}"] = e + s * N * (b.h_in + b.h_out + above) + needed + inside
+            B = {"stored": 1, "learned": 3}.get(feedback, 0) * s * classes * b.h_out
+            inside += B + 4 * (feedback == "learned") if offloaded and not b.last else 0
+            held, needs = e + s * N * (b.h_in + b.h_out + above), teaching(b, classes, feedback, optimizer)
+            if rule == "local_readout" and not b.last:
+                held, needs = held - e, by_readout(b, classes, optimizer)
+            if rule == "drtp" and not b.last:  # the block runs after its target is made
+                held, needs = held - s, needs | {"target": s * (N * (classes - b.h_out) + 3)}
+            for name, needed in needs.items():
+                found[f"{name} {b.name}"] = held + needed + inside
     return {name: sp.expand(value) for name, value in found.items()}
 
 
 def peak(rule: str, widths: Sequence[Any] | None = None, **how: Any) -> sp.Expr:
-    """Return the most that a step holds above rest: the largest of `moments`, which has the arguments."""
+    """Return the peak of a step above rest, in bytes: the largest of `moments`, which takes the same arguments."""
     return sp.Max(*moments(rule, widths, **how).values())
 
 
 def resting(rule: str, widths: Sequence[Any] | None = None, *, offloaded: bool = False, **how: str) -> sp.Expr:
-    """Return what rests in memory: parameters, optimizer state, feedback, and the batch with its labels (8 bytes each).
+    """Return what rests, in bytes: parameters, optimizer state, feedback, the batch and its labels (8 bytes each).
 
-    `offloaded`: of these, the batch and a shared B alone.
+    `offloaded`: only the batch, its labels and a shared B rest in memory.
     """
     kept, inputs = terms(rule, widths, **how), n_0 if widths is None else widths[0]
     names = ["parameters", "optimizer state", "feedback"] if not offloaded else []
     names += ["feedback"] if offloaded and how.get("feedback") == "shared" else []
     return sp.expand(sum(kept[name] for name in names) + N * (s * inputs + 8))
-
-
-def largest_batch(budget_bytes: int, rule: str, widths: Sequence[int], **how: Any) -> int:
-    """Return the largest N for which peak and rest fit into the budget, in float32.
-
-    `how`: feedback and optimizer, as in `terms`, and offloaded, as in `moments`. Raises ValueError if not even
-    one example fits.
-    """
-    widths = [check_int("a width", width) for width in widths]
-    alike = len(widths) > 3 and len(set(widths[1:-1])) == 1  # then a handful of moments is enough
-    equal = {n_0: widths[0], n: widths[1], L: len(widths) - 2, C: widths[-1]} if alike else {}
-    held = _held(N, rule, None if alike else widths, {s: 4, k: SMALL_BYTES, **equal}, how)
-    return fitting(held, budget_bytes, "one example")
-
-
-def deepest(budget_bytes: int, rule: str, *, batch: int, width: int, inputs: int, classes: int, **how: Any) -> int:
-    """Return the largest L for which peak and rest fit into the budget, in float32.
-
-    `how`: feedback and optimizer, as in `terms`, and offloaded, as in `moments`. Raises ValueError if not even
-    one hidden layer fits.
-    """
-    return fitting(_held_at_depth(rule, batch, width, inputs, classes, how), budget_bytes, "one hidden layer")
-
-
-def depth_from_which(*, batch: int, width: int, inputs: int, classes: int, against: str = "bp", **how: Any) -> int:
-    """Return the L from which on MEM-DFA holds less than another rule, peak and rest together, in float32.
-
-    `how`: feedback and optimizer, as in `terms`, and offloaded, as in `moments`. Raises ValueError if that is never so.
-    """
-    ours = _held_at_depth("memdfa", batch, width, inputs, classes, how)
-    theirs = _held_at_depth(against, batch, width, inputs, classes, {k: v for k, v in how.items() if k != "offloaded"})
-    last = largest(lambda depth: theirs(depth) - ours(depth), 0, least=2, most=DEEPEST)  # where it does not hold less
-    if last == DEEPEST:
-        raise ValueError(f"MEM-DFA never holds less than {against} here: kept feedback grows as fast; regenerate it")
-    return last + 1 if last else 1 if theirs(1) > ours(1) else 2
-
-
-def _held_at_depth(
-    rule: str, batch: int, width: int, inputs: int, classes: int, how: dict[str, Any]
-) -> Callable[[int], int]:
-    """Return peak and rest together as a function of L; one hidden layer has widths of its own."""
-    sizes = {N: ("batch", batch), n: ("width", width), n_0: ("inputs", inputs), C: ("classes", classes)}
-    values = {symbol: check_int(*size) for symbol, size in sizes.items()} | {s: 4, k: SMALL_BYTES}
-    one, more = (_held(L, rule, widths, values, how) for widths in ((n_0, n, C), None))
-    return lambda depth: one(1) if depth == 1 else more(depth)
-
-
-def _held(symbol: sp.Symbol, rule: str, widths: Any, values: Any, how: dict[str, Any]) -> Callable[[int], int]:
-    """Return peak and rest together as a function of one symbol, the others having these values."""
-    rest, symbols = resting(rule, widths, **how), (N, n, L, C, n_0, s, k)
-    totals = [rest + held for held in moments(rule, widths, **how).values()]
-    at = sp.lambdify(symbols, totals, "math")  # subs would simplify Max(150, 16384 / N) to 16384 / N
-    return lambda number: int(max(at(*({**values, symbol: number}.get(each, 0) for each in symbols))))

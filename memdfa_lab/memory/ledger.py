@@ -1,11 +1,11 @@
-"""A step's memory, counted: every storage that is born or freed in it, in order, to the byte.
+"""A step's memory, counted: every storage that is allocated ("born") or freed in it, in order, to the byte.
 
-A watcher (`core.compat`) sees each operation that torch runs. A storage that comes out of one for the first time was
-born there; a weak reference tells when it is freed. Views and in-place operations use the storage of another tensor and
-count nothing. What an operation allocates and frees inside itself is not seen (`memory.crosscheck` sees that too).
+A watcher (`core.watcher`) sees each operation that torch runs. A storage is born in the operation that first returns
+it; a weak reference tells when it is freed. Views and in-place operations use the storage of another tensor and count
+nothing. Memory that an operation allocates and frees internally is not seen (`memory.crosscheck` sees it, too).
 
-Torch must take the operations that it takes when nobody watches. One is other: where gradients meet, autograd adds the
-second to the first in place, unless Python knows the storage of the first. Such a sum is counted as if in place.
+Watching must not change the operations that torch runs. It changes one: where gradients meet, autograd adds the second
+to the first in place, unless Python knows the storage of the first. Such a sum is counted as if it were in place.
 """
 
 import time
@@ -29,7 +29,7 @@ from memdfa_lab.memory.trace import OFFLOADED, Trace
 
 Tensors = Callable[[], Mapping[str, Iterable[Tensor]]]  # tensors by category
 Run = Callable[[Any, Any, Any], Any]  # runs an operation: (operation, args, kwargs) -> its output
-# The category of what is born in a phase, unless it is labelled; in other phases it is workspace.
+# The category of a storage born in a phase, unless it is labelled; in all other phases it is workspace.
 BORN_IN = {
     "forward": "activations",
     "recompute": "activations",
@@ -37,67 +37,70 @@ BORN_IN = {
     "backward": "error",
     "local gradient": "error",
 }
-SILENT = ("prim::", "profiler::")  # questions and markers, not operations
-WITHOUT_MEMORY = "aten::_efficientzerotensor"  # zeros that are nowhere
+SILENT = ("prim::", "profiler::")  # queries and markers, not operations
+WITHOUT_MEMORY = "aten::_efficientzerotensor"  # zeros that take no memory
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation as it is."""
+    """Run an operation unchanged."""
     return func(*args, **kwargs)
 
 
 def measure(
     step: Any, *batch: Tensor, steps: int = 1, warm_up: int = 0, tensors: Tensors | None = None, run: Run = call
 ) -> Trace:
-    """Run steps on a batch and return what they held. The results are those of steps that nobody measures, bit for bit.
+    """Run steps on a batch and return a Trace of their memory. Measuring does not change the steps' results by one bit.
 
-    `step` is anything with a method `step`, or a function; it is called with the batch, `steps` times. `warm_up` steps
-    before are not counted: a first step makes the optimizer's state and stored feedback, which stay in memory from then
-    on (and are all there is with `steps=0`). `tensors` returns what is in memory between steps, by category,
-    `step.tensors` if not given. The batch counts as "input". `run(func, args, kwargs)` runs each operation.
+    `step` is anything with a method `step`, or a function; it is called with the batch, `steps` times. The `warm_up`
+    steps before are not counted: a first step makes the optimizer's state and stored feedback, which then stay in
+    memory (with `steps=0`, the trace has these only). `tensors` returns what is in memory between steps, by category;
+    default: `step.tensors`. The batch counts as "input". `run(func, args, kwargs)` runs each operation. If the batch is
+    on an accelerator, only the accelerator's memory is counted.
 
     Raises TypeError if the step cannot be called or the batch is not of tensors, ValueError for steps or warm_up below
-    0. What the step itself raises goes through; use `Ledger` to look at a step that fails.
+    0, and what the step raises; use `Ledger` to look at a step that fails.
     """
     check_int("steps", steps, 0)
     check_int("warm_up", warm_up, 0)
     if not all(isinstance(tensor, Tensor) for tensor in batch):
-        raise TypeError(f"a batch is tensors, such as x and y; got {', '.join(type(item).__name__ for item in batch)}")
+        raise TypeError(f"a batch must be tensors (x, y), got {', '.join(type(item).__name__ for item in batch)}")
     take_step = as_function(step)
     if getattr(getattr(step, "store", None), "ahead", 0):
         raise ValueError("blocks that are read ahead come in by a thread that is not counted: measure with ahead=0")
     resting: Tensors = getattr(step, "tensors", dict) if tensors is None else tensors
     for _ in range(warm_up):
         take_step(*batch)
-    with Ledger(lambda: {**resting(), "input": batch}, run) as ledger:
+    kinds = {tensor.device.type for tensor in batch} - {"cpu", "meta"}
+    with Ledger(lambda: {**resting(), "input": batch}, run, next(iter(kinds), None)) as ledger:
         for _ in range(steps):
             take_step(*batch)
     return ledger.trace()
 
 
 def as_function(step: Any) -> Callable[..., Any]:
-    """Return a rule's step, or a function as it is. Raises TypeError for anything else."""
-    take_step = getattr(step, "step", step)
+    """Return a rule's step, or a function unchanged. Raises TypeError for anything else."""
+    take_step: Callable[..., Any] = getattr(step, "step", step)
     if not callable(take_step):
         raise TypeError(f"measure takes a rule or a function of the batch, not a {type(step).__name__}")
     return take_step
 
 
 class Ledger(Watcher):
-    """Count all that is born and freed within it; `trace()` returns the account, also after an exception.
+    """A context that records every storage born or freed in it; `trace()` returns the record, also after an exception.
 
-    `resting` returns the tensors that are in memory between steps, by category. It is called at the start, and at the
-    end for what was made in between to stay, such as an optimizer's state. `run(func, args, kwargs)` runs an operation.
+    `resting` returns the tensors that are in memory between steps, by category. It is called at the start, and again at
+    the end to find what was made to stay, such as an optimizer's state. `run(func, args, kwargs)` runs an operation.
+    `device`: count only the memory of this kind of device, such as cuda; default: of all kinds.
     """
 
-    def __init__(self, resting: Tensors = dict, run: Run = call):
-        self.resting, self.run = resting, run
+    def __init__(self, resting: Tensors = dict, run: Run = call, device: str | None = None):
+        self.resting, self.run, self.device = resting, run, device
         self.events: list[Event] = []
         self.resting_bytes: dict[str, int] = {}
         self._storages: dict[int, Storage] = {}  # by storage_id, while they live
         self._alive: dict[int, Any] = {}  # weak references to them
-        self._nodes: dict[int, int | None] = {}  # which node of autograd's graph each was born in
-        self._sum: tuple[int, int, int] | None = None  # the storages of the first term and the sum, when it was made
+        self._nodes: dict[int, int | None] = {}  # the node of autograd's graph in which each was born
+        self._sum: tuple[int, int, int] | None = None  # storages of the first term and of the sum, and when it was made
         self._operations, self._name = 0, ""
         self._phases: list[tuple[str, int | None]] = [("", None)]
         # In the backward pass, a node's number tells which block's forward pass made it.
@@ -108,7 +111,7 @@ class Ledger(Watcher):
         self._started, self._thread = time.perf_counter(), get_ident()
         for category, tensors in self.resting().items():
             for tensor in tensors:
-                if storage_id(tensor) not in self._storages:
+                if storage_id(tensor) not in self._storages and self._counts(tensor):
                     storage = self._watch(tensor, category, "outside" if category == OFFLOADED else "resting")
                     self.resting_bytes[category] = self.resting_bytes.get(category, 0) + storage.size_bytes
         phases.listeners.append(self)
@@ -121,14 +124,17 @@ class Ledger(Watcher):
         for category, tensors in self.resting().items():
             for tensor in tensors:
                 self._set_category(category, tensor)
-        self._alive.clear()  # nothing more is noted
+        self._alive.clear()  # later frees are not recorded
 
     def trace(self) -> Trace:
-        """Return the account so far."""
+        """Return the record so far."""
         return Trace(self.events, self.resting_bytes)
 
-    # What the rule announces (`core.phases`). Another thread's announcements are not ours; autograd's threads, which
-    # run this step's backward pass, have our mode.
+    def _counts(self, tensor: Tensor) -> bool:
+        return self.device is None or tensor.device.type == self.device
+
+    # What the rule announces (`core.phases`). Announcements of other threads are ignored, except those of autograd's
+    # threads, which run this step's backward pass within this watcher.
 
     def _is_ours(self) -> bool:
         return get_ident() == self._thread or self in watchers()
@@ -145,7 +151,8 @@ class Ledger(Watcher):
 
     def label(self, category: str, tensor: Tensor) -> None:
         if self._is_ours():
-            if storage_id(tensor) not in self._storages and self in watchers():  # it has been read from a file
+            is_new = storage_id(tensor) not in self._storages and self._counts(tensor)
+            if is_new and self in watchers():  # it was read from a file
                 self._note(tensor.untyped_storage().nbytes(), self._watch(tensor, category, "born"), None)
             self._set_category(category, tensor)
 
@@ -153,7 +160,7 @@ class Ledger(Watcher):
         self._numbers.append(next_node_number())
         self._blocks.append(block)
 
-    # What torch does.
+    # What torch runs.
 
     def watch(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.name().partition(".")[0]
@@ -163,7 +170,7 @@ class Ledger(Watcher):
         self._operations, self._name = self._operations + 1, name
         node = current_node()
         accumulates = node is not None and node.name().endswith("AccumulateGrad") and self._phases[-1][0] != "update"
-        for tensor in tensors_in(out):
+        for tensor in filter(self._counts, tensors_in(out)):
             key, size_bytes = storage_id(tensor), tensor.untyped_storage().nbytes()
             seen = self._storages.get(key)
             if seen is None:
@@ -182,9 +189,9 @@ class Ledger(Watcher):
         return out
 
     def _note_sum(self, first: int, key: int, node: Any) -> None:
-        """Note a sum that may be of gradients that meet: the first is of another node, or of one that goes twice there.
+        """Note a sum that may add gradients that meet: its first term is from another node, or from one with two edges.
 
-        If so, nobody else has the first, and it is freed at once.
+        If so, nothing else holds the first term, and it is freed at once.
         """
         storage, edges = self._storages.get(first), node.next_functions
         may_meet = first in self._nodes and (self._nodes[first] != node_number(node) or len(set(edges)) < len(edges))

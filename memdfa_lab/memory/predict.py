@@ -1,6 +1,6 @@
-"""What a step would hold, without running it: the same step on tensors that have a shape and no data.
+"""The memory of a step without computing it: the same step runs on tensors that have a shape and no data.
 
-The rule, the blocks and the optimizer are the real ones, under the same ledger as a real step, so prediction and
+The rule, the blocks and the optimizer are the real ones, under the same ledger as a real step, so that prediction and
 measurement cannot drift apart. (torch's FakeTensorMode gives the same events and takes seven times as long.)
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from memdfa_lab.core import rules
 from memdfa_lab.core.checks import check_int
 from memdfa_lab.core.local import block_gradient
+from memdfa_lab.core.packing import Packing
 from memdfa_lab.core.watcher import unwatched
 from memdfa_lab.memory.ledger import Ledger, measure
 from memdfa_lab.memory.shapes import ShapesAlone
@@ -42,18 +43,17 @@ def predict(
 ) -> Trace:
     """Return what `measure` would return for this rule, network and batch; nothing is computed or allocated.
 
-    `rule`: a name, such as "memdfa", or a class. `network`: a model, which is not touched, or a function that makes
-    one, so that it need not exist: `lambda: ml.models.mlp(784, [800] * 1000, 10)`. `x_shape`: (N, ...). x is of
-    `x_dtype`, the weights' if not given; words are torch.long. `optimizer`: SGD with learning rate 0.1 if not given. y
-    is N whole-number labels, or of `y_shape` and `y_dtype`, the weights' if not given: the labels of words and pixels
-    are torch.long.
+    `rule`: a name, such as "memdfa", or a class. `network`: a model, which is not changed, or a function that makes
+    one without memory: `lambda: ml.models.mlp(784, [800] * 1000, 10)`. `x_shape`: (N, ...). `x_dtype`: default, the
+    weights' dtype; words are torch.long. `optimizer`: default, SGD with learning rate 0.1. y is N whole-number labels
+    or, with `y_shape`, a tensor of that shape and of `y_dtype` (default: the weights' dtype; labels of words and pixels
+    are torch.long).
 
-    `options` go to the rule. It is a step in the steady state, `measure(..., warm_up=1)`: what a first step leaves
-    behind, the optimizer's state and stored feedback, is in memory already. With `steps=0` it is that alone, and no
-    step.
+    `options` go to the rule. The step is one in the steady state, as in `measure(..., warm_up=1)`: the optimizer's
+    state and stored feedback, which a first step makes, are in memory already. With `steps=0` the trace has these only.
 
-    Raises TypeError if the network is neither a model nor a function that makes one; ValueError for an unknown rule, a
-    shape that is none, and what the rule raises.
+    Raises TypeError if the network is neither a model nor a function that makes one; ValueError for an unknown rule or
+    a bad shape; and what the rule raises.
     """
     if not isinstance(x_shape, Sequence) or not x_shape:
         raise ValueError(f"x_shape must be the shape of a batch (N, ...), such as (128, 784), got {x_shape!r}")
@@ -64,6 +64,7 @@ def predict(
     feedback = copy.deepcopy(feedback)
     with without_collection(), _with_hints(y_shape is None):
         model = without_data(network)
+        torch.optim.SGD([torch.zeros(1)])  # in older releases the first optimizer imports modules that run operations
         with shapes:
             dtype = next(model.parameters()).dtype
             x = torch.empty(x_shape, dtype=x_dtype or dtype)
@@ -78,18 +79,24 @@ def predict(
         return trace if steady else measure(learner, x, y, steps=steps, run=shapes.watch)
 
 
-def kept_bytes(blocks: nn.Sequential, x: Tensor) -> list[int]:
-    """Return, block by block, how many bytes a forward pass on x (N, ...) keeps for the gradients."""
-    sizes, shapes = [], ShapesAlone()
+def kept_bytes(blocks: nn.Sequential, x: Tensor, packing: Packing | None = None) -> list[int]:
+    """Return, for each block, by how many bytes memory grows when a forward pass on x (N, ...) keeps that block, too.
+
+    With packing, an output stays exact until the next block has run on it; that block's growth may be negative.
+    """
+    sizes: list[int] = []
+    shapes, kept, seen = ShapesAlone(), [], 0
+    gradient = Packing(packing.numbers).block if packing else block_gradient
     with unwatched():
         alike = without_data(blocks)
         with shapes:
             h = torch.empty(x.shape, dtype=x.dtype)
-        for block in alike.children():
-            with Ledger(run=shapes.watch) as ledger:
-                gradient = block_gradient(block, h)
-                h = gradient.forward()
-                sizes.append(ledger.trace().end_bytes)
+        with Ledger(run=shapes.watch) as ledger:
+            for block in alike.children():
+                kept.append(gradient(block, h))
+                h = kept[-1].forward()
+                sizes.append(sum(event.change_bytes for event in ledger.events[seen:]))
+                seen = len(ledger.events)
     return sizes
 
 
@@ -98,7 +105,7 @@ rules.kept_bytes = kept_bytes
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Collect no garbage within: the many small objects of a prediction are none, and looking at them takes time."""
+    """Switch Python's garbage collection off within: a prediction makes many small objects, none of them garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -110,7 +117,7 @@ def without_collection() -> Iterator[None]:
 
 @contextmanager
 def _with_hints(y_is_labels: bool) -> Iterator[None]:
-    """Say what to do about errors within that come from what a prediction is."""
+    """Add a hint to errors within that come from tensors without data."""
     try:
         yield
     except ValueError as problem:
@@ -131,7 +138,7 @@ def _with_hints(y_is_labels: bool) -> Iterator[None]:
 
 
 def without_data(network: Network) -> nn.Module:
-    """Return a copy of a model whose tensors have no data, or the model that a function makes, likewise."""
+    """Return a copy of a model, or the model that a function makes, with tensors that have no data."""
     with ShapesAlone(truth=0):
         if isinstance(network, nn.Module):
             return _copy_without_data(network)
@@ -145,7 +152,7 @@ def without_data(network: Network) -> nn.Module:
 
 
 def _copy_without_data(network: nn.Module) -> nn.Module:
-    # deepcopy takes what its memo has: tensors made beforehand, so that no data are copied.
+    # deepcopy takes the tensors in its memo, which are made beforehand, so that no data is copied.
     memo: dict[int, Any] = {}
     plain = [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     for tensor in (*network.parameters(), *network.buffers(), *plain):

@@ -1,7 +1,7 @@
-"""Operations for their shapes alone, on tensors without data.
+"""Operations on tensors without data, for the shapes of their outputs.
 
-The tensors say that they are on the CPU, so that torch takes the operations that it takes there. What each puts out is
-worked out on torch's meta device.
+The tensors claim to be on the CPU, so that torch runs the operations that it runs there. The output of each is computed
+on torch's meta device.
 """
 
 import warnings
@@ -25,10 +25,10 @@ from memdfa_lab.core.contract import tensors_in
 from memdfa_lab.core.watcher import Watcher, empty_of_shape, storages_replaceable
 
 META = torch.device("meta")
-# The operations whose memory is predicted to the byte: tests/test_proved.py meets these, and holds the list to it.
+# The operations whose memory is predicted to the byte, as tests/test_proved.py shows; it also tests the list itself.
 PROVED = frozenset(f"aten::{name}" for name in Path(__file__).with_name("proved.txt").read_text("ascii").split())
-MOST_SEEN = 2_000  # operations whose output is remembered
-REDUCED = (  # the CPU allocates the terms of these sums, and shrinks that memory to the scalar
+MOST_SEEN = 2_000  # the largest number of operations whose output is remembered
+REDUCED = (  # for these sums the CPU allocates all terms, and shrinks that memory to a scalar
     aten.mse_loss.default,
     aten.smooth_l1_loss.default,
     aten.soft_margin_loss.default,
@@ -38,13 +38,13 @@ MakeAgain = Callable[[Any, Any], Any]  # makes an operation's output, from its a
 
 
 class ShapesAlone(Watcher):
-    """Run operations for their shapes alone, and answer each question about a value with `truth`.
+    """A watcher that runs operations for their shapes only, and answers each question about a value with `truth`.
 
-    That is 1 in a step, where it mostly says that all is well, as in torch.isfinite(x).all(). It is 0 while a model is
-    made, where it asks whether something must be drawn again, as in trunc_normal_, or is out of range.
+    `truth` is 1 in a step, where a question is mostly whether all is well, as in torch.isfinite(x).all(). It is 0 while
+    a model is made, where a question is whether to draw again, as in trunc_normal_, or whether a value is out of range.
 
-    An operation's output follows from the shapes of its inputs, and blocks are often alike, as are predictions that
-    follow one another. So an output that has been worked out once is made again without the operation.
+    An operation's output follows from the shapes of its inputs. Blocks are often alike, and so are consecutive
+    predictions. An output that was worked out once is therefore made again without running the operation.
     """
 
     seen: ClassVar[dict[Any, MakeAgain]] = {}
@@ -57,7 +57,7 @@ class ShapesAlone(Watcher):
         """Return the output of operation(*args, **kwargs), without data."""
         if operation is TRUTH_VALUE:  # `if torch.isfinite(x):`, but there is no x
             return self.truth
-        if operation.is_view:  # needs no data
+        if operation.is_view:  # a view needs no data
             return operation(*args, **kwargs)
         key = (operation, _shapes(args), _shapes(kwargs), torch.get_default_dtype(), torch.is_grad_enabled())
         make_again = self.seen.get(key)
@@ -86,7 +86,7 @@ class ShapesAlone(Watcher):
 
 
 def _without_running(operation: Any, args: Any, kwargs: Any) -> Any:
-    """Return what an operation puts out on the CPU, without data, from what it puts out on the meta device."""
+    """Return an operation's output as on the CPU, but without data, from its output on the meta device."""
     twins: dict[int, tuple[Tensor, Tensor]] = {}  # by storage of the twin on the meta device
 
     def on_meta(tensor: Tensor) -> Tensor:
@@ -118,13 +118,13 @@ def _without_running(operation: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
-    """Run an operation on the meta device, and correct what comes out there in another way than on the CPU."""
+    """Run an operation on the meta device, and correct outputs that differ from those on the CPU."""
     out = operation(*args, **kwargs)
     if operation is aten.convolution.default:
         both = [value.float() if value.dim() == 4 else value for value in args[:2]]  # images of any precision
         return torch.empty_like(out, memory_format=convolution_layout(*both))
     if operation is aten.convolution_backward.default and args[-1][1:] == [False, True] and is_onednns(*on_cpu[1:-1]):
-        filters = args[2] if args[2].dim() > 3 else args[2].unsqueeze(2)  # oneDNN makes theirs as well
+        filters = args[2] if args[2].dim() > 3 else args[2].unsqueeze(2)  # oneDNN makes dW, too
         return out[0], torch.empty_like(filters), out[2]
     if operation is aten.mkldnn_rnn_layer.default:
         return *out[:3], torch.empty(_onednns_workspace(on_cpu), dtype=torch.uint8, device=META)
@@ -133,17 +133,17 @@ def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
     if operation is aten.native_batch_norm.default:  # the precision of mean and deviation; eval mode has none
         dtype = next(value.dtype for value in (args[1], args[3], args[0]) if value is not None)
         return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
-    if operation is aten.native_layer_norm.default:  # so, too
+    if operation is aten.native_layer_norm.default:  # likewise
         return out[0], *[value.to((args[0] if args[2] is None else args[2]).dtype, copy=True) for value in out[1:]]
     if operation is aten.native_group_norm.default and args[1] is not None:
         return out[0], *[value.to(args[1].dtype) for value in out[1:]]
     if operation is aten.native_group_norm_backward.default and out[0] is not None:
         return out[0].to(args[1].dtype), *out[1:]
-    if operation is aten.native_batch_norm_backward.default:  # gradients that were not asked for
+    if operation is aten.native_batch_norm_backward.default:  # no gradients that were not asked for
         return tuple(part if wanted else None for part, wanted in zip(out, args[-1], strict=True))
     pointwise = torch.Tag.pointwise in operation.tags and operation is not aten.clone.default
     if pointwise and _are_plain(tensors_in([args, kwargs]), out):
-        return torch.empty_like(out, memory_format=torch.contiguous_format)  # images of one pixel are so, and otherwise
+        return torch.empty_like(out, memory_format=torch.contiguous_format)  # one pixel has several layouts
     return out
 
 
@@ -154,14 +154,14 @@ def _are_plain(given: list[Tensor], out: Any) -> bool:
 
 
 def _onednns_workspace(args: Any) -> int:
-    """Return how many bytes oneDNN keeps of a recurrent layer for its gradient: it alone knows, and is given zeros."""
+    """Return the bytes that oneDNN keeps of a recurrent layer for its gradient, from a run on zeros."""
     zeros = tree_map_only(Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), args)
     workspace = aten.mkldnn_rnn_layer.default(*zeros)[3]
     return 0 if workspace is None else int(workspace.numel())
 
 
 def _shapes(value: Any) -> Any:
-    """Return all that an operation without data can know of an argument."""
+    """Return everything about an argument that an output without data can depend on."""
     kind = type(value)
     if issubclass(kind, Tensor):
         return value.shape, value.stride(), value.dtype
@@ -173,7 +173,7 @@ def _shapes(value: Any) -> Any:
 
 
 def _recipe(out: Any, args: Any, kwargs: Any) -> MakeAgain | None:
-    """Return how to make the output for other arguments of these shapes; None if only the operation can."""
+    """Return a function that makes the output for other arguments of these shapes; None if only the operation can."""
     if out is None:
         return lambda args, kwargs: None
     if isinstance(out, (list, tuple)):

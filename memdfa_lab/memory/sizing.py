@@ -1,4 +1,4 @@
-"""What fits into a budget of memory, and what a dense B costs, before anything runs."""
+"""The largest batch or depth that fits a budget of memory, and the size of all B, before anything runs."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,17 +10,17 @@ from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.memory.predict import Network, predict, without_data
 from memdfa_lab.memory.trace import bytes_of, readable
 
-DEEPEST = 10_000  # layers that are tried
+DEEPEST = 10_000  # the largest depth that is tried
 
 
 def largest_batch(
     rule: Any, network: Network, shape: tuple[int, ...], budget: int | str, *setting: Any, **options: Any
 ) -> int:
-    """Return the most examples for which a step's peak and what rests fit into the budget; one more does not.
+    """Return the largest batch size for which a step's peak, with what rests, fits into the budget.
 
-    `shape`: that of one example, such as (3, 224, 224). `budget`: bytes, or a text such as "8 GiB"; the process itself,
-    with what Python and torch take, is not counted. `setting` and `options` are those of `predict`, optimizer and
-    feedback first; a y_shape is that of one example, too.
+    `shape`: that of one example, such as (3, 224, 224). `budget`: bytes, or a text such as "8 GiB"; the memory of
+    Python and torch themselves is not counted. `setting` and `options` are those of `predict`, optimizer and feedback
+    first; a `y_shape` is that of one example, too.
 
     Raises ValueError if not even one example fits, and what `predict` raises.
     """
@@ -35,7 +35,7 @@ def deepest(
     *setting: Any,
     **options: Any,
 ) -> int:
-    """Return the largest depth, up to 10,000, at which a step's peak and what rests fit into the budget.
+    """Return the largest depth, up to 10,000, for which a step's peak, with what rests, fits into the budget.
 
     `make_of_depth(depth)` makes a network; `x_shape` is that of a batch (N, ...). The other arguments are those of
     `largest_batch`. Raises ValueError if not even a network of depth 1 fits, and what `predict` raises.
@@ -56,9 +56,9 @@ def held_bytes(
     y_shape: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Callable[[int], int]:
-    """Return a function of the batch size: the bytes in memory at the step's peak, with those between steps.
+    """Return a function of the batch size: the bytes in memory at the step's peak, including what rests.
 
-    A network that does not take one example alone, as with BatchNorm, holds for it what it holds for two.
+    For a network that does not take a single example, as with BatchNorm, the value at 1 is that at 2.
     """
     model = without_data(network)
 
@@ -76,7 +76,7 @@ def held_bytes(
 
 
 def fitting(size: Callable[[int], int], budget: int, one: str, most: int | None = None) -> int:
-    """Return what `largest` does. Raises ValueError if not even one fits, of which `one` is the name."""
+    """Return what `largest` does. Raises ValueError, which names `one`, if not even one fits."""
     found = largest(size, budget, most=most)
     if not found:
         raise ValueError(f"not even {one} fits into {readable(budget)}: it takes {readable(size(1))}")
@@ -84,10 +84,10 @@ def fitting(size: Callable[[int], int], budget: int, one: str, most: int | None 
 
 
 def largest(size: Callable[[int], int], budget: int, least: int = 1, most: int | None = None) -> int:
-    """Return an n from `least` to `most` for which size(n) <= budget < size(n + 1), or `most` if that fits; 0 if none.
+    """Return an n from `least` to `most` with size(n) <= budget < size(n + 1), or `most` if that fits; 0 if none does.
 
-    size grows with n, nearly along lines, so the next n to try is where the line through the last two sizes meets the
-    budget. Every fourth time the interval is halved instead, or n doubled.
+    size grows nearly linearly with n, so the next n to try is where the line through the last two sizes meets the
+    budget. Every fourth time the interval is halved instead or, without an upper end, n is doubled.
     """
     if size(least) > budget:
         return 0
@@ -108,6 +108,6 @@ def largest(size: Callable[[int], int], budget: int, least: int = 1, most: int |
 
 
 def feedback_bytes(rule: Any, network: Network, shape: tuple[int, ...], feedback: Feedback, **options: Any) -> int:
-    """Return the bytes of all matrices B of a rule if they are kept, 0 for one that has none."""
+    """Return the bytes of all matrices B of a rule, as if all were kept; 0 for a rule without B."""
     kept = predict(rule, network, (2, *shape), feedback=feedback.reusable(), steps=0, **options)
     return kept.resting_by_category.get("feedback", 0)

@@ -1,4 +1,4 @@
-"""The account of a step's memory: when each storage was born and freed, what for, and what was alive at the peak."""
+"""The record of a step's memory: when each storage was born and freed, its purpose, and what was alive at the peak."""
 
 import html
 import math
@@ -26,13 +26,13 @@ CATEGORIES = (
     "gradients",
     "workspace",
 )
-OFFLOADED = "offloaded"  # what rests in a store, and not in memory
+OFFLOADED = "offloaded"  # tensors that rest in a store, not in memory
 
 
 class Trace:
-    """What a step held, event by event. Bytes are above what was in memory before the step, unless said otherwise.
+    """The memory of a step, event by event. Bytes are above what was in memory before the step, unless said otherwise.
 
-    `offloaded_bytes`: weights, buffers, optimizer state and B that rest in a store (`ml.offload`), and not in memory.
+    `offloaded_bytes`: weights, buffers, optimizer state and B that rest in a store (`ml.offload`), not in memory.
     """
 
     def __init__(self, events: Sequence[Event], resting: dict[str, int]):
@@ -62,12 +62,12 @@ class Trace:
 
     @property
     def held_bytes(self) -> int:
-        """The bytes in memory at the step's peak, with those between steps."""
+        """The bytes in memory at the step's peak, including those that rest between steps."""
         return self.peak_bytes + self.resting_bytes
 
     @property
     def end_bytes(self) -> int:
-        """The bytes that the step leaves behind. Only a first step does: the optimizer's state and stored feedback."""
+        """The bytes that the step leaves in memory. Only a first step does: optimizer state and stored feedback."""
         return int(self.totals[-1])
 
     @property
@@ -80,10 +80,10 @@ class Trace:
 
     @cached_property
     def timeline(self) -> pd.DataFrame:
-        """A row an event: time_s, operation (its number), name, phase, block, category, bytes, total_bytes.
+        """A row an event: time_s, operation (a number), name, phase, block, category, bytes, storage, total_bytes, ...
 
-        `bytes` is what the event adds, or frees where it is negative; `total_bytes` is alive after it. `storage`
-        numbers the storages in order of birth; `shape` and `dtype` are those of the first tensor on it.
+        `bytes` is what the event adds, or frees where negative; `total_bytes` is what is alive after it. `storage`
+        numbers the storages in order of birth; `shape` and `dtype` are those of the first tensor on the storage.
         """
         numbers: dict[int, int] = {}
         names = ["time_s", "operation", "name", "phase", "block", "category", "bytes", "storage", "shape", "dtype"]
@@ -97,26 +97,26 @@ class Trace:
 
     @property
     def by_category(self) -> pd.DataFrame:
-        """A row an event, a column a category: the bytes alive after it. The columns sum to `total_bytes`."""
+        """A row an event, a column a category: the bytes alive after the event. The columns sum to `total_bytes`."""
         of_events = np.array([event.storage.category for event in self.events])
         present = [name for name in CATEGORIES if name in of_events]
         return pd.DataFrame({name: np.where(of_events == name, self.changes, 0).cumsum() for name in present})
 
     def at_peak(self) -> pd.DataFrame:
-        """Return what was alive at the peak, the largest first: bytes, category, shape, dtype, and its birth."""
+        """Return the storages alive at the peak, largest first: bytes, category, shape, dtype, place of birth."""
         table = self.timeline.head(int(self.totals.argmax())).groupby("storage")
         first = table[["category", "shape", "dtype", "name", "phase", "block"]].first()
         alive = table["bytes"].sum().to_frame().join(first)
         return alive[alive["bytes"] > 0].sort_values("bytes", ascending=False, kind="stable").reset_index(drop=True)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the timeline, whole or not at all. Raises ValueError if the folder cannot be written to."""
+        """Write the timeline, completely or not at all. Raises ValueError if the folder cannot be written to."""
         write_text(path, self.timeline.to_csv(index=False))
 
     def to_memory_viz(self, path: str | Path) -> None:
         """Write the step as a memory snapshot, for pytorch.org/memory_viz or `python -m torch.cuda._memory_viz`.
 
-        The step may be a predicted one, or have run on the CPU. Raises ValueError if the folder cannot be written to.
+        The step may be predicted, or have run on the CPU. Raises ValueError if the folder cannot be written to.
         """
         data = pickle.dumps(snapshot(self.events, self.resting_by_category))
         write_whole(path, lambda temporary: temporary.write_bytes(data))
@@ -154,7 +154,7 @@ def readable(size_bytes: float) -> str:
 
 
 def bytes_of(size: int | str) -> int:
-    """Return how many bytes "8 GiB" or "500 MB" are; a number is one of bytes. Raises ValueError if it is no size."""
+    """Return the bytes in a size such as "8 GiB" or "500 MB"; a number is bytes. Raises ValueError for other texts."""
     found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     value = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
     if not 1 <= value < math.inf:

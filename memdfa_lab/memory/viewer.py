@@ -1,4 +1,4 @@
-"""A step's account in the form of CUDA's memory snapshots, which torch's memory viewer opens."""
+"""A step's record in the format of CUDA's memory snapshots, which torch's memory viewer opens."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,11 +10,11 @@ Block = tuple[int, int, Frames]  # address, bytes, frames
 
 
 def snapshot(events: Iterable[Event], resting_by_category: Mapping[str, int]) -> dict[str, Any]:
-    """Return what torch.cuda.memory._snapshot returns of a step on a GPU.
+    """Return a snapshot of a step in the form that torch.cuda.memory._snapshot returns on a GPU.
 
-    What rests is there from the start, a block a category. A tensor's frames are its operation, phase and block, and
-    category and shape. Each has an address of its own, behind all before it. One that is resized is freed and taken
-    again.
+    What rests is allocated from the start, one block for each category. The frames of a tensor name its operation,
+    phase, block, category and shape. Each tensor has an address of its own, after all earlier ones. A tensor that is
+    resized is freed and allocated again.
     """
     end, alive, entries = 0, dict[Any, Block](), list[dict[str, Any]]()
 
@@ -42,7 +42,7 @@ def snapshot(events: Iterable[Event], resting_by_category: Mapping[str, int]) ->
 
 
 def _frames(event: Event) -> Frames:
-    """Return the innermost first, as a stack of calls has them."""
+    """Return the frames of an event, the innermost first, as in a call stack."""
     storage = event.storage
     what = f"{storage.category} {'x'.join(map(str, storage.shape))} {storage.dtype}"
     where = "" if event.block is None else f"block {event.block}"
@@ -54,7 +54,7 @@ def _frame(name: str, filename: str, line: int = 0) -> dict[str, Any]:
 
 
 def _segment(alive: Iterable[Block], end: int) -> dict[str, Any]:
-    """Return all memory as one segment, with what is there at the end and the gaps between."""
+    """Return all memory as one segment: what is allocated at the end, and the gaps between."""
     blocks, at = list[dict[str, Any]](), 0
     for start, size, frames in [*alive, (end, 0, [])]:
         gap = {"state": "inactive", "requested_size": 0, "frames": []}

@@ -1,4 +1,4 @@
-"""The least that can be trained: the last block, on features that stay as they were drawn."""
+"""The smallest baseline: only the last block is trained, on random features."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from memdfa_lab.core.rule import Rule
 
 
 class LastLayer(Rule):
-    """Only the last block learns; BatchNorm's statistics are updated in all. ValueError if the last block is frozen."""
+    """Only the last block learns; BatchNorm's statistics are updated in all. Raises ValueError if it is frozen."""
 
     def check(self) -> None:
         if not self.parameters[-1]:

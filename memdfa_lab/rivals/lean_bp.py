@@ -1,4 +1,4 @@
-"""BP's own updates with less in memory: by checkpointing, by a step inside the backward pass, or by both.
+"""BP's own updates in less memory: by checkpointing, by updating in the backward pass, or by both.
 
 | baseline                 | in memory at once                               | price                           |
 |--------------------------|-------------------------------------------------|---------------------------------|
@@ -11,57 +11,39 @@ memory by fusing the optimizer step into the backward pass".
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memdfa_lab.core.block_float import BlockFloat
 from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.checks import check_int
-from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.core.phases import phase
 from memdfa_lab.core.recompute import buffers_restored
-from memdfa_lab.core.rule import Loss, Rule
-from memdfa_lab.core.state import OptimizerFactory
-from memdfa_lab.core.store import Store
+from memdfa_lab.core.rule import Rule
 
 
 class LeanBP(Rule):
-    """What the three have in common. Only the input of each segment of blocks is kept; the backward pass runs it again.
+    """What these rules share. Of each segment of blocks only the input is kept; the backward pass runs it again.
 
-    `segments`: how many, at most one a block; round(sqrt(L)) if not given, 1 without checkpointing. The last one is
-    kept whole, since it would be run again at once. `feedback` is not used. Raises ValueError if `segments` is not a
-    whole number from 1 on, or given without checkpointing.
+    `segments`: their number, at most one a block; default: round(sqrt(L)), or 1 without checkpointing. The last segment
+    is kept whole, since it would be run again at once. `feedback` is not used. Raises ValueError if `segments` is not a
+    whole number from 1 on or is given without checkpointing, and for clip_global_norm with a step in backward.
 
     A block whose output depends on a buffer that it changes itself (spectral_norm, but not BatchNorm) is run again with
-    the changed one, as torch.utils.checkpoint has it: its gradient is then near BP's, not equal.
+    the changed buffer, as in torch.utils.checkpoint: its gradient is then close to BP's, but not equal.
     """
 
     checkpoints: ClassVar[bool]
     updates_in_backward: ClassVar[bool]
 
-    def __init__(
-        self,
-        blocks: nn.Module | Iterable[nn.Module],
-        optimizer: OptimizerFactory,
-        loss_fn: Loss = nn.functional.cross_entropy,
-        feedback: Feedback | None = None,
-        clip_norm: float | None = None,
-        *,
-        clip_global_norm: float | None = None,
-        precision: str | None = None,
-        pass1: str | BlockFloat | None = None,
-        offload: Store | None = None,
-        segments: int | None = None,
-    ):
-        options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1}
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, offload=offload, **options)
-        if clip_global_norm is not None and self.updates_in_backward:
+    def __init__(self, *given: Any, segments: int | None = None, **options: Any):
+        super().__init__(*given, **options)
+        if self.clip_global_norm is not None and self.updates_in_backward:
             raise ValueError("a step in backward has no norm over all gradients: use clip_norm, BP or CheckpointBP")
         if segments is not None and not self.checkpoints:
             raise ValueError(f"{type(self).__name__} has no segments: leave them out, or take CheckpointStepInBackward")
@@ -90,20 +72,21 @@ class LeanBP(Rule):
         return h
 
     def _run(self, phases: Iterator[str], blocks: range, h: Tensor) -> Tensor:
-        """Run some blocks; at the second call, for the backward pass, their buffers are restored."""
+        """Run some blocks; in the second run, for the backward pass, their buffers are restored."""
         name = next(phases)
         for i in blocks:
-            # By block: copies of all buffers would grow with the segment. h is not detached: its graph is saved.
+            # Block by block: copies of all buffers would grow with the segment. h keeps its graph, which is saved.
             with phase(name, i), buffers_restored(self.chain[i]) if name == "recompute" else nullcontext():
                 h = run_block(self.chain[i], h)
         return h
 
     @contextmanager
     def _updating_in_backward(self) -> Iterator[None]:
-        """Update each block in the backward pass within, as soon as all its gradients are there; leave no hooks.
+        """Update each block in the backward pass within, as soon as all its gradients are complete; leave no hooks.
 
-        A weight's gradient is there once every operation on the weight has passed on its input's: the old weight is
-        not needed again. Raises RuntimeError if it comes in parts, as from a block with a reentrant checkpoint.
+        A weight's gradient is complete after every operation on the weight has formed the gradient of its input, so
+        that the old weight is not needed again. Raises RuntimeError if a gradient comes in parts, as from a reentrant
+        checkpoint.
         """
         missing: list[set[Tensor]] = [{p for p in block if p.requires_grad} for block in self.parameters]
 
@@ -125,18 +108,18 @@ class LeanBP(Rule):
 
 
 class CheckpointBP(LeanBP):
-    """BP with torch.utils.checkpoint: about 2 sqrt(L) activations in place of L, and all gradients."""
+    """BP with torch.utils.checkpoint: about 2 sqrt(L) activations in memory instead of L, and all gradients."""
 
     checkpoints, updates_in_backward = True, False
 
 
 class StepInBackward(LeanBP):
-    """BP that updates a block inside the backward pass: every h_i, but one block's gradients at a time."""
+    """BP that updates each block in the backward pass: every h_i in memory, but one block's gradients at a time."""
 
     checkpoints, updates_in_backward = False, True
 
 
 class CheckpointStepInBackward(LeanBP):
-    """BP with both: about 2 sqrt(L) activations, and one block's gradients at a time."""
+    """BP with both: about 2 sqrt(L) activations in memory, and one block's gradients at a time."""
 
     checkpoints, updates_in_backward = True, True

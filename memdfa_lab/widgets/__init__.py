@@ -1,6 +1,6 @@
-"""Explorers for a notebook: what a step holds, four rules as they learn, what B does, one step as a film.
+"""Explorers for a notebook: the memory of a step, four rules as they learn, the matrix B, and one step as a film.
 
-Each is ipywidgets around functions that need no browser, and is the last line of a cell:
+Each consists of ipywidgets around functions that need no browser. Write it as the last line of a cell:
 
 - `memory_explorer()`: memory of a step at any depth, width and batch; `explore()` has its numbers;
 - `live_training()`: loss, accuracy and angle of four rules while they train; `Race` trains them without pictures;

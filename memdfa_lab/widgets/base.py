@@ -1,6 +1,6 @@
 """What the explorers have in common: controls, messages, and one asyncio task for each.
 
-An error is shown in a line above the picture, which stays as it was: a traceback would have no place to go to.
+An error is shown in a line above the picture, which does not change: a widget has no place for a traceback.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ PAUSE_S = 0.002  # at least between two parts, for the kernel's other work
 class Explorer(ipywidgets.VBox):
     """Controls for a setting's values, and the work that follows from them, part by part.
 
-    The parts are done in a task of the kernel's event loop, which waits while a cell runs. Without a loop, outside a
-    notebook, nothing goes on by itself: call `next_part` or `finish`.
+    The parts run in a task of the kernel's event loop, which waits while a cell runs. Without a loop, outside a
+    notebook, nothing runs by itself: call `next_part` or `finish`.
     """
 
     trains: ClassVar[bool] = False  # whether its work ends if a cell is interrupted, or makes another one
@@ -102,7 +102,7 @@ class Explorer(ipywidgets.VBox):
             control = ipywidgets.IntSlider(min=choices[0], max=max(value, choices[-1]), **look)
         elif choices is not None:
             labels = choices if isinstance(choices, dict) else {}
-            options = [(labels.get(number, f"{number:,}"), number) for number in sorted({*choices, value})]
+            options = [(labels.get(one) or f"{one:,}", one) for one in sorted({*choices, value})]
             control = (ipywidgets.Dropdown if labels else ipywidgets.SelectionSlider)(options=options, **look)
         elif names is not None:
             menu = [(label if isinstance(label, str) else name, name) for name, label in names.items()]

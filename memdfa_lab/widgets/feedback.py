@@ -1,4 +1,4 @@
-"""The feedback explorer: a random matrix B, its spectrum beside theory, and how a network comes to agree with it."""
+"""The feedback explorer: a random matrix B, its spectrum beside theory, and the alignment of a network with it."""
 
 import math
 from collections.abc import Container, Iterator, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 from memdfa_lab import figures
 from memdfa_lab.core.feedback import DISTRIBUTIONS, KINDS, Feedback
 from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab.settings import Checked, DistributionName, FeedbackName, NameOf, Positive
 from memdfa_lab.memory.trace import readable
 from memdfa_lab.widgets import base
@@ -24,7 +25,7 @@ from memdfa_lab.widgets.training import Race, digits
 VALUES = 500  # singular values that are drawn, from as many matrices as that takes
 SHORT: dict[str, Any] = {"layers": 2, "batch": 50, "lr": 0.02, "every": 10, "probe": 200}  # the short training
 STEPS = 200  # of it
-TAUGHT = {name: ALL_RULES[name] for name in ("fa", "dfa", "memdfa")}  # by random matrices
+TAUGHT = {name: ALL_RULES[name] for name, rule in RULES.items() if rule.uses_feedback}  # by random matrices
 RANDOM, START, ALWAYS = "random B", "B = Wᵀ before training", "B = Wᵀ at each step"
 
 
@@ -49,7 +50,7 @@ class Matrix(Checked):
 
     @property
     def unit(self) -> float:
-        """The deviation of an entry times the root of n, the unit of singular values."""
+        """The standard deviation of an entry times sqrt(n), the unit of the singular values."""
         C, n = self.outputs, self.width
         deviation = {"uniform": math.sqrt(1 / 3), "orthogonal": math.sqrt(1 / max(C, n))}.get(self.distribution, 1.0)
         return self.scale * DISTRIBUTIONS[self.distribution][1](C, n) * deviation * math.sqrt(n)
@@ -106,7 +107,7 @@ class Matrix(Checked):
 
 
 def _weights(rule: Rule) -> dict[tuple[str, int], Tensor]:
-    """Return W in place of each B: for FA the weight itself, for DFA the product of the weights above (n_i, C)."""
+    """Return W in place of each B: for FA the weight itself, for DFA the product of the weights above, (n_i, C)."""
     found: dict[tuple[str, int], Tensor] = {}
     parameters = [(j, p.detach()) for j, p in enumerate(rule.blocks.parameters()) if p.dim() == 2]
     above = torch.eye(len(parameters[-1][1]))

@@ -1,5 +1,7 @@
-"""%%memory: what a notebook cell holds in tensors while it runs, and when."""
+"""%%memory: the tensor memory of a notebook cell over time. %%exercise: a cell with an answer and its checks."""
 
+import ast
+import traceback
 from typing import Any
 
 from IPython.core.magic import Magics, cell_magic, magics_class
@@ -40,6 +42,35 @@ class MemoryMagic(Magics):
         problem = result.error_before_exec or result.error_in_exec
         if problem is not None:  # so that the cells after it do not run
             raise _in_a_line(problem)
+
+
+@magics_class
+class ExerciseMagic(Magics):
+    """`%load_ext memdfa_lab` registers it."""
+
+    @cell_magic
+    def exercise(self, line: str, cell: str) -> None:
+        """Run the cell: an answer, then asserts that check it. Print "Right.", or in one line what is not right yet.
+
+        An answer ends at the line "# check"; while it has a `...`, nothing is run. An assert says itself what is wrong;
+        any other error is named with its line. The cells below run either way.
+        """
+        shell: Any = self.shell
+        source = shell.transform_cell(cell)
+        try:
+            answer = ast.parse(source.partition("\n# check\n")[0])
+            if any(isinstance(node, ast.Constant) and node.value is ... for node in ast.walk(answer)):
+                print("Not yet: put your answer in place of each ...")
+                return
+            exec(compile(source, "<exercise>", "exec"), shell.user_ns)  # noqa: S102  # the student's own cell
+        except AssertionError as problem:
+            print(f"Not yet: {problem}")
+        except Exception as problem:
+            frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == "<exercise>"]
+            line_number = problem.lineno if isinstance(problem, SyntaxError) else frames[-1].lineno
+            print(f"Not yet: {type(problem).__name__} in line {(line_number or 0) + 1} of the cell: {problem}")
+        else:
+            print("Right.")
 
 
 def _in_a_line(problem: Any) -> BaseException:

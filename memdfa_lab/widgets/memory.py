@@ -14,17 +14,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from memdfa_lab import figures
-from memdfa_lab.memory.deep import deep_trace
+from memdfa_lab.memory.deep import deep_trace, scheduled_trace
 from memdfa_lab.memory.sizing import DEEPEST, largest
 from memdfa_lab.memory.trace import CATEGORIES, Trace, bytes_of, readable
+from memdfa_lab.rivals.binomial import default_schedule
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import image, table
-from memdfa_lab.widgets.setting import ALL_RULES, MOST_LAYERS, Setting
+from memdfa_lab.widgets.setting import ALL_RULES, Setting
 
 CURVE = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
 MOMENTS = 500  # drawn of a step; of more events, the fullest of each stretch
+# Stops of a logarithmic slider: each is about a fifth above the last.
+DEPTHS = (1, 2, 3, *(k * 2**n for n in range(8) for k in (4, 5, 6, 7)), 1000)
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
+OF_LAYERS = ("inputs", "classes", "depth", "width", "activation", "batch_norm")  # values that a model does not have
 INPUTS = {784: "784 (MNIST)", 3072: "3,072 (CIFAR)", 150_528: "150,528 (ImageNet)"}
 CODE = """<div style='line-height:1.4'>
 <p><b>The peaks in Python</b> (click and copy), after <code>import memdfa_lab as ml</code></p>
@@ -37,7 +41,7 @@ class Explored:
     def __init__(self, setting: Setting):
         self.setting = setting
         self.traces = {rule: step_of(rule, setting, setting.depth) for rule in setting.rules}
-        self.fitting: dict[str, tuple[int, int]] = {}  # rule -> what `fits` has returned
+        self.fitting: dict[str, tuple[int, ...]] = {}  # rule -> what `fits` has returned
 
     @cached_property
     def peaks(self) -> pd.DataFrame:
@@ -56,19 +60,21 @@ class Explored:
     def table(self) -> pd.DataFrame:
         """The peaks, and what fits the budget, as `fits` returns it, in the columns largest_batch and deepest."""
         found = [self.fits(rule) for rule in self.traces]
-        return self.peaks.assign(largest_batch=[batch for batch, _ in found], deepest=[depth for _, depth in found])
+        columns = dict(zip(("largest_batch", "deepest"), zip(*found, strict=True), strict=False))
+        return self.peaks.assign(**columns)
 
-    def fits(self, rule: str) -> tuple[int, int]:
+    def fits(self, rule: str) -> tuple[int, ...]:
         """Return the largest batch and the most hidden layers (up to 10,000) that fit the budget; 0 if nothing does.
 
-        One example or one layer more does not fit.
+        One example or one layer more does not fit. A model by name has no number of layers to choose.
         """
         setting, budget = self.setting, bytes_of(self.setting.budget)
         if rule not in self.fitting:
-            least = 2 if setting.batch_norm else 1
-            batch = largest(lambda n: step_of(rule, setting, setting.depth, n).held_bytes, budget, least)
-            depth = largest(lambda n: step_of(rule, setting, n).held_bytes, budget, most=DEEPEST)
-            self.fitting[rule] = batch, depth
+            least = 1 if setting.equal_layers and not setting.batch_norm else 2  # BatchNorm takes no single example
+            found = [largest(lambda n: step_of(rule, setting, setting.depth, n).held_bytes, budget, least)]
+            if setting.equal_layers:
+                found.append(largest(lambda n: step_of(rule, setting, n).held_bytes, budget, most=DEEPEST))
+            self.fitting[rule] = tuple(found)
         return self.fitting[rule]
 
     @cached_property
@@ -96,8 +102,13 @@ class Explored:
         return held.loc[:, held.any()]
 
     def depth_figure(self) -> Figure:
-        """Draw bytes against depth, a line a rule."""
+        """Draw bytes against depth, a line a rule; of a model by name, what its peak is filled with, a bar a rule."""
         rest = self.setting.count_rest
+        if not self.setting.equal_layers:
+            bars = self.peaks.copy()
+            for name in CATEGORIES if rest else ():
+                bars[name] = bars.get(name, 0) + bars.get(f"resting {name}", 0)
+            return figures.peak_fillings(bars, xlabel="rest and peak (MiB)" if rest else "peak above rest (MiB)")
         what = "peak, with what rests (MiB)" if rest else "peak above rest (MiB)"
         budget = bytes_of(self.setting.budget) if rest else None
         return figures.peak_at_depth(self.curve, self.setting.depth, what, budget)
@@ -109,7 +120,12 @@ class Explored:
     def summary(self) -> str:
         """Return the peaks in words, for those who cannot see the figures."""
         peaks = ", ".join(f"{ALL_RULES[rule]} {readable(trace.peak_bytes)}" for rule, trace in self.traces.items())
-        return f"Peaks above rest, {self.setting.depth:,} hidden layers: {peaks}."
+        return f"Peaks above rest, {self.network}: {peaks}."
+
+    @property
+    def network(self) -> str:
+        """What the network is called in a sentence."""
+        return f"{self.setting.depth:,} hidden layers" if self.setting.equal_layers else self.setting.model
 
     def html(self) -> str:
         """Return the numbers as two tables; what fits the budget is shown for rules of which that has been computed."""
@@ -117,9 +133,10 @@ class Explored:
         names |= {name: f"of it {name}" for name in CATEGORIES if name in self.peaks}
         names |= {"resting_bytes": "at rest", "held_bytes": "peak + rest"}
         peaks = self.peaks.set_index("rule").rename(index=ALL_RULES)[list(names)].rename(columns=names)
-        columns = [f"largest batch, at {setting.depth:,} layers", f"most hidden layers, at batch {setting.batch:,}"]
-        fitting = [self.fitting.get(rule, (None, None)) for rule in setting.rules]
-        found = [[_count(batch), _count(depth, most=DEEPEST)] for batch, depth in fitting]
+        columns = [f"largest batch, {self.network}", f"most hidden layers, at batch {setting.batch:,}"]
+        columns = columns if setting.equal_layers else columns[:1]
+        fitting = [self.fitting.get(rule, (None,) * len(columns)) for rule in setting.rules]
+        found = [[_count(n, most) for n, most in zip(each, (None, DEEPEST), strict=False)] for each in fitting]
         return (
             f"<p><b>One step</b> ({html.escape(setting.title)}; point at a number for its bytes)</p>"
             f"{table(peaks.map(_size))}"
@@ -149,6 +166,10 @@ def explore(setting: Setting | None = None, **changes: Any) -> Explored:
 def step_of(rule: str, setting: Setting, depth: int, batch: int | None = None) -> Trace:
     """Return the step of a rule in a network of this kind at any depth, and at another batch size if given."""
     own = setting.model_copy(update={"batch": batch or setting.batch})  # not checked, as in `Setting.predict`
+    if not setting.equal_layers:
+        return own.predict(rule, depth)
+    if rule == "binomial":
+        return scheduled_trace(lambda blocks: own.predict(rule, blocks - 1), depth + 1, default_schedule)
     return deep_trace(lambda blocks: own.predict(rule, blocks - 1), depth + 1, rule.startswith("checkpoint"))
 
 
@@ -161,9 +182,10 @@ class MemoryExplorer(base.Explorer):
         groups: dict[str, Any] = {
             "Network": {
                 "family": None,
+                "model": None,
                 "inputs": INPUTS,
                 "classes": (10, 100, 1000),
-                "depth": range(1, MOST_LAYERS + 1),
+                "depth": DEPTHS,
                 "width": WIDTHS,
                 "activation": None,
                 "batch_norm": None,
@@ -181,11 +203,16 @@ class MemoryExplorer(base.Explorer):
         return self._explored
 
     def parts(self) -> base.Parts:
+        for name, control in self.controls.items():
+            if name in OF_LAYERS or name == "model":
+                control.disabled = (self.controls["family"].value == "model") == (name != "model")
         self._explored = explored = explore(self.setting)
         self.numbers.value = explored.html()
         self.code.value = CODE.format(html.escape(explored.setting.code))
-        legend = 0.8 + 0.07 * max(len(ALL_RULES[rule]) for rule in explored.setting.rules)
-        alt, margins = f"Bytes against depth. {explored.summary()}", (0.9, 0.5, legend, 0.25)
+        names = max(14, *(len(part) for rule in explored.setting.rules for part in ALL_RULES[rule].split(" + ")))
+        bars = not explored.setting.equal_layers
+        alt = f"Bytes {'of a model' if bars else 'against depth'}. {explored.summary()}"
+        margins = (0.4 + 0.08 * names, 1.0, 0.15, 0.1) if bars else (0.9, 0.5, 0.7 + 0.07 * names, 0.25)
         self.picture.value = image(explored.depth_figure(), alt, margins, (0, 0))
         yield 0.0
         alt, margins = f"One step of each rule. {explored.summary()}", (0.9, 0.85, 0.15, 0.3)

@@ -47,9 +47,9 @@ def sparkline(totals: Sequence[int], top: int, at: int | None = None) -> str:
     """Return bytes in memory against time as an SVG, the axis up to `top`; a dot marks the number `at`."""
     points = [(480 * i / max(len(totals) - 1, 1), 120 - 120 * total / max(top, 1)) for i, total in enumerate(totals)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dot = "" if at is None else '<circle cx="{:.1f}" cy="{:.1f}" r="7" fill="#D55E00"/>'.format(*points[at])
+    dot = "" if at is None else '<circle cx="{:.1f}" cy="{:.1f}" r="7" fill="currentColor"/>'.format(*points[at])
     size = 'viewBox="-8 -8 496 136" width="496" height="136" style="max-width:100%;height:auto"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}><title>bytes alive, peak {max(totals):,}</title>'
-        f'<polyline points="0,120 {line} 480,120" fill="#0072B233" stroke="#0072B2" stroke-width="2"/>{dot}</svg>'
+        f'<polyline points="0,120 {line} 480,120" fill="#80808055" stroke="#808080" stroke-width="2"/>{dot}</svg>'
     )

@@ -1,6 +1,6 @@
 """The limits of what a user chooses, and the setting of a step that is predicted."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Self
 
 import torch
@@ -8,20 +8,34 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from memdfa_lab import figures, memory
-from memdfa_lab.core.feedback import KINDS
+from memdfa_lab.core import feedback
+from memdfa_lab.core.local_losses import LOCAL_RULES
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import models
 from memdfa_lab.lab.architectures import ACTIVATIONS
-from memdfa_lab.lab.settings import OPTIMIZERS, Checked, FeedbackName, NameOf, OptimizerName
+from memdfa_lab.lab.settings import OPTIMIZERS, Checked, NameOf, OptimizerName
+from memdfa_lab.memory.predict import without_data
 from memdfa_lab.memory.trace import Trace, bytes_of
 from memdfa_lab.rivals import BASELINES
 
-ALL_RULES = {rule: figures.STYLES[rule][0] for rule in (*RULES, *BASELINES)}  # name -> label
-FAMILIES = {"mlp": "MLP", "convnet": "3x3 convolutions"}  # of equal hidden layers
+ALL_RULES = {rule: figures.label(rule) for rule in (*RULES, *BASELINES, *LOCAL_RULES)}  # name -> label
+LEARNED_LR = 0.01
+KINDS: dict[str, Any] = {**feedback.KINDS, "learned": partial(feedback.Learned, lr=LEARNED_LR)}
+EQUAL = {"mlp": "MLP", "convnet": "3x3 convolutions"}  # families of equal hidden layers
+FAMILIES = {**EQUAL, "model": "a model by name"}
 IMAGES = {784: (1, 28, 28), 3072: (3, 32, 32), 150_528: (3, 224, 224)}  # number of inputs -> (C, H, W)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 MOST_LAYERS = 1000
+
+
+# Rules whose B can learn; others have the stored one that it begins as.
+LEARNERS = tuple(name for name, rule in RULES.items() if rule.teaches_feedback)
+
+
+def kind_for(rule: str, kind: str) -> Any:
+    """Return what makes a rule's feedback of this kind."""
+    return KINDS["stored" if kind == "learned" and rule not in LEARNERS else kind]
 
 
 def _size(text: str) -> str:
@@ -41,19 +55,22 @@ Width = Annotated[int, Field(ge=1, le=16_384)]
 Batch = Annotated[int, Field(ge=1, le=100_000)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Activation = Annotated[str, NameOf("activation", ACTIVATIONS)]
+KindName = Annotated[str, NameOf("feedback", KINDS)]
 RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
 RuleNames = Annotated[tuple[RuleName, ...], Field(strict=False), AfterValidator(_each_once)]
 
 
 class Setting(Checked):
-    """Setting: a network of equal hidden layers, a batch, the rules to compare, and a budget of memory.
+    """Setting: a network of equal hidden layers or a model by name, a batch, rules to compare, a budget of memory.
 
     `width` is in units of an MLP's layer, or filters of a convnet's; `precision` is that of weights, batch and all the
-    rest. With `count_rest`, pictures show what is in memory between steps, too. Raises ValueError, one line, for values
-    that are not possible.
+    rest. With `count_rest`, pictures show what is in memory between steps, too. The family "model" is torchvision's
+    network called `model`, or a user's MODULE:FUNCTION, for images of 3x224x224 or as in resnet18@3x64x64; the values
+    of other networks are for those. Raises ValueError, one line, for values that are not possible.
     """
 
     family: Annotated[str, NameOf("family", FAMILIES)] = "mlp"
+    model: str = Field("resnet18", description="model's name")
     depth: Layers = Field(32, description="hidden layers")
     width: Width = Field(800, description="units, or filters")
     batch: Batch = Field(128, description="batch size")
@@ -62,7 +79,7 @@ class Setting(Checked):
     activation: Activation = "relu"
     batch_norm: bool = Field(False, description="BatchNorm in each hidden layer")
     optimizer: OptimizerName = "sgd"
-    feedback: FeedbackName = Field("regenerated", description="matrices B")
+    feedback: KindName = Field("regenerated", description="matrices B")
     precision: Annotated[str, NameOf("precision", PRECISIONS)] = "float32"
     rules: RuleNames = tuple(RULES)
     budget: Annotated[str, AfterValidator(_size)] = Field("8 GiB", description="memory")
@@ -73,27 +90,54 @@ class Setting(Checked):
         if self.family == "convnet" and self.inputs not in IMAGES:
             sizes = ", ".join(f"{inputs:,} ({'x'.join(map(str, shape))})" for inputs, shape in IMAGES.items())
             raise ValueError(f"a convnet takes images, of {sizes} inputs, got {self.inputs:,}: choose an mlp")
-        if self.batch_norm and self.batch == 1:
+        if self.family == "model":
+            self.network()
+        elif self.batch_norm and self.batch == 1:
             raise ValueError("BatchNorm needs two examples or more to train: choose a larger batch, or leave it out")
         return self
 
     @property
+    def equal_layers(self) -> bool:
+        """Whether the network may be of any depth."""
+        return self.family in EQUAL
+
+    @property
+    def model_name(self) -> str:
+        """The model as `ml.models` names it."""
+        name = self.model if ":" in self.model else f"torchvision.models:{self.model}"
+        return name if "@" in name else f"{name}@3x224x224"
+
+    @property
     def x_shape(self) -> tuple[int, ...]:
         """Shape of a batch."""
+        if self.family == "model":
+            return self.batch, *models.input_shape(self.model_name)
         return self.batch, *(IMAGES[self.inputs] if self.family == "convnet" else (self.inputs,))
 
+    def network(self) -> nn.Module:
+        """Return a new network. Raises TypeError or ValueError, one line, for a model that is not there or not cut."""
+        if self.family == "model":
+            return _model(self.model_name, self.precision)
+        make: Any = {"mlp": models.mlp, "convnet": models.convnet}[self.family]
+        size = self.inputs if self.family == "mlp" else self.x_shape[1:]
+        net = make(size, [self.width] * self.depth, self.classes, self.activation, self.batch_norm)
+        return net.to(PRECISIONS[self.precision])
+
     def predict(self, rule: str, depth: int) -> Trace:
-        """Return what a step of a rule holds in a network of this kind with `depth` hidden layers."""
-        own = {"depth": depth, "rules": (rule,), "budget": "", "count_rest": False}
+        """Return what a step of a rule holds in this network; those of equal layers have `depth` hidden ones."""
+        own = {"depth": depth if self.equal_layers else 1, "rules": (rule,), "budget": "", "count_rest": False}
         return _predict(self.model_copy(update=own))  # not checked: it may be larger than a user chooses
 
     @property
     def title(self) -> str:
         """The setting in a line, without rules and budget."""
+        how = f"batch {self.batch:,}, {self.optimizer}, B {self.feedback}, {self.precision}"
+        if self.family == "model":
+            return f"{self.model_name.removeprefix('torchvision.models:')}, {how}"
         norm = ", BatchNorm" if self.batch_norm else ""
         kind = {"mlp": "", "convnet": "convolutions "}[self.family]
         net = f"{kind}{self.inputs}-[{self.width}]x{self.depth}-{self.classes}, {self.activation}{norm}"
-        return f"{net}, batch {self.batch:,}, {self.optimizer}, B {self.feedback}, {self.precision}"
+        return f"{net}, {how}"
 
     @property
     def code(self) -> str:
@@ -101,18 +145,23 @@ class Setting(Checked):
         size = IMAGES[self.inputs] if self.family == "convnet" else self.inputs
         net = f"ml.models.{self.family}({size}, [{self.width}] * {self.depth}, {self.classes}, {self.activation!r}"
         net += ", batch_norm=True)" if self.batch_norm else ")"
+        if self.family == "model":
+            net = f"ml.models.build({self.model_name!r})"
         net += {"float32": "", "bfloat16": ".bfloat16()", "float64": ".double()"}[self.precision]
-        how = f"ml.experiments.OPTIMIZERS[{self.optimizer!r}], ml.feedback.KINDS[{self.feedback!r}]()"
+        B = f"ml.feedback.KINDS[{self.feedback!r}]()"
+        if self.feedback == "learned":
+            B = f"ml.feedback.Learned(lr={LEARNED_LR}) if rule in {LEARNERS} else ml.feedback.Stored()"
+        how = f"ml.experiments.OPTIMIZERS[{self.optimizer!r}], {B}"
         call = f"ml.memory.predict(rule, lambda: {net}, {self.x_shape}, {how})"
         return f"{{rule: {call} for rule in {list(self.rules)}}}"
 
 
+@lru_cache(maxsize=4)
+def _model(name: str, precision: str) -> nn.Module:
+    return without_data(lambda: models.build(name).to(PRECISIONS[precision]))
+
+
 @lru_cache(maxsize=1500)  # about 100 MB
 def _predict(s: Setting) -> Trace:
-    def network() -> nn.Module:
-        make: Any = {"mlp": models.mlp, "convnet": models.convnet}[s.family]
-        size = s.inputs if s.family == "mlp" else s.x_shape[1:]
-        net = make(size, [s.width] * s.depth, s.classes, s.activation, s.batch_norm)
-        return net.to(PRECISIONS[s.precision])
-
-    return memory.predict(s.rules[0], network, s.x_shape, OPTIMIZERS[s.optimizer], KINDS[s.feedback]())
+    optimizer, B = OPTIMIZERS[s.optimizer], kind_for(s.rules[0], s.feedback)()
+    return memory.predict(s.rules[0], s.network, s.x_shape, optimizer, B)

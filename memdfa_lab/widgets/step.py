@@ -1,7 +1,7 @@
 """The step player: one step of each rule as a film over the layers, drawn from the ledger's account of it.
 
-Each picture shows a moment: a column a block, and in it a bar for each kind of tensor that exists then, as high as the
-root of its bytes. The events are those of `memory.predict`, so what is shown is what a real step holds.
+Each picture shows a moment: a column for each block, and in it a bar for each kind of tensor that exists then. The
+height of a bar is the square root of its bytes. The events are those of `memory.predict`, and so those of a real step.
 """
 
 import html
@@ -16,7 +16,7 @@ from memdfa_lab import figures
 from memdfa_lab.memory.trace import Trace, readable
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import sparkline
-from memdfa_lab.widgets.setting import Setting
+from memdfa_lab.widgets.setting import EQUAL, Setting
 
 SHOWN = {  # category -> its letter, and its name in the legend
     "activations": ("h", "activations"),
@@ -29,7 +29,7 @@ SCALAR_BYTES = 8  # single numbers, such as the loss, are too small to be seen
 DOING = {"begin": "check the batch", "local gradient": "gradient of the block", "": "free what is done with"}
 
 
-FILM = base.start_from(Setting, None, {"depth": 5, "width": 200, "batch": 64, "feedback": "stored"})
+FILM = base.start_from(Setting, None, {"depth": 5, "width": 200, "batch": 512, "feedback": "stored"})
 
 
 class Moment(NamedTuple):
@@ -65,7 +65,7 @@ def moments(trace: Trace) -> list[Moment]:
 
 
 def film(rule: str, depth: int = FILM.depth, **changes: Any) -> list[Moment]:
-    """Return the moments of one step of a rule: 5 hidden layers of 200 units, MNIST, batch 64, B stored.
+    """Return the moments of one step of a rule: 5 hidden layers of 200 units, MNIST, batch 512, B stored.
 
     `changes`: other values of a `Setting`. Raises ValueError, one line, for what is not possible.
     """
@@ -78,19 +78,23 @@ def _film(setting: Setting, rule: str) -> list[Moment]:
 
 
 class StepPlayer(base.Explorer):
-    """Step player: which tensors exist at each moment of a step, block by block."""
+    """Step player: which tensors exist at each moment of a step, block by block. It opens at the first rule's peak.
+
+    Raises ValueError for a model by name: its blocks are not alike.
+    """
 
     def __init__(self, setting: Setting | None = None, **changes: Any):
-        super().__init__(base.start_from(Setting, FILM if setting is None else setting, changes))
+        start = base.start_from(Setting, FILM if setting is None else setting, changes)
+        super().__init__(start)
+        if not start.equal_layers:
+            raise ValueError(f"the step player has equal layers, of {' or '.join(EQUAL)}, and no model by name")
         self.time = self.watch(ipywidgets.IntSlider(0, 0, 1, description="moment", **base.WIDE))
         self.time.layout.flex = "1 1 300px"
         self.play = ipywidgets.Play(interval=250, min=0, max=1, show_repeat=True)
         ipywidgets.jslink((self.play, "value"), (self.time, "value"))
-        speed = ipywidgets.IntSlider(4, 1, 20, description="moments / s", **base.WIDE)
-        speed.observe(lambda change: setattr(self.play, "interval", 1000 // change["new"]), "value")
         groups: dict[str, Any] = {
             "Network": {
-                "family": None,
+                "family": EQUAL,
                 "depth": range(1, 13),
                 "width": (50, 100, 200, 400, 800),
                 "batch": (16, 32, 64, 128, 256, 512),
@@ -99,7 +103,7 @@ class StepPlayer(base.Explorer):
             },
             "Rules": {"rules": None},
         }
-        self.lay_out(groups, [base.row([self.play, self.time], width="100%"), speed, self.picture], [])
+        self.lay_out(groups, [base.row([self.play, self.time], width="100%"), self.picture], [])
 
     @property
     def films(self) -> dict[str, list[Moment]]:
@@ -110,6 +114,9 @@ class StepPlayer(base.Explorer):
     def parts(self) -> base.Parts:
         films = self.films
         self.time.max = self.play.max = max(map(len, films.values())) - 1
+        if not self.picture.value:
+            totals = [moment.total_bytes for moment in next(iter(films.values()))]
+            self.play.value = self.time.value = totals.index(max(totals))
         self.picture.value = picture(films, self.time.value, self.controls["depth"].value + 1)
         yield 0.0
 
@@ -125,7 +132,7 @@ def picture(films: Mapping[str, list[Moment]], at: int, blocks: int) -> str:
     rows, told = "", []
     for rule, each in films.items():
         now, totals = min(at, len(each) - 1), [moment.total_bytes for moment in each]
-        label, doing = figures.STYLES[rule][0], "done" if now == len(each) - 1 else _doing(each[now])
+        label, doing = figures.label(rule), "done" if now == len(each) - 1 else _doing(each[now])
         told.append(f"{label}: {doing}, {readable(totals[now])}")
         columns = "".join(_column(each[now], block, largest) for block in [*range(blocks), None])
         rows += (

@@ -15,15 +15,14 @@ from pydantic import Field
 from torch.nn.functional import cross_entropy
 
 from memdfa_lab import figures
-from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import RULES, find_rule
 from memdfa_lab.lab import alignment, datasets, models
 from memdfa_lab.lab.evaluation import accuracy, predict
-from memdfa_lab.lab.settings import Checked, Count, DistributionName, FeedbackName, NotNegative, Positive
+from memdfa_lab.lab.settings import Checked, Count, DistributionName, NotNegative, Positive
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import image
-from memdfa_lab.widgets.setting import ALL_RULES, Activation, Batch, Layers, RuleNames, Seed, Width
+from memdfa_lab.widgets.setting import ALL_RULES, Activation, Batch, KindName, Layers, RuleNames, Seed, Width, kind_for
 
 MOST_STEPS = 3000  # after which it ends by itself
 TESTED = 1000  # test images for the accuracy
@@ -44,7 +43,7 @@ class RaceSetting(Checked):
     activation: Activation = "relu"
     distribution: DistributionName = Field("he_normal", description="matrices B")
     scale: Positive = 1.0
-    storage: FeedbackName = "stored"
+    storage: KindName = "stored"
     seed: Seed = 0
     rules: RuleNames = tuple(RULES)
     every: Count = 20
@@ -73,7 +72,7 @@ class Race:
             rule: find_rule(rule)(
                 models.mlp(inputs, [s.width] * s.layers, data.classes, s.activation, seed=s.seed),
                 partial(torch.optim.SGD, lr=s.lr),
-                feedback=KINDS[s.storage](s.seed, s.distribution, s.scale),
+                feedback=kind_for(rule, s.storage)(s.seed, s.distribution, s.scale),
             )
             for rule in s.rules
         }

@@ -31,9 +31,19 @@ extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx.ext.autodoc", "sphinx.ext
 
 # Pages. Only these two folders are searched: the project's may hold an environment, data and builds.
 root_doc = "README"
-include_patterns = ["README.md", "CHANGELOG.md", "notebooks/[0-9]*.ipynb", "notebooks/book/*.rst", "reports/index.md"]
+include_patterns = ["*.md", "notebooks/[0-9]*.ipynb", "notebooks/book/*.rst", "notebooks/book/*.md", "reports/index.md"]
 exclude_patterns = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("notebooks", "reports")]
 CONTENTS = """
+
+```{toctree}
+:hidden:
+:caption: Begin here
+notebooks/book/student
+notebooks/book/teaching
+notebooks/book/researcher
+notebooks/book/engineer
+notebooks/book/peaks
+```
 
 ```{toctree}
 :hidden:
@@ -45,10 +55,17 @@ notebooks/*
 ```{toctree}
 :hidden:
 :caption: Package
-reports/index
+notebooks/book/which
+notebooks/book/memory
+notebooks/book/own
+notebooks/book/running
 notebooks/book/recipes
+notebooks/book/gpu
+reports/index
 notebooks/book/api
+CONTRIBUTING
 CHANGELOG
+SECURITY
 ```
 """
 

@@ -1,8 +1,9 @@
 """Time and peak of MEM-DFA with a block's batch, and the outputs of a dense block, in fewer parts: writes cuts.csv.
 
-`python reports/bench/cuts.py`. The package takes eighths of the batch in convolutional blocks and quarters of the
-outputs in dense ones; here both are in at most 8, 4, 2 or 1 parts. One thread, in turns; the time is the processor's,
-so that other processes disturb less. Images lie with their channels last, B is stored.
+`python reports/bench/cuts.py`. The package takes eighths of the batch in convolutional blocks (quarters in small ones,
+of which there are none here) and quarters of the outputs in dense ones; here both are in at most 8, 4, 2 or 1 parts. One
+thread, in turns; the time is the processor's, so that other processes disturb less. Images lie with their channels last,
+B is stored.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""The paper's comparison as a list: which network, data, rules, seeds and settings, and what fits into a time.
+"""The paper's comparison as a list of networks, data, rules, seeds and settings, and what fits into a time budget.
 
 `plan.toml` beside this file is the list, in order of value.
 """
@@ -14,11 +14,20 @@ from typing import Annotated, Any, Self
 import pandas as pd
 from pydantic import Field, model_validator
 
+from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
+from memdfa_lab.lab.datasets import SIZES
 from memdfa_lab.lab.settings import Checked, Count, NameOf, Network, Positive, RuleName, RunSettings
 
 FEWEST = 1 / 4  # of an experiment's epochs, to fit a budget; with less it is left out
-OF_FEEDBACK = ("distribution", "scale")  # settings that BP does not have, and are not searched for it
+# settings that some rules have alone, and that are not searched for the others
+TAUGHT_BY_B = [name for name, rule in ALL_RULES.items() if rule.uses_feedback]
+SEARCHED_FOR = {
+    "distribution": TAUGHT_BY_B,
+    "scale": TAUGHT_BY_B,
+    "feedback_lr": [name for name, rule in ALL_RULES.items() if rule.teaches_feedback],
+    "readout_similarity": ["local_readout"],
+}
 SCHEDULES = ("constant", "cosine")
 ScheduleName = Annotated[str, NameOf("schedule", dict.fromkeys(SCHEDULES))]
 Settings = dict[str, Any]
@@ -40,6 +49,7 @@ class Experiment(Checked):
     settings: Settings = Field({}, description="of `ml.experiments.make_rule`; the rest is the network's own")
     search: dict[str, list[Any]] = Field({}, description="values of settings, tried on held-out training images")
     search_epochs: int = Field(0, ge=0)
+    search_images: Count | None = Field(None, description="images that a trial trains on; None: all that are left")
     angles: bool = Field(False, description="take the angle to BP of each block after each epoch")
     goal: dict[RuleName, float] = Field({}, description="the test error aimed at, in percent")
 
@@ -65,11 +75,12 @@ class Experiment(Checked):
     def seconds(self) -> float:
         """How long all of it takes, roughly."""
         trials = sum(len(self.tried(rule)) for rule in {searched_as(rule) for rule in self.seeds})
-        return self.epoch_s * (trials * self.search_epochs + len(self.runs) * self.epochs)
+        part = 1.0 if self.search_images is None else self.search_images / SIZES[self.dataset][0][0]
+        return self.epoch_s * (trials * self.search_epochs * part + len(self.runs) * self.epochs)
 
     def tried(self, rule: str) -> list[Settings]:
         """Return what is tried for a rule, each as settings; where nothing is searched, one empty choice."""
-        searched = {name: values for name, values in self.search.items() if rule != "bp" or name not in OF_FEEDBACK}
+        searched = {name: values for name, values in self.search.items() if rule in SEARCHED_FOR.get(name, (rule,))}
         return [dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())]
 
     def options(self, chosen: Settings) -> Settings:
@@ -85,16 +96,21 @@ class Experiment(Checked):
 
     def complete(self, rule: str, stated: Settings) -> Settings:
         """Return all settings of a run of which some are stated: the rest is the network's own."""
-        ours = {name: stated[name] for name in stated if name not in ("schedule", "images")}
         rest = {"schedule": stated.get("schedule", "constant"), "images": stated.get("images")}
-        settings = RunSettings(rule=rule, network=self.network, dataset=self.dataset, **ours)
-        return settings.completed().model_dump(exclude={"epochs"}) | rest
+        run = run_of(rule, self.network, self.dataset, stated)
+        return run.model_dump(exclude={"epochs"}) | rest
 
     def has(self, rule: str, described: str) -> bool:
         """Tell whether a run with these settings belongs to the experiment as it is now, whatever was chosen."""
         stated = (json.loads(self.described(chosen)) for chosen in self.tried(rule))
         found = self.complete(rule, json.loads(described))
         return any(self.complete(rule, settings) == found for settings in stated)
+
+
+def run_of(rule: str, network: str, dataset: str, stated: Settings) -> RunSettings:
+    """Return all settings of a run from those that a table states; schedule and images are no settings of one."""
+    ours = {name: stated[name] for name in stated if name not in ("schedule", "images")}
+    return RunSettings(rule=rule, network=network, dataset=dataset, **ours).completed()
 
 
 @cache

@@ -1,8 +1,8 @@
-"""The experiments of the plan are run in order of value, cut or resumed at will, and leave tables.
+"""The experiments of the plan, run in order of value, with results in tables; a run can be interrupted and resumed.
 
-Each first chooses a learning rate (and what else its `search` names) for each rule on a part of the training images,
-the same small search for every rule; then it trains on all of them, from each seed, and looks at the test images. What
-was finished is never run again.
+An experiment first chooses a learning rate (and what else its `search` names) for each rule, on a part of the training
+images, by the same small search for every rule. It then trains on all training images, from each seed, and evaluates on
+the test images. A finished run is never repeated.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from memdfa_lab.batch.paper import plan
 from memdfa_lab.batch.paper.plan import Experiment
 from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.rule import Rule
-from memdfa_lab.core.rules import RULES
+from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import alignment, experiments
-from memdfa_lab.lab.datasets import Data
-from memdfa_lab.lab.files import write_text
+from memdfa_lab.lab.datasets import Data, flip_and_crop
+from memdfa_lab.lab.files import read_csv, write_text
 from memdfa_lab.lab.fit import fit
 
 SEARCH_ON = 1 / 6  # of the training images, held out: 10,000 of MNIST, 8,333 of CIFAR-10
@@ -121,7 +121,8 @@ def choose(
 def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], data: Data) -> float:
     tried_as = "dfa" if rule == "memdfa" else rule  # the same updates, for a forward pass less
     try:
-        table = _fit(one, tried_as, settings, data.holdout(SEARCH_ON), one.search_epochs)
+        few = data.holdout(SEARCH_ON).subset(train=one.search_images)
+        table = _fit(one, tried_as, settings, few, one.search_epochs)
     except FloatingPointError:
         return 0.0  # it ran away
     return float(table["test_accuracy"].iloc[-1])
@@ -132,7 +133,8 @@ def _fit(
 ) -> pd.DataFrame:
     learner = experiments.make_rule(rule, one.network, data, seed=seed, **one.options(chosen))
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs) if one.schedule == "cosine" else None
-    return fit(learner, data, epochs, one.batch, seed=seed, scheduler=cosine, **how).table
+    augment = flip_and_crop() if one.settings.get("augment") else None
+    return fit(learner, data, epochs, one.batch, seed=seed, scheduler=cosine, augment=augment, **how).table
 
 
 def train(one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: Data, out: str | Path) -> pd.DataFrame:
@@ -142,7 +144,7 @@ def train(one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: D
     folder = Path(out) / "runs" / one.name / rule / name
     checkpoint, file = folder / "checkpoint.pt", folder / "history.csv"
     if file.exists():
-        return pd.read_csv(file)
+        return read_csv(file)
     angles = partial(_angles, data) if one.angles and rule != "bp" else None
     table = _fit(one, rule, chosen, data, one.epochs, seed, checkpoint=checkpoint, on_epoch=angles)
     columns: dict[str, Any] = {"experiment": one.name, "network": one.network, "dataset": one.dataset}
@@ -167,9 +169,9 @@ def read(out: str | Path, name: str) -> pd.DataFrame:
     files += sorted((Path(out) / "runs").glob(pattern))
     if not files:
         return pd.DataFrame(columns=[*key, "held_out_accuracy"] if name == "choices" else key)
-    table = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    table = pd.concat([read_csv(file) for file in files], ignore_index=True)
     table = table.drop_duplicates(key, keep="last")
-    orders = {"experiment": [one.name for one in plan.experiments()], "rule": list(RULES)}
+    orders = {"experiment": [one.name for one in plan.experiments()], "rule": list(ALL_RULES)}
 
     def order(column: "pd.Series[Any]") -> "pd.Series[Any]":
         places = {name: place for place, name in enumerate(orders.get(str(column.name), []))}

@@ -1,5 +1,6 @@
-"""What follows from the tables of the comparison, in seconds: test errors, goals, claims, and what is missing."""
+"""Results from the tables of the comparison, computed in seconds: test errors, goals, claims, and missing runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,11 @@ import pandas as pd
 
 from memdfa_lab.batch.notebooks import notebooks_folder
 from memdfa_lab.batch.paper import plan, runs
-from memdfa_lab.core.rules import RULES
+from memdfa_lab.core.rules import ALL_RULES, RULES
+from memdfa_lab.lab import experiments
+from memdfa_lab.lab.files import read_csv
+from memdfa_lab.lab.losses import LOSSES
+from memdfa_lab.lab.settings import RunSettings
 
 
 def load(folder: str | Path = "reports/paper") -> dict[str, pd.DataFrame]:
@@ -17,10 +22,10 @@ def load(folder: str | Path = "reports/paper") -> dict[str, pd.DataFrame]:
     """
     place = find(folder)
     tables = {name: plan.current(runs.read(place, name)) for name in runs.TABLES}
-    tables |= {name: pd.read_csv(place / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
+    tables |= {name: read_csv(place / f"{name}.csv") for name in ("peaks", "profiles", "depth")}
     tables["profiles"] = tables["profiles"].fillna({"phase": ""})  # between two phases
     bench = place.parent / "bench" / "bench.csv"
-    return tables | {"bench": pd.read_csv(bench) if bench.exists() else pd.DataFrame()}
+    return tables | {"bench": read_csv(bench) if bench.exists() else pd.DataFrame()}
 
 
 def find(folder: str | Path = "reports/paper") -> Path:
@@ -40,7 +45,7 @@ def find(folder: str | Path = "reports/paper") -> Path:
 
 def published() -> pd.DataFrame:
     """Return the test errors in percent that others reached, with their source."""
-    return pd.read_csv(Path(__file__).with_name("published.csv"))
+    return read_csv(Path(__file__).with_name("published.csv"))
 
 
 def longest(histories: pd.DataFrame) -> pd.DataFrame:
@@ -62,11 +67,13 @@ def errors(histories: pd.DataFrame) -> pd.DataFrame:
 def beside_published(histories: pd.DataFrame) -> pd.DataFrame:
     """Return test errors (%) as text, a column a rule: ours, mean ± standard deviation (seeds), and those published."""
     found = errors(histories)
+    learned = set(histories.loc[histories["settings"].str.contains("feedback_lr"), "experiment"]) if len(found) else ()
+    rules = _rules(found)
     images = {one.name: f", {one.images:,} training images" for one in plan.experiments() if one.images is not None}
     rows = []
     for (name, network, dataset), group in found.groupby(["experiment", "network", "dataset"], sort=False):
-        source = f"here, {name}{images.get(str(name), '')}"
-        row = {"dataset": dataset, "network": network, "source": source, **dict.fromkeys(RULES, "")}
+        source = f"here, {name}{images.get(str(name), '')}{', B learned' if name in learned else ''}"
+        row = {"dataset": dataset, "network": network, "source": source, **dict.fromkeys(rules, "")}
         for one in group.itertuples():
             spread = "" if one.seeds == 1 else f" ± {one.spread:.2f}"
             row[str(one.rule)] = f"{one.error:.2f}{spread} ({one.seeds})"
@@ -76,9 +83,39 @@ def beside_published(histories: pd.DataFrame) -> pd.DataFrame:
         values = {rule: "" if pd.isna(other[rule]) else f"{other[rule]:.2f}" for rule in ("bp", "fa", "dfa")}
         how = "" if pd.isna(other["how"]) else f", {other['how']}"
         rows.append({**other, **values, "network": other["network"] + how})
-    columns = ["dataset", "network", *RULES, "epochs", "source"]
+    columns = ["dataset", "network", *rules, "epochs", "source"]
     table = pd.DataFrame(rows, columns=columns).fillna("")
     return table.sort_values("dataset", ascending=False, kind="stable", ignore_index=True)  # MNIST first
+
+
+def _rules(found: pd.DataFrame) -> list[str]:
+    """Return the four rules, and behind them the others of which there are runs."""
+    return [*RULES, *(rule for rule in ALL_RULES if rule not in RULES and rule in set(found["rule"]))]
+
+
+def against_memory(histories: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a network and way of learning: its test error (%), and the bytes that its step is predicted to hold.
+
+    A way (`learner`) is a rule, and MEM-DFA with a B that learns besides. FA and DFA are left out. Of several
+    experiments with one way the one that searched its settings longest counts. `held_bytes` is all that is in memory
+    at the peak: what rests, which is weights, the optimizer's state, B and readouts, and `peak_bytes` above it.
+    """
+    searched = {one.name: one.search_epochs for one in plan.experiments()}
+    settings = longest(histories).groupby(["experiment", "rule"])["settings"].first()
+    rows: dict[tuple[str, str, str], tuple[dict[Any, Any], RunSettings]] = {}
+    found: list[dict[Any, Any]] = errors(histories).query("rule not in ('fa', 'dfa')").to_dict("records")
+    for one in sorted(found, key=lambda row: searched.get(row["experiment"], 0)):
+        stated = json.loads(settings[one["experiment"], one["rule"]])
+        run = plan.run_of(one["rule"], one["network"], one["dataset"], stated)
+        learner = one["rule"] + (" learned" if run.feedback_lr else "")
+        rows[one["dataset"], one["network"], learner] = {**one, "learner": learner}, run
+    for row, run in rows.values():
+        how = {"loss_fn": LOSSES[str(run.loss)], **experiments.options_of(run)}
+        B = experiments.feedback_of(run)
+        trace = experiments.profile(run.rule, run.network, int(run.batch_size or 0), str(run.optimizer), B, **how)
+        row["peak_bytes"] = trace.peak_bytes
+        row["held_bytes"] = trace.resting_bytes + trace.peak_bytes
+    return pd.DataFrame([row for row, _ in rows.values()])
 
 
 def goals(histories: pd.DataFrame) -> pd.DataFrame:
@@ -95,9 +132,10 @@ def goals(histories: pd.DataFrame) -> pd.DataFrame:
 
 def missing(histories: pd.DataFrame) -> pd.DataFrame:
     """Return a row an experiment of the plan that is not done: epochs, and the seeds of each rule yet to be run."""
+    none: dict[str, list[int]] = {rule: [] for rule in RULES}
     rows = [
         {"experiment": one.name, "network": one.network, "dataset": one.dataset, "epochs": one.epochs}
-        | {rule: ", ".join(map(str, one.seeds.get(rule, []))) for rule in RULES}
+        | {rule: ", ".join(map(str, seeds)) for rule, seeds in {**none, **one.seeds}.items()}
         | {"about (min)": round(one.seconds / 60)}
         for one in plan.unfinished(plan.experiments(), histories)
     ]
@@ -105,7 +143,7 @@ def missing(histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return the abstract's four claims, what the tables have of each, and whether that shows it."""
+    """Return the abstract's four claims, the tables' evidence for each, and whether it supports the claim."""
     depth, histories, bench = tables["depth"], tables["histories"], tables["bench"]
     ours = depth[depth["rule"] == "memdfa"].groupby("network", sort=False)["peak_bytes"]
     growth = ours.last() / ours.first()
@@ -117,7 +155,8 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     as_derived = (theory["formula_bytes"] == theory["peak_bytes"]).sum()
     agree = as_measured == len(measured) > 0 < as_derived == len(theory)
 
-    rules = histories.groupby(["dataset", "network"])["rule"].nunique() if len(histories) else pd.Series(dtype=int)
+    of_four = histories[histories["rule"].isin(list(RULES))] if len(histories) else histories
+    rules = of_four.groupby(["dataset", "network"])["rule"].nunique() if len(of_four) else pd.Series(dtype=int)
     compared = rules[rules == len(RULES)].reset_index().groupby("dataset").size() if len(rules) else rules
     on_both = {"mnist", "cifar10"} <= set(compared.index)
     lacking = ["some of the plan is not run yet"] if len(missing(histories)) else []
@@ -127,7 +166,14 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         lacking += [f"fewer than three seeds in {few.sum()} of {len(few)} experiments"] if few.any() else []
     seen = ", ".join(f"{count} network{'s' * (count > 1)} on {name}" for name, count in compared.items())
 
-    ratios = ", ".join(f"{ratio:.2f} on {name}" for name, ratio in extra_time(bench).items())
+    times = extra_time(bench)
+    ratios = ", ".join(f"{ratio:.2f} on {name}" for name, ratio in times.items())
+    behind = _behind_bp(histories)
+    ranges = [
+        f"{rows.min():+.2f} to {rows.max():+.2f} points in {len(rows)} on {name}"
+        for name, rows in behind.groupby(level="dataset", sort=False)
+    ]
+    result = f"MEM-DFA's test error is above BP's in {(behind > 0).sum()} of {len(behind)} experiments"
     factors = ", ".join(f"{factor:.2f} ({name})" for name, factor in growth.items())
     first, last = depth["depth"].min(), depth["depth"].max()
     columns = {
@@ -139,25 +185,38 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         ],
         "what is seen": [
             f"MEM-DFA's peak above rest, at {last} layers over that at {first}: {factors}",
-            f"step time, MEM-DFA / DFA: {ratios}" if ratios else "not timed here: no bench.csv",
-            f"all four trained: {seen or 'none'}; memory of {tables['peaks']['network'].nunique()} networks",
+            f"step time, MEM-DFA / DFA: {ratios}; theory: 1.50, three products of matrices a layer to DFA's two"
+            if ratios
+            else "not timed here: no bench.csv",
+            f"all four trained: {seen or 'none'}; test error, MEM-DFA's less BP's: {'; '.join(ranges) or 'none'}; "
+            f"memory of {tables['peaks']['network'].nunique()} networks",
             f"equal: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} closed forms",
         ],
         "limits": [
             "weights rest besides, and grow",
-            "on one machine" if ratios else "",
+            "on one machine; theory counts products alone" if ratios else "",
             "; ".join(lacking),
             "closed forms are for MLPs",
         ],
-        "figure": ["depth", "time", "errors, curves, profiles", "depth"],
+        "figure": ["depth", "time", "curves, profiles", "depth"],
         "verdict": [
             limits[constant],
-            limits[bool(ratios)],
-            "shown" if on_both and not lacking else limits[bool(seen)],
+            limits[bool(times) and round(max(times.values()), 1) <= 1.5],
+            f"{'' if on_both and not lacking else 'with limits: '}{result}" if len(behind) else "not shown",
             "shown" if agree else "not shown",
         ],
     }
     return pd.DataFrame(columns)
+
+
+def _behind_bp(histories: pd.DataFrame) -> "pd.Series[float]":
+    """Return MEM-DFA's test error less BP's (points) by dataset and experiment, where FA was trained, too."""
+    index = ["dataset", "experiment"]
+    if not len(histories):
+        return pd.Series(dtype=float, index=pd.MultiIndex.from_arrays([[], []], names=index))
+    found = errors(histories).pivot_table(index=index, columns="rule", values="error", sort=False)
+    found = found.reindex(columns=["bp", "fa", "memdfa"]).dropna()
+    return found["memdfa"] - found["bp"]
 
 
 def extra_time(bench: pd.DataFrame) -> dict[str, float]:

@@ -1,0 +1,83 @@
+"""Projections of the weights after each step of their optimizer."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from memdfa_lab.core.checks import check_int, check_number
+
+
+def standardised(
+    optimizer: Callable[..., Optimizer], classes: int | None = None, length: float = math.sqrt(2)
+) -> Callable[..., Optimizer]:
+    """Return a factory of such optimizers that, after each step, subtract every filter's mean and set its length.
+
+    A filter gives one output: it is a row of a dense layer's weight (out, in), or one slice of a convolution's
+    (out, ...). Not changed are vectors, such as biases, filters of one input, and layers with as many outputs as there
+    are `classes`: the last layer, and the classifier of a readout. A readout's second layer, which gives the
+    similarities, is projected. `length`: default, that of He's initialisation, with which ReLU layers keep the size of
+    their inputs.
+
+    ReLUs without BatchNorm have positive outputs only. Under DFA filters turn towards the mean of these outputs, which
+    then grow from block to block and from step to step. A filter of mean zero does not see that mean. This is the
+    weight standardisation of Qiao et al. 2019 as a projection: the layers do not change, and nothing is kept.
+
+    Raises TypeError for an optimizer that is made already, ValueError for classes below 1, and a length
+    that is not a positive number.
+    """
+    check_number("length", length, or_more=False)
+    last = None if classes is None else check_int("classes", classes)
+    return _after_steps(optimizer, partial(_standardise, length), last, f"standardised({classes=}, length={length:g})")
+
+
+def projected(
+    optimizer: Callable[..., Optimizer], project: Callable[[Tensor], Tensor], classes: int | None = None
+) -> Callable[..., Optimizer]:
+    """Return a factory of such optimizers that, after each step, replace every weight by project(weight).
+
+    The weights that do not change are those of `standardised`. `project`: a function of a weight (out, ...) that
+    returns one of the same shape, such as `ml.neighbours.oni.ONI()`; a resumed run compares its repr. Raises TypeError
+    if `project` is no function, and what `standardised` raises.
+    """
+    if not callable(project):
+        raise TypeError(f"project must be a function of a weight, such as ml.neighbours.oni.ONI(), not {project!r}")
+    last = None if classes is None else check_int("classes", classes)
+    return _after_steps(optimizer, project, last, f"projected({project!r}, {classes=})")
+
+
+def _after_steps(
+    optimizer: Callable[..., Optimizer], project: Callable[[Tensor], Tensor], last: int | None, name: str
+) -> Callable[..., Optimizer]:
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must make optimizers: pass partial(torch.optim.Adam, lr=0.001), not a {kind}")
+
+    def make(*parameters: Any, **settings: Any) -> Optimizer:
+        made: Any = optimizer(*parameters, **settings)
+        made.constraint = name  # by which a resumed run recognises it
+        made.register_step_post_hook(lambda *_: _project(made, project, last))
+        return cast(Optimizer, made)
+
+    return make
+
+
+@torch.no_grad()
+def _project(optimizer: Optimizer, project: Callable[[Tensor], Tensor], last: int | None) -> None:
+    weights: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for weight in weights:
+        if weight.dim() > 1 and weight[0].numel() > 1 and len(weight) != last:
+            new = project(weight)
+            if new is not weight:
+                weight.copy_(new)
+
+
+def _standardise(length: float, weight: Tensor) -> Tensor:
+    inputs = tuple(range(1, weight.dim()))
+    weight -= weight.mean(inputs, keepdim=True)
+    weight *= length / torch.linalg.vector_norm(weight, dim=inputs, keepdim=True).clamp_min(1e-12)
+    return weight
