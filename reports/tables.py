@@ -109,7 +109,7 @@ def three_numbers() -> None:
         "  rest besides and grow with depth, unless they [rest on disk](reports/index.md#weights-on-disk).\n"
         f"- **Test error: {mnist['memdfa']:.2f} % instead of {mnist['bp']:.2f} %** on MNIST with convolutions ({dense['memdfa']:.2f} instead of {dense['bp']:.2f} % with seven dense\n"
         f"  layers), {normalised['memdfa']:.1f} instead of {normalised['bp']:.1f} % on CIFAR-10 with BatchNorm, and {plain['memdfa']:.1f} instead of {plain['bp']:.1f} %\n"
-        f"  without it. Standardised weights help there: [a matrix that learns](reports/index.md#nearer-to-bp-in-the-same-memory) then gives {standardised['memdfa']:.1f} %,\n"
+        f"  without it. Standardised weights help there: [a matrix that learns](reports/index.md#nearer-to-bp-block-by-block) then gives {standardised['memdfa']:.1f} %,\n"
         f"  local readouts, which need no matrix but nearly BP's memory, {standardised['local_readout']:.1f} %, and BP {standardised['bp']:.1f} %. *Limit:* CIFAR-10 is one seed.\n"
         f"- **Time: {ratios.min():.2f} to {ratios.max():.2f} times BP's step** on [six networks](reports/index.md#time). It runs forward twice, but does not\n"
         f"  send the error back through the layers. Checkpointing with a step in backward takes {checkpointing.min():.2f} to {checkpointing.max():.2f}."

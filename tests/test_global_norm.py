@@ -93,7 +93,7 @@ def test_what_cannot_be_is_refused():
             kind(MLP.build(), SGD, **options)
     rule = ml.MemDFA(MLP.build(), SGD, clip_global_norm=1.0)
     rule.group = type("Two", (type(rule.group),), {"size": 2})()
-    with refuses_and_keeps(rule, ValueError, "clip_global_norm is for one process"):
+    with refuses_and_keeps(rule, ValueError, "for one process only: clip_global_norm"):
         rule.step(MLP.x, MLP.y)
 
 

@@ -192,9 +192,13 @@ class MemDFA(Rule):
         ValueError with keep_bytes, clip_global_norm or several ranks. If the loss draws random numbers, `step` is used
         instead; RuntimeError if the loss starts to draw later.
         """
-        others = {"keep_bytes": self.keep_bytes, "clip_global_norm": self.clip_global_norm}
-        if any(others.values()) or self.group.size > 1:
-            raise ValueError(f"a sweep visits each block once: use step with {' or '.join(others)} or several ranks")
+        given = {
+            "keep_bytes": self.keep_bytes,
+            "clip_global_norm": self.clip_global_norm,
+            "several ranks": self.group.size > 1,
+        }
+        if others := [name for name, value in given.items() if value]:
+            raise ValueError(f"a sweep visits each block once: use step with {', '.join(others)}")
         self.sweeps = True
         try:
             yield from sweep(self, batches)

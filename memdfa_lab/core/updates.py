@@ -55,7 +55,7 @@ class Updates:
         given = {"clip_global_norm": self.clip_global_norm, "float16": self.scalers, "offload": self.store.offloads}
         alone = [name for name, value in given.items() if value]
         if alone and self.group.size > 1:
-            raise ValueError(f"{' and '.join(alone)} is for one process: use clip_norm, bfloat16, no offload")
+            raise ValueError(f"for one process only: {', '.join(alone)}; use clip_norm, bfloat16, no offload")
 
     def update_all(self, blocks: Iterable[int]) -> None:
         """Update these blocks by the gradients they hold."""
