@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -214,8 +215,9 @@ def test_the_chart_has_the_peaks_that_are_predicted():
         assert DATA["peaks"][rule][f"{optimizer} {width}"][depth][batch] == found, (rule, optimizer, width)
 
 
-def turn(page):
-    """Turn the chart on this page in a browser, if there is one, and return the table's bytes before and after."""
+@contextmanager
+def on_a_telephone(page):
+    """Yield this page as a browser 390 pixels wide shows it, if there is one; nothing may fail or stick out."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -226,6 +228,15 @@ def turn(page):
         wrong = []
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.goto(page.as_uri())
+        yield tab
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    assert wrong == []
+
+
+def turn(page):
+    """Turn the chart on this page, and return the table's bytes before and after."""
+    with on_a_telephone(page) as tab:
 
         def peaks():
             rows = tab.locator("#peaks tbody tr")
@@ -240,9 +251,6 @@ def turn(page):
         after, caption = peaks(), tab.locator("#peaks-caption").inner_text()
         assert tab.get_by_label("Hidden layers:").get_attribute("aria-valuetext") == "32"
         assert tab.locator("#peaks-lines polyline").count() == len(after)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-        browser.close()
-    assert wrong == []
     return before, after, caption
 
 
@@ -320,6 +328,13 @@ def test_the_book(tmp_path, subtests):
         assert caption == "Predicted, one step of 784-[1024]x32-10 at batch 8, Adam"
         left = {rule: table["adam 1024"][depth - 1][0] for rule, table in DATA["peaks"].items() if rule != "dfa"}
         assert after == left
+
+    with subtests.test("figures can be read on a telephone: an inch (150 pixels of a file) has 72 pixels"):
+        with on_a_telephone(book / "notebooks" / "04_memory_profiles.html") as tab:
+            shown = "images => images.map(image => image.getBoundingClientRect().width / image.naturalWidth * 150)"
+            inches = tab.locator(".cell_output img[src$='.png']").evaluate_all(shown)
+        assert len(inches) > 5
+        assert min(inches) >= 72
 
     with subtests.test("the reference has the public names, and the signatures of classes and functions"):
         text = (book / "notebooks" / "book" / "api.html").read_text(encoding="utf-8")

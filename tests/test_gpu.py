@@ -117,7 +117,6 @@ def test_memdfa_learns_as_on_the_cpu_with_the_same_b(network):
 # ------------------------------------------------------------------------------------------------------ precision
 
 
-@pytest.mark.filterwarnings("ignore:this processor multiplies")
 @rotated("pass1 network", ["bfloat16", "int8", "6bit"], [DENSE, DROPOUT], turns=2)
 def test_pass_1_in_few_bits_runs_in_them_and_dfa_and_memdfa_stay_equal(pass1, network):
     # A block that cannot would warn that it runs in float32, and a warning is an error here.
@@ -235,7 +234,6 @@ COMMANDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:this processor multiplies")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run_on_the_device(command, capsys, tmp_path):
     assert cli.main([command, "--device", DEVICE, *COMMANDS[command].format(out=tmp_path).split()]) == 0
