@@ -37,19 +37,21 @@ paper: $(READY) ## run the paper's comparison, hours; goes on where it stopped: 
 # One thread a worker: WORKERS x OpenMP threads on as many cores would only take turns. worksteal keeps a module's
 # tests mostly on one worker (its fixtures are made once) and still shares out the long parametrised files.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
-test: $(READY) ## run the quick tests, then the notebooks
+test: $(READY) ## run the quick tests, then notebooks 01 to 07
 	$(PYTEST) -m 'not slow' $(ARGS)
-	$(if $(strip $(ARGS)),,@$(MAKE) --no-print-directory test-notebooks)
+	$(if $(strip $(ARGS)),,@$(MAKE) --no-print-directory test-notebooks NOTEBOOKS='notebooks/0[1-7]*')
 
 # Every cell is run and its output compared with the committed one; a cell that depends on the machine says so by the
 # tag nbval-ignore-output. loadscope keeps a notebook's cells on one worker, in order. nbval wants the notebooks below
 # pytest's root folder: elsewhere their cells have the same names, and xdist drops all but one.
+NOTEBOOKS ?= notebooks
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/notebooks.sanitize
 test-notebooks: $(READY) ## run the notebooks, outputs compared with those committed
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) notebooks $(ARGS)
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) $(NOTEBOOKS) $(ARGS)
 
-test-slow: $(if $(READY),$(VENV)/.book) ## the other tests: wrong rules, random networks, killed processes, a browser, the book, large networks
+test-slow: $(if $(READY),$(VENV)/.book) ## the other tests: wrong rules, random networks, killed processes, a browser, the book; notebooks 08, 09
 	$(PYTEST) -m slow $(ARGS)
+	$(if $(strip $(ARGS)),,@$(MAKE) --no-print-directory test-notebooks NOTEBOOKS='notebooks/0[89]*')
 
 # 500 random networks a property, others each time; 20 processes killed in training and in reproduce.
 test-deep: $(if $(READY),$(VENV)/.book) ## test-slow with larger numbers: an hour or more

@@ -157,6 +157,7 @@ def test_an_e_that_is_far_from_the_exact_one_is_told_once(rule):
         learner.step(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "this processor multiplies")
         learner.step(x, y)  # it has been said
         ml.RULES[rule](ml.models.mlp(20, [64] * 4, 5, seed=1), MOMENTUM, pass1="int8").step(x, y)
 

@@ -73,7 +73,7 @@ def _repeated(events: list[Event], sizes: list[int]) -> list[Event]:
     """
     blocks: list[int | None] = []  # of each event; memory freed between two blocks belongs to the first of them
     for event in events:
-        between = bool(blocks) and event.block is None and event.phase == ""
+        between = bool(blocks) and event.block is None and event.phase in ("", "backward")  # the second in torch 2.6
         blocks.append(blocks[-1] if between else event.block)
     copies = {None: [EACH], 0: sizes[:1], 1: sizes[1:-1], 2: sizes[-1:]}  # by segment of the shallow chain
     deep: list[Event] = []
