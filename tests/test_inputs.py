@@ -333,7 +333,7 @@ def test_a_figure_takes_its_columns_and_a_table_without_one_makes_no_sense(name)
         with refuses(ValueError, " lacks "):
             draw(name, table.drop(columns=column))
     for column in TABLES[name][1].split():
-        with refuses(ValueError, f"column {column} of ", "must be of numbers, and has 'a'"):
+        with refuses(ValueError, f"column {column} of ", "must have numbers, got 'a'"):
             draw(name, table.assign(**{column: ["a", 1]}))
     with refuses(ValueError, "has no row"):
         draw(name, table[:0])

@@ -227,7 +227,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(notebooks, tmp_path
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert err.splitlines()[-1].startswith("memdfa: interrupted in 02_second, 03_third: ")
-    assert "memdfa reproduce --out 'my run' goes on" in err
+    assert "memdfa reproduce --out 'my run' continues" in err
     assert "Traceback" not in err
     assert statuses(tmp_path / "my run") == ["done", "interrupted", "interrupted"]
     assert not psutil.wait_procs(kernels, timeout=30)[1]

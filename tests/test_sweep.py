@@ -127,7 +127,7 @@ def test_12_runs_are_there_once_each_though_a_worker_the_scheduler_and_the_clien
     assert gone(kill(scheduler))
     _, err = client.communicate(timeout=120)
     assert client.returncode == 1
-    assert err == "memdfa: the Dask scheduler is gone: what was finished is kept, the same command goes on\n"
+    assert err == "memdfa: lost the Dask scheduler: finished runs are kept, and the same command continues\n"
 
     scheduler, address, _ = cluster()
     client = command(file, "--out", out, "--scheduler", address)

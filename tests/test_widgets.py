@@ -150,7 +150,7 @@ def test_the_depth_figure_marks_the_depth_and_the_budget():
     labels = {line.get_label(): line for line in axes.lines}
     assert set(labels["budget"].get_ydata()) == {1024}
     assert list(labels["BP"].get_xdata()) == sorted({*memory.CURVE, 100})
-    assert axes.get_ylabel() == "peak, with what rests (MiB)"
+    assert axes.get_ylabel() == "peak + rest (MiB)"
     above = widgets.explore(rules=("bp",)).depth_figure().axes[0]
     assert above.get_ylabel() == "peak above rest (MiB)"
     assert "budget" not in [line.get_label() for line in above.lines]

@@ -146,7 +146,7 @@ def test_an_error_in_training_is_shown_and_ends_it(steps):
         return live
 
     live = asyncio.run(train())
-    assert "FA has run away at step 0: lower the learning rate" in live.message.value
+    assert "FA diverged at step 0: lower the learning rate" in live.message.value
     assert not live.training
     assert not live.start_button.disabled
 
@@ -353,4 +353,4 @@ def test_the_bytes_of_b_are_those_that_rest(rule, storage):
     learner = ml.RULES[rule](net, partial(torch.optim.SGD, lr=0.01), feedback=explorer.setting.feedback())
     learner.step(torch.randn(4, 784), torch.zeros(4, dtype=torch.long))
     kept = sum(B.untyped_storage().nbytes() for B in learner.feedback.matrices.values())
-    assert f"Its B take {ml.memory.readable(kept)} between steps" in explorer.numbers.value
+    assert f"Its matrices B take {ml.memory.readable(kept)} between steps" in explorer.numbers.value

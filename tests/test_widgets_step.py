@@ -88,7 +88,7 @@ def test_it_opens_at_the_first_rules_peak():
         assert moments[player.time.value].total_bytes == max(moment.total_bytes for moment in moments) > 0
         assert player.play.value == player.time.value  # a browser sets the slider to it
         assert player.picture.value == step.picture(player.films, player.time.value, 6)
-    with pytest.raises(ValueError, match="no model by name"):
+    with pytest.raises(ValueError, match="needs equal layers"):
         ml.widgets.step_player(family="model")
 
 

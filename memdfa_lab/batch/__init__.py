@@ -1,1 +1,1 @@
-"""Notebooks and training runs by the dozen."""
+"""Many notebooks or training runs in one command."""

@@ -1,4 +1,4 @@
-"""The explorers as a page of their own, without code: notebook 06 served by Voila, on this machine alone."""
+"""The explorers as a web page without code: Voila serves notebook 06, to this machine only."""
 
 import importlib.util
 import os
@@ -26,9 +26,9 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
     """Serve the page on 127.0.0.1 until Ctrl-C or SIGTERM.
 
     Args:
-        port: Where to serve it; None: a port that is free.
-        browser: Open the page in a browser, too.
-        say: Called with the address of the page, which has a secret token, and with other news.
+        port: The port to serve it on; None: any free port.
+        browser: Whether to open the page in a browser.
+        say: Called with each message; the first has the address of the page, with its secret token.
 
     Raises:
         ValueError: If Voila is not installed, or the port is taken.
@@ -43,7 +43,7 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
         if browser:
             webbrowser.open(address)
 
-    # Windows removes no folder in which a kernel still is.
+    # Windows cannot remove a folder in which a kernel still runs.
     with tempfile.TemporaryDirectory(prefix="memdfa-explore-", ignore_cleanup_errors=True) as folder:
         shown = Path(folder, "explore.ipynb")
         nbformat.write(page(nbformat.read(notebooks_folder() / NOTEBOOK, as_version=4)), shown)
@@ -53,17 +53,17 @@ def explore(port: int | None = None, browser: bool = True, say: Callable[[str], 
             options.append("--KernelManager.transport=ipc")  # sockets of this user, not open ports
         paths = os.pathsep.join([str(TEMPLATES), *filter(None, [os.environ.get("JUPYTER_PATH")])])
         os.environ["JUPYTER_PATH"] = paths
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its kernels would go on
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise its kernels would keep running
         server: Any = import_module("voila.app").Voila.instance()
         server.launch_browser = listening
-        with suppress(KeyboardInterrupt):  # that is how it ends
+        with suppress(KeyboardInterrupt):  # this is how the server ends
             server.initialize(options)
             server.start()
     say("stopped")
 
 
 def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return a notebook of the explorers only: without parameters, exercises, and pictures of them."""
+    """Return the explorers of a notebook as a notebook, without parameters, exercises and static pictures."""
     cells, before = [], None
     for cell, after in zip_longest(notebook.cells, notebook.cells[1:]):
         if cell.source.startswith("## How it answers"):
@@ -71,7 +71,7 @@ def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         is_exercise = {"exercise", "solution"} & {*cell.metadata.get("tags", [])}
         if is_exercise or cell.source.startswith(("## Parameters", "**Exercise ")):
             continue
-        if cell.source.startswith("# "):  # the title and what it promises; links to other notebooks lead nowhere
+        if cell.source.startswith("# "):  # the title and one paragraph; links to other notebooks would not work
             cell.source = "\n\n".join(cell.source.split("\n\n")[:2])
         of_picture = cell.source.startswith("*") and (_is_picture(before) or _is_picture(after))  # its caption
         if not _is_picture(cell) and not of_picture:

@@ -1,9 +1,9 @@
-"""One notebook run through papermill without a browser, and the kernels that run now.
+"""Run one notebook through papermill without a browser, and keep track of the kernels that run.
 
-nbclient answers for Output widgets in a headless run, and now and then waits for ever (nbclient issue 312). Our
-notebooks draw into images, so the engine leaves the messages of widgets unanswered. Progress bars in cells are off:
-in a file they are noise. The kernel is reached through a socket of this user, not through an open port. The time limit
-is for the whole notebook, where papermill's own is for each cell.
+In a run without a browser, nbclient answers the messages of Output widgets, and sometimes waits for ever (nbclient
+issue 312). Our notebooks draw into images, so the engine ignores the messages of widgets. Progress bars in cells are
+switched off: in a file they are noise. The kernel is reached through a socket of this user, not through an open port.
+The time limit holds for the whole notebook; papermill's own holds for each cell.
 """
 
 import os
@@ -25,7 +25,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
 ENGINE = "memdfa_headless"
-GRACE_S = 10.0  # from Ctrl-C until a kernel that goes on is killed
+GRACE_S = 10.0  # after Ctrl-C, a kernel that still runs is killed
 
 
 class Interrupted(Exception):
@@ -33,20 +33,20 @@ class Interrupted(Exception):
 
 
 class Kernels:
-    """The kernels that threads of this process run, to be ended together."""
+    """The kernels that this process runs in its threads, so that all can be ended together."""
 
     def __init__(self) -> None:
         self.running: set[Any] = set()
         self.ending = False
 
     def before_cell(self, manager: Any) -> None:
-        """Note a kernel; or stop its notebook here, if the kernels are to end."""
+        """Register a kernel. Raises Interrupted if the kernels are being ended."""
         if self.ending:
             raise Interrupted
         self.running.add(manager)
 
     def end(self) -> None:
-        """Interrupt the kernels, so that training keeps a checkpoint, and later kill those that go on."""
+        """Interrupt the kernels, so that training saves a checkpoint; after GRACE_S kill those that still run."""
         self.ending = True
         self._send(signal.SIGINT)
         later = threading.Timer(GRACE_S, self._send, [signal.SIGKILL if os.name == "posix" else signal.SIGTERM])
@@ -55,28 +55,28 @@ class Kernels:
 
     def _send(self, number: int) -> None:
         for manager in list(self.running):
-            with suppress(RuntimeError, ProcessLookupError):  # it has ended
+            with suppress(RuntimeError, ProcessLookupError):  # it has already ended
                 run_sync(manager.signal_kernel)(number)
 
 
 class HeadlessEngine(NBClientEngine):
-    """papermill's own engine, which leaves widgets alone."""
+    """papermill's own engine, but it ignores the messages of widgets."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-        """Run the cells. Options: notebook_timeout, start_timeout, kernels, the kernel's folder and environment."""
+        """Run the cells. Options: notebook_timeout and start_timeout (s), kernels, folder, environment."""
         end = time.monotonic() + options.get("notebook_timeout", 3600)
         kernels = options.get("kernels", Kernels())
         with tempfile.TemporaryDirectory(prefix="memdfa-", ignore_cleanup_errors=True) as place:
-            socket = {"transport": "ipc", "ip": f"{place}/kernel"}  # without a place, in the working directory
+            socket = {"transport": "ipc", "ip": f"{place}/kernel"}  # by default it is in the working directory
             client: Any = PapermillNotebookClient(
                 nb_man,
                 timeout_func=lambda cell: max(1.0, end - time.monotonic()),
-                iopub_timeout=60,  # nbclient's own 4 s are short on a busy machine
+                iopub_timeout=60,  # nbclient's 4 s are too few on a busy machine
                 startup_timeout=options.get("start_timeout", 60),
                 kernel_name=kernel_name,
                 log_output=False,
-                extra_arguments=["--log-level=50"],  # else the kernel repeats on stderr what the notebook shows
+                extra_arguments=["--log-level=50"],  # otherwise the kernel repeats the notebook's output on stderr
                 config=Config({"KernelManager": socket} if os.name == "posix" else {}),
                 on_cell_start=lambda **_: kernels.before_cell(client.km),
             )
@@ -86,7 +86,7 @@ class HeadlessEngine(NBClientEngine):
                 return client.execute(cwd=options.get("folder"), env=env)
             finally:
                 if threading.current_thread() is not threading.main_thread():
-                    ensure_event_loop().close()  # nbclient's, of this thread
+                    ensure_event_loop().close()  # nbclient made it for this thread
 
 
 papermill_engines.register(ENGINE, HeadlessEngine)
@@ -95,18 +95,18 @@ papermill_engines.register(ENGINE, HeadlessEngine)
 def execute(
     notebook: Path, out: Path, parameters: dict[str, Any], timeout_s: float, bar: Any = False, **options: Any
 ) -> str | None:
-    """Run one notebook where it lies, and write the executed copy and what it leaves into a folder.
+    """Run one notebook, and write the executed copy and the notebook's files into a folder.
 
     Args:
         notebook: The notebook; its kernel runs in the notebook's folder.
-        out: The folder, given to the notebook as its parameter `out`.
+        out: The folder; the notebook gets it as its parameter `out`.
         parameters: Values of other parameters; paths among them are absolute.
         timeout_s: Seconds that the whole notebook may take.
-        bar: Options of tqdm for a bar of the notebook's cells; False for none.
-        options: Go to the engine: kernels (`Kernels`), environment.
+        bar: Options of tqdm for a progress bar over the cells; False: no bar.
+        options: Passed to the engine: kernels (`Kernels`) and environment.
 
     Returns:
-        In which cell the notebook failed and why, in one line; None if it came to its end.
+        One line that says in which cell the notebook failed, and why; None if all cells ran.
     """
     error, running = "", out.resolve() / f".{notebook.name}"
     try:
@@ -118,7 +118,7 @@ def execute(
             kernel_name="python3",
             progress_bar=bar,
             notebook_timeout=timeout_s,
-            folder=str(notebook.parent),  # papermill's own `cwd` would move this process, with all its threads
+            folder=str(notebook.parent),  # papermill's own `cwd` is for this whole process, with all its threads
             **options,
         )
     except papermill.PapermillExecutionError as problem:
@@ -129,7 +129,7 @@ def execute(
         error = "the kernel died, which often means that memory ran out"
     except Interrupted:
         error = "interrupted"
-    except Exception as problem:  # whatever keeps one notebook from running, the others run
+    except Exception as problem:  # a notebook that cannot run must not stop the others
         traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"
     finally:
@@ -138,7 +138,7 @@ def execute(
 
 
 def _seen_from(folder: Path, path: Path) -> str:
-    """Return a relative path, if there is one: on Windows there is none to another drive."""
+    """Return the path relative to the folder; on Windows, an absolute path if it is on another drive."""
     try:
         return os.path.relpath(path, folder)
     except ValueError:
@@ -146,7 +146,7 @@ def _seen_from(folder: Path, path: Path) -> str:
 
 
 def _keep(running: Path, executed: Path) -> int:
-    """Give the executed copy its name, without paths of this machine; return how many code cells were begun."""
+    """Rename the executed copy, remove this machine's paths from it, and return how many code cells were started."""
     if not running.exists():
         return 0
     notebook = nbformat.read(running, as_version=4)

@@ -1,4 +1,4 @@
-"""The numbered notebooks: where they are, what their source is, and which of their parameters are paths."""
+"""The numbered notebooks: where they are, a hash of their source, and which of their parameters are paths."""
 
 import hashlib
 import json
@@ -14,7 +14,10 @@ PATH_COMMENT = re.compile(r"(an? |the )?(path|folder|file)\b")
 
 
 def notebooks_folder() -> Path:
-    """Return where the numbered notebooks are: beside the package in a checkout, inside it when installed."""
+    """Return the folder of the numbered notebooks: beside the package in a checkout, inside it when installed.
+
+    Raises FileNotFoundError if neither folder exists.
+    """
     here = Path(__file__).resolve().parents[1]
     for folder in (here.parent / "notebooks", here / "_notebooks"):
         if folder.is_dir():
@@ -23,7 +26,7 @@ def notebooks_folder() -> Path:
 
 
 def numbered() -> dict[str, Path]:
-    """Return the numbered notebooks by name, such as 02_mnist_mlp, in their order."""
+    """Return name -> path of the numbered notebooks, in order. A name is, for example, 02_mnist_mlp."""
     return {path.stem: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
 
 
@@ -35,7 +38,7 @@ def source_of(notebook: Path) -> str:
 
 
 def parameters_of(notebook: Path) -> dict[str, dict[str, str]]:
-    """Return what papermill finds in the cell tagged `parameters`: by name the type, the default and the comment."""
+    """Return name -> type, default and comment of each parameter, as papermill finds them in the tagged cell."""
     import papermill
 
     found: dict[str, dict[str, str]] = papermill.inspect_notebook(str(notebook))
@@ -45,8 +48,8 @@ def parameters_of(notebook: Path) -> dict[str, dict[str, str]]:
 def resolved(parameters: dict[str, Any], comments: Mapping[str, str], folder: str | Path) -> dict[str, Any]:
     """Return the parameters with relative paths resolved from a folder.
 
-    Paths are the values of parameters whose comment begins with path, folder or file, and every data set that is an
-    .npz. What exists on the disk does not matter: `mnist` is a name wherever there is a folder of that name.
+    A text is a path if the comment of its parameter begins with path, folder or file, or if it ends in .npz. Files on
+    the disk do not matter: `mnist` is the name of a data set even if there is a folder of that name.
     """
 
     def is_path(name: str, value: Any) -> bool:
@@ -56,7 +59,7 @@ def resolved(parameters: dict[str, Any], comments: Mapping[str, str], folder: st
 
 
 def completed(threads: Iterable["Future[T]"]) -> Iterator["Future[T]"]:
-    """Yield each as it ends, as `concurrent.futures.as_completed` does, where Windows hears no Ctrl-C meanwhile."""
+    """Yield each future as it ends. Unlike `concurrent.futures.as_completed`, this notices Ctrl-C on Windows."""
     waiting = set(threads)
     while waiting:
         done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)

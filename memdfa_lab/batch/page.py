@@ -1,4 +1,4 @@
-"""The pages of a run folder: index.html, and a page for each executed notebook; no server, no network, no script."""
+"""The pages of a run folder, index.html and one for each executed notebook, without server, network or script."""
 
 import re
 from contextlib import suppress
@@ -17,8 +17,8 @@ from traitlets.config import Config
 from memdfa_lab.lab.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
-SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "text/latex", "text/plain"]  # the first there is
-NUMBER = re.compile(r"<td(?=[^>]*>\s*[-+]?[\d,.]+(e[-+]?\d+)?( ?(%|[KMG]iB))?\s*</td>)")  # to be aligned at the right
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "text/latex", "text/plain"]  # the first one
+NUMBER = re.compile(r"<td(?=[^>]*>\s*[-+]?[\d,.]+(e[-+]?\d+)?( ?(%|[KMG]iB))?\s*</td>)")  # aligned at the right
 MARKS = {"done": "✓", "failed": "✗", "running": "…", "interrupted": "–", "waiting": "·"}
 
 
@@ -56,7 +56,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def write_page(out: Path, name: str) -> None:
-    """Write NAME.html from the executed notebook NAME.ipynb, with links to the figures and tables that it has left."""
+    """Write NAME.html from the executed notebook NAME.ipynb, with links to the figures and tables that it wrote."""
     notebook = nbformat.read(out / f"{name}.ipynb", as_version=4)
     exporter = HTMLExporter(
         config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}),

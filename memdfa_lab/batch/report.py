@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """What a notebook shows, also written into a folder: figures as svg and png, tables as csv.
+    """Show a notebook's figures and tables, and write them into a folder: figures as svg and png, tables as csv.
 
-    Without a folder (`out` is None), it only shows. Files are named NOTEBOOK-NAME, so that notebooks share a folder.
+    Without a folder (`out` is None), they are only shown. Files are named NOTEBOOK-NAME, so that several notebooks can
+    share a folder.
     """
 
     def __init__(self, out: str | Path | None, notebook: str):
@@ -34,11 +35,11 @@ class Report:
 
     @property
     def folder(self) -> Path | None:
-        """Where this notebook's training runs are kept, for a second start to go on from; None without `out`."""
+        """The folder of this notebook's training runs, in which a second start continues; None without `out`."""
         return None if self.out is None else self.out / self.notebook
 
     def figure(self, figure: "Figure", name: str, alt: str) -> Any:
-        """Write the figure, and return it as a picture with a text for those who cannot see it."""
+        """Write the figure, and return it as a picture with `alt` as its text for readers who cannot see it."""
         from memdfa_lab import figures
 
         if self.out is not None:
@@ -46,7 +47,7 @@ class Report:
         return figures.picture(figure, alt)
 
     def table(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Write the table as csv, and return it with each rule's name as people write it, in cells and columns."""
+        """Write the table as csv, and return it with the usual names of the rules (MEM-DFA for memdfa)."""
         from memdfa_lab.figures import label
 
         if self.out is not None:
@@ -54,7 +55,7 @@ class Report:
         return table.rename(columns=label).map(lambda value: label(value) if isinstance(value, str) else value)
 
     def finish(self, seeds: Sequence[int] = ()) -> None:
-        """Print what the numbers above depend on: versions, device, threads, seeds, time."""
+        """Print what the results depend on (versions, device, threads, seeds), and how long the notebook took."""
         print(versions())
         kind = accelerator()
         device = getattr(module_of(kind), "get_device_name", kind.upper)() if kind else "no GPU"
@@ -74,11 +75,11 @@ def check_parameters(namespace: dict[str, Any], **expected: Any) -> None:
     """Check the parameters of a notebook; call it in the first cell after them, with `globals()`.
 
     `namespace`: the notebook's names. `expected`: for each parameter a set of allowed names, a range of whole numbers,
-    a type, a (low, high) tuple for a number, a list of one of these for a non-empty list, or a tuple with None in it
-    for something that may be left out.
+    a type, a (low, high) tuple for a number, a list of one of these for a non-empty list, or a tuple of alternatives
+    one of which is None.
 
-    Raises ValueError, one line, for the first parameter that does not fit, and in a fresh kernel for a name that is no
-    parameter; in another one, names that later cells made are there, too.
+    Raises ValueError, one line, for the first parameter that does not fit. The first call in a kernel also refuses any
+    other name; later calls do not, since later cells may have made names.
     """
     shell = {"In", "Out", "exit", "quit", "get_ipython", "open"}
     given = {name: namespace[name] for name in expected}
@@ -91,9 +92,9 @@ def check_parameters(namespace: dict[str, Any], **expected: Any) -> None:
 
 
 def parameters_model(expected: dict[str, Any]) -> type[Checked]:
-    """Return the model that checks parameters; what each must be is as in `check_parameters`."""
+    """Return the model that checks parameters; `expected` is as in `check_parameters`."""
     fields: Any = {name: (_annotation(name, what), None) for name, what in expected.items()}
-    return create_model("Parameters", __base__=Checked, __doc__="Parameter: of a notebook.", **fields)
+    return create_model("Parameters", __base__=Checked, __doc__="Parameter: the parameters of a notebook.", **fields)
 
 
 def _annotation(name: str, what: Any) -> Any:

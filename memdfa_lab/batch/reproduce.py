@@ -1,4 +1,4 @@
-"""The numbered notebooks in one command: as many at a time as there are cores, in a folder from which a run resumes."""
+"""Run the numbered notebooks in one command, as many at a time as there are cores; an interrupted run resumes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ STATE = "run.json"
 
 
 class NotebooksFailed(RuntimeError):
-    """One notebook or more did not run to its end; the others did, and all are in the run folder."""
+    """One or more notebooks failed. The others ran to their end, and all are in the run folder."""
 
 
 def reproduce(
@@ -41,17 +41,16 @@ def reproduce(
     """Run the notebooks through papermill, several at a time with one thread each.
 
     The folder gets each executed notebook, its figures (svg, png) and tables (csv), index.html with a page for each
-    notebook, and run.json, from which a run that was cut goes on. A notebook that is done is not run again while its
-    source is the same. A relative path among the parameters is meant from the working directory
-    (`notebooks.resolved`).
+    notebook, and run.json, with which an interrupted run continues. A finished notebook is run again only if its
+    source has changed. Relative paths among the parameters start from the working directory (`notebooks.resolved`).
 
     Args:
-        out: The run folder, a new one or one to go on with; default: reports/runs/<time>.
-        only: Notebooks by number or name; default: those of the run in the folder, else all.
-        parameters: Given to the notebooks that have them; None: those that the run was started with.
-        overwrite: Start anew what is asked for.
+        out: The run folder, a new one or that of a run to continue; default: reports/runs/<time>.
+        only: Notebooks by number or name; default: those of the run in the folder, or all if there is none.
+        parameters: Values by name, for the notebooks that have them; None: those that the run was started with.
+        overwrite: Run the chosen notebooks again from the start.
         timeout_s: Seconds that one notebook may take.
-        jobs: Notebooks at a time; default: as many as this process has cores.
+        jobs: How many notebooks run at a time; default: as many as this process has cores.
 
     Returns:
         The run folder.
@@ -86,7 +85,7 @@ def _read(out: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((out / STATE).read_text(encoding="utf-8"))
         return state
     if out.exists() and not all(file.name.startswith(".") for file in out.iterdir()):
-        raise ValueError(f"{out} has other files and no run to go on with: choose another folder with --out")
+        raise ValueError(f"{out} has other files and no run: choose another folder with --out")
     return {"parameters": {}, "notebooks": {}}
 
 
@@ -101,7 +100,7 @@ def _choose(only: Sequence[str]) -> dict[str, Path]:
 
 
 def _given(notebooks: dict[str, Path], parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return, for each notebook, those of the parameters that it has. `out` is not for the user to give."""
+    """Return, for each notebook, those of the parameters that it has. The user cannot give `out`."""
     found = {stem: parameters_of(path) for stem, path in notebooks.items()}
     known = {name for has in found.values() for name in has} - {"out"}
     for name in parameters:
@@ -114,7 +113,7 @@ def _given(notebooks: dict[str, Path], parameters: dict[str, Any]) -> dict[str, 
 
 
 def _refuse(out: Path, state: dict[str, Any], names: set[str], parameters: dict[str, Any], overwrite: bool) -> None:
-    """Raise ValueError if the run in the folder is not to be gone on with as asked."""
+    """Raise ValueError if the run in the folder cannot be continued with these notebooks and parameters."""
     records = state["notebooks"]
     if records and state["parameters"] != parameters and not (overwrite and names >= set(records)):
         raise ValueError(
@@ -126,10 +125,10 @@ def _refuse(out: Path, state: dict[str, Any], names: set[str], parameters: dict[
 
 
 class _Run:
-    """The notebooks of one run: the threads that run them, and what run.json and the pages say of them."""
+    """The notebooks of one run: runs them in threads, and keeps run.json and the pages up to date."""
 
     def __init__(self, out: Path, state: dict[str, Any], names: list[str], timeout_s: float):
-        # absolute, since papermill moves the working directory for a moment, and other threads write meanwhile
+        # absolute: papermill changes the working directory for a moment, while other threads write
         self.out, self.asked = out.absolute(), out
         self.state, self.names, self.timeout_s = state, names, timeout_s
         self.records: dict[str, dict[str, Any]] = state["notebooks"]
@@ -137,7 +136,7 @@ class _Run:
         self.kernels = Kernels()
 
     def run_all(self, chosen: dict[str, Path], given: dict[str, dict[str, Any]], jobs: int) -> None:
-        """Run those that are not done, in threads; at Ctrl-C end their kernels, and say how to go on."""
+        """Run the unfinished notebooks in threads; at Ctrl-C end their kernels, and say how to continue."""
         todo = [notebook for name, notebook in chosen.items() if not self.is_done(name, source_of(notebook))]
         with ThreadPoolExecutor(jobs) as pool:
             threads = [pool.submit(self.run_one, notebook, given[notebook.stem]) for notebook in todo]
@@ -151,23 +150,23 @@ class _Run:
                 stopped = [name for name in self.names if self.records[name]["status"] == "interrupted"]
                 if stopped and isinstance(problem, KeyboardInterrupt):
                     quoted = shlex.quote if os.name == "posix" else lambda path: list2cmdline([path])
-                    goes_on = f"memdfa reproduce --out {quoted(str(self.asked))} goes on"
-                    text = f"interrupted in {', '.join(stopped)}: what was finished is kept, {goes_on}"
+                    command = f"memdfa reproduce --out {quoted(str(self.asked))}"
+                    text = f"interrupted in {', '.join(stopped)}: finished notebooks are kept; {command} continues"
                     raise KeyboardInterrupt(text) from None
                 raise
 
     def is_done(self, name: str, source: str) -> bool:
-        """Tell whether a notebook is done with this source; remove what it left with another one."""
+        """Tell whether a notebook is done with this source; remove what it wrote with another source."""
         record = self.records[name]
         if record["status"] == "done" and record["source"] == source:
             self.say(name, "done before, skipped")
             return True
-        if record.get("source") != source:  # else training goes on from the checkpoints there
+        if record.get("source") != source:  # with the same source, training continues from its checkpoints
             _clear(self.out, name)
         return False
 
     def run_one(self, notebook: Path, given: dict[str, Any]) -> None:
-        """Run one notebook and keep what came of it."""
+        """Run one notebook, and record the outcome."""
         name, source, started = notebook.stem, source_of(notebook), time.perf_counter()
         self.keep(name, status="running", source=source)
         bar = {"desc": self.label(name), "leave": False} if sys.stderr.isatty() else False
@@ -182,24 +181,24 @@ class _Run:
             return
         seconds = round(time.perf_counter() - started, 1)
         self.say(name, f"failed after {seconds:.0f} s, {error}" if error else f"done in {seconds:.0f} s")
-        if (self.out / notebook.name).exists():  # not where nothing could be started
+        if (self.out / notebook.name).exists():  # there is none if the notebook could not be started
             write_page(self.out, name)
         outcome = {"status": "failed", "error": error} if error else {"status": "done"}
         self.keep(name, **outcome, source=source, seconds=seconds)
 
     def keep(self, name: str, **record: Any) -> None:
-        """Write the record of a notebook into run.json, and index.html anew."""
+        """Write the record of a notebook into run.json, and update index.html."""
         with self.writing:
             self.records[name] = record
             write_text(self.out / STATE, json.dumps(self.state, indent=1))
             write_index(self.out, self.state)
 
     def label(self, name: str) -> str:
-        """Return the name with its number among those that were asked for."""
+        """Return the name with its number among the chosen notebooks."""
         return f"[{1 + self.names.index(name)}/{len(self.names)}] {name}"
 
     def say(self, name: str, text: str) -> None:
-        """Print a line, above the bars if there are any."""
+        """Print a line, above the progress bars if there are any."""
         tqdm.write(f"{time.strftime('%H:%M:%S')} {self.label(name)}: {text}")
 
 

@@ -1,7 +1,7 @@
-"""Many runs: one notebook or one training, a run for each combination of parameters, here or on a Dask cluster.
+"""Sweeps: run a notebook or a training once for each combination of parameters, here or on a Dask cluster.
 
-Each run has a folder named by a hash of its settings and is a process of its own (`batch/sweep_run.py`), started by a
-thread of this process or by a Dask worker. A finished run is in its folder and is not run again.
+Each run is a process of its own (`batch/sweep_run.py`), started by a thread of this process or by a Dask worker. It has
+a folder named by a hash of its settings. A finished run is not repeated.
 """
 
 import io
@@ -32,43 +32,43 @@ Submit = Callable[[str, str, int], "Future[str | None]"]
 
 
 class RunsFailed(RuntimeError):
-    """One run or more did not come to its end; the others did, and are in the table."""
+    """One or more runs failed. The others ran to their end, and are in the table."""
 
 
 def place(file: str | Path) -> Path:
-    """Return the folder of a sweep file's runs where none is given."""
+    """Return the default folder for the runs of a sweep file."""
     return Path("reports/runs") / Path(file).stem
 
 
 def run(file: str | Path, out: str | Path | None = None, scheduler: str | None = None, jobs: int | None = None) -> Path:
-    """Run what a sweep file asks for and is not done yet.
+    """Run those runs of a sweep file that are not done yet.
 
-    The folder gets runs/HASH/ for each run and, of all that are done, results.csv (and .parquet, with pyarrow) and a
-    figure.
+    The folder gets runs/HASH/ for each run. The results of all finished runs are in results.csv (and results.parquet,
+    with pyarrow) and in a figure.
 
     Args:
         file: The sweep file.
         out: The folder of all runs; default: reports/runs/NAME.
-        scheduler: The address of a Dask scheduler: each thread of a worker takes a run at a time. All workers must
-            see the same folder. None: this machine.
-        jobs: Runs at a time on this machine; default: cores / threads.
+        scheduler: The address of a Dask scheduler, each of whose workers' threads does one run at a time. All workers
+            must see the same folder. None: this machine.
+        jobs: How many runs this machine does at a time; default: its cores / the threads of a run.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: Before anything runs, for a file, folder or scheduler that will not do, and if another sweep is at
-            work in the folder.
-        RuntimeError: If the scheduler is lost.
-        RunsFailed: At the end, if a run failed each time.
+        ValueError: Before anything runs, for an unusable file, folder or scheduler, and if another sweep is running in
+            the folder.
+        RuntimeError: If the connection to the scheduler is lost.
+        RunsFailed: At the end, if a run failed in every attempt.
     """
     sweep, out = read(file), Path(out or place(file)).resolve()
     if jobs is not None and (jobs < 1 or scheduler):
-        raise ValueError("jobs must be 1 or more; a Dask cluster has as many as its workers have threads")
+        raise ValueError("jobs must be 1 or more, and cannot be given with a scheduler: each worker thread does a run")
     if out.exists() and not (out / STATE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} has other files and no sweep: choose another folder with --out")
     todo = [name for name in sweep.runs if not is_done(out / "runs" / name, sweep.code)]
-    if sweep.run == "train":  # fetched once, not by all runs at a time
+    if sweep.run == "train":  # downloaded once here, not by all runs at a time
         every = (RunSettings(**sweep.given(name)) for name in todo)
         for data in {(settings.network, settings.dataset, settings.root) for settings in every}:
             experiments.load_for(*data)
@@ -116,12 +116,12 @@ def _cluster(scheduler: str) -> Iterator[Submit]:
 
 
 def _follow(waiting: dict["Future[str | None]", str], sweep: Sweep, out: Path) -> list[str]:
-    """Show what comes to its end, and return what failed, a line a run."""
+    """Show each run that ends, and return one line for each run that failed."""
     total, failed = len(sweep.runs), []
     with tqdm(total=total, initial=total - len(waiting), desc=out.name, unit="run", disable=None) as bar:
         for number, future in enumerate(completed(waiting), total - len(waiting) + 1):
             if future.cancelled():
-                raise RuntimeError("the Dask scheduler is gone: what was finished is kept, the same command goes on")
+                raise RuntimeError("lost the Dask scheduler: finished runs are kept, and the same command continues")
             name, problem = waiting[future], future.exception()
             if problem:
                 traceback.print_exception(problem)
@@ -140,9 +140,10 @@ def _follow(waiting: dict["Future[str | None]", str], sweep: Sweep, out: Path) -
 
 
 def collect(out: str | Path) -> pd.DataFrame:
-    """Put the results of all finished runs into one table, with a figure, in the folder; return it.
+    """Write the results of all finished runs into the folder, as one table and a figure; return the table.
 
-    The table has the columns run, parameters, and those of the runs' results; no run is no table.
+    The table has the column run, one for each parameter, and those of the runs' results. Without a finished run it is
+    empty, and nothing is written.
     """
     from memdfa_lab import figures
 
@@ -153,7 +154,7 @@ def collect(out: str | Path) -> pd.DataFrame:
         return pd.DataFrame()
     text = pd.concat(tables).to_csv(index=False)
     write_text(out / "results.csv", text)
-    table = read_csv(io.StringIO(text), dtype={"run": str}, low_memory=False)  # a column has one type
+    table = read_csv(io.StringIO(text), dtype={"run": str}, low_memory=False)  # so that each column has one type
     if find_spec("pyarrow"):
         write_whole(out / "results.parquet", lambda path: table.to_parquet(path, engine="pyarrow", index=False))
     figure = figures.sweep_summary(table, sweep.varied)
@@ -163,7 +164,7 @@ def collect(out: str | Path) -> pd.DataFrame:
 
 
 def _result(sweep: Sweep, out: Path, name: str) -> pd.DataFrame:
-    """Return a run's result behind its name and parameters; a parameter with the name of a result is parameter_NAME."""
+    """Return a run's name, parameters and results as columns; a parameter named like a result is parameter_NAME."""
     results = read_csv(out / "runs" / name / sweep.result)
     columns = {"run": name}
     for key, value in sweep.runs[name].items():
@@ -173,7 +174,7 @@ def _result(sweep: Sweep, out: Path, name: str) -> pd.DataFrame:
 
 
 def status(where: str | Path, out: str | Path | None = None) -> pd.DataFrame:
-    """Return a row a run of a sweep's folder or file: run, status, error and parameters.
+    """Return one row per run of a sweep's folder or file: run, status, error and parameters.
 
     The status is done, failed, running or waiting. Raises ValueError for a folder that has no sweep.
     """
@@ -183,7 +184,7 @@ def status(where: str | Path, out: str | Path | None = None) -> pd.DataFrame:
     for name, parameters in sweep.runs.items():
         folder = out / "runs" / name
         error = (read_json(folder / FAILED) or {"error": ""})["error"]
-        running = is_running(folder)  # asked first: a run that ends in between is done
+        running = is_running(folder)  # asked first: a run that ends in between counts as done
         now = "done" if is_done(folder, sweep.code) else "running" if running else "failed" if error else "waiting"
         rows.append({"run": name, "status": now, "error": error if now == "failed" else "", **parameters})
     return pd.DataFrame(rows)

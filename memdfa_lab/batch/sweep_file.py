@@ -18,7 +18,7 @@ from memdfa_lab.core.checks import lookup
 from memdfa_lab.lab import models
 from memdfa_lab.lab.settings import Checked, RunSettings
 
-# what papermill says of a notebook's annotated parameter -> what it must be
+# type of a notebook's parameter, as papermill writes it -> type that its values must have
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 Values = Annotated[list[Any], Field(min_length=1)]
 Grid = Annotated[dict[str, Values], Field(min_length=1)]
@@ -26,7 +26,7 @@ Entries = Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
 class SweepFile(Checked):
-    """Key: of a sweep file, as it is written."""
+    """Key: the keys of a sweep file."""
 
     run: str
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -38,7 +38,7 @@ class SweepFile(Checked):
     table: str | None = None
 
     def combinations(self) -> Entries:
-        """Return the parameters of each run. Raises ValueError if there is not one of grid and list."""
+        """Return the parameters of each run. Raises ValueError unless there is either a grid or a list."""
         if (self.grid is None) == (self.list is None):
             raise ValueError("give either grid (each combination is a run) or list (each entry is a run)")
         grid = self.grid or {}
@@ -48,35 +48,35 @@ class SweepFile(Checked):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file asks for, in full."""
+    """The content of a sweep file, checked, with all its runs."""
 
     run: str  # train, or the path of a notebook
-    runs: dict[str, dict[str, Any]]  # by a hash of all settings, the parameters as they are written
-    code: str  # what the results depend on besides: with another version or another notebook all runs are done anew
-    result: str  # the file in a run's folder that is its result
-    folder: str  # from which relative paths among the parameters are meant
-    comments: dict[str, str]  # of the parameters, by name: they say which ones are paths
-    retries: int  # how often a run that failed is done again
-    threads: int  # of a run
+    runs: dict[str, dict[str, Any]]  # hash of all settings -> the parameters as they are written
+    code: str  # version of the package, hash of the notebook: if one of them changes, all runs are repeated
+    result: str  # name of the file with a run's result, in its folder
+    folder: str  # relative paths among the parameters start here
+    comments: dict[str, str]  # parameter -> its comment, which says whether it is a path
+    retries: int  # how often a failed run is repeated
+    threads: int  # for each run
     timeout_s: float  # seconds that a notebook may take
 
     @property
     def varied(self) -> list[str]:
-        """The names of the parameters that are not the same in all runs."""
+        """The names of the parameters that differ between runs."""
         names = dict.fromkeys(name for parameters in self.runs.values() for name in parameters)
         return [name for name in names if len({json.dumps(one.get(name)) for one in self.runs.values()}) > 1]
 
     def label(self, name: str) -> str:
-        """Return those parameters of a run that tell it from the others."""
+        """Return, as text, those parameters of a run that differ between runs."""
         return ", ".join(f"{key}={self.runs[name][key]}" for key in self.varied if key in self.runs[name])
 
     def given(self, name: str) -> dict[str, Any]:
-        """Return the parameters of a run with its paths resolved, wherever the run is done."""
+        """Return the parameters of a run with absolute paths, which hold in any working directory."""
         return resolved(self.runs[name], self.comments, self.folder)
 
 
 def from_yaml(text: str) -> Any:
-    """Return the value of a YAML 1.2 document. Raises ValueError, one line, also for a key that is given twice."""
+    """Return the value of a YAML 1.2 document. Raises ValueError, one line, if it is not valid or has a key twice."""
     try:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as problem:
@@ -86,11 +86,11 @@ def from_yaml(text: str) -> Any:
 
 
 def read(file: str | Path) -> Sweep:
-    """Read a sweep file. Raises ValueError, one line, for whatever in it could not be run."""
+    """Read a sweep file. Raises ValueError, one line, for anything in it that cannot be run."""
     try:
         content = from_yaml(Path(file).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("not a sweep file: that has the keys run and grid or list")
+            raise ValueError("not a sweep file: it needs the key run, and grid or list")
         return _sweep(SweepFile(**content), Path(file).parent)
     except (ValueError, TypeError, OSError) as problem:
         raise ValueError(f"{file}: {' '.join(str(problem).split())}") from problem
@@ -100,7 +100,7 @@ def _sweep(file: SweepFile, beside: Path) -> Sweep:
     code = f"memdfa_lab {metadata.version('memdfa_lab')}"
     if file.run == "train":
         if file.table is not None:
-            raise ValueError("table goes with a notebook: the result of train is its history")
+            raise ValueError("table goes with a notebook only: the result of train is its history")
         checked: type[Checked] = RunSettings
         run, result, comments = "train", "history.csv", {"root": "folder"}
     else:
@@ -113,7 +113,7 @@ def _sweep(file: SweepFile, beside: Path) -> Sweep:
     runs: dict[str, dict[str, Any]] = {}
     for one in file.combinations():
         settings = checked(**one)
-        if isinstance(one.get("network"), str):  # before an hour of runs that know the name
+        if isinstance(one.get("network"), str):  # an unknown name is reported before anything runs
             models.get(one["network"])
         if isinstance(settings, RunSettings):
             settings = settings.completed()
@@ -128,7 +128,7 @@ def _hash(value: Any) -> str:
     try:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
     except TypeError as problem:
-        raise ValueError(f"a parameter is a number, a text, true, false or a list of them: {problem}") from None
+        raise ValueError(f"a parameter must be a number, a text, true, false or a list of these: {problem}") from None
 
 
 def _notebook(beside: Path, name: str) -> Path:
@@ -139,7 +139,7 @@ def _notebook(beside: Path, name: str) -> Path:
 
 
 def _parameters(notebook: Path, table: str | None) -> dict[str, dict[str, str]]:
-    """Return the parameters of a notebook but for `out`. Raises ValueError if it does not write the table there."""
+    """Return the parameters of a notebook except `out`. Raises ValueError if it lacks `out` or the table."""
     has = parameters_of(notebook)
     if has.pop("out", None) is None:
         raise ValueError(f"{notebook.name} has no parameter out, the folder into which a notebook writes its tables")

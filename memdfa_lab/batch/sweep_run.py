@@ -1,8 +1,8 @@
-"""One run of a sweep: a process of its own, and the thread or Dask worker that starts and watches it.
+"""One run of a sweep: `work` starts a process and waits for it, `main` is what that process does.
 
-The process holds a lock in its folder, so that no two write there. It ends when the pipe that is its stdin breaks: when
-the sweep is interrupted, or when the process that started it is gone, however that happened. The kernel of its notebook
-ends with it. `done.json` is written last: without it, nothing in the folder counts.
+The process holds a lock in its folder, so that only one process writes there. Its stdin is a pipe, and it ends when
+that pipe is closed: when the sweep is interrupted, or when the process that started it has ended for any reason. The
+kernel of its notebook ends with it. `done.json` is written last: a folder without it counts as unfinished.
 """
 
 import _thread
@@ -35,7 +35,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class CellFailed(Exception):
-    """A notebook stopped in a cell; the text says in which and why."""
+    """A notebook failed; the text says in which cell, and why."""
 
 
 def load(out: Path) -> Sweep:
@@ -47,19 +47,19 @@ def load(out: Path) -> Sweep:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """Return what a JSON file has; None if there is no such file."""
+    """Return the content of a JSON file; None if there is no such file."""
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
 def is_done(folder: Path, code: str) -> bool:
-    """Tell whether the run came to its end, with the code there is now."""
+    """Tell whether the run is finished, with the current code."""
     about = read_json(folder / "parameters.json")
     return about is not None and about["code"] == code and (folder / DONE).exists()
 
 
 def is_running(folder: Path) -> bool:
     """Tell whether a living process holds the lock of a run."""
-    if not (folder / LOCK).exists():  # FileLock would make it, and its folder
+    if not (folder / LOCK).exists():  # FileLock would create it, and its folder
         return False
     try:
         with FileLock(folder / LOCK, timeout=0):
@@ -70,7 +70,7 @@ def is_running(folder: Path) -> bool:
 
 @cache
 def lifeline() -> int:
-    """Return the read end of a pipe that breaks when this process ends: nothing is ever written into the other end."""
+    """Return the read end of a pipe that is closed when this process ends; nothing is ever written into it."""
     return os.pipe()[0]
 
 
@@ -79,12 +79,12 @@ def work(out: str, name: str, retries: int, stdin: int | None = None) -> str | N
 
     Args:
         out: The folder of the sweep, with sweep.json.
-        name: The run's name in it.
-        retries: How often a run that fails is done again.
-        stdin: The read end of a pipe, at whose end the run is interrupted; default: that of this process.
+        name: The run's name in the sweep.
+        retries: How often a failed run is repeated.
+        stdin: The read end of a pipe; the run is interrupted when it is closed. Default: one that this process holds.
 
     Returns:
-        What went wrong at last, in one line, or None.
+        The last attempt's error, in one line; None if the run is finished.
     """
     folder = Path(out, "runs", name)
     if not folder.parent.is_dir():
@@ -100,7 +100,7 @@ def work(out: str, name: str, retries: int, stdin: int | None = None) -> str | N
                 stdout=log,
                 stderr=log,
                 env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TQDM_DISABLE": "1"},
-                start_new_session=True,  # Ctrl-C is for the sweep, which then ends its runs
+                start_new_session=True,  # Ctrl-C goes to the sweep alone, which then ends its runs
             )
         status = process.wait()
         if status in (0, INTERRUPTED):
@@ -122,7 +122,7 @@ def main(out: str, name: str) -> int:
         sweep = load(Path(out))
         os.environ |= dict.fromkeys(THREADS, str(sweep.threads))  # for the kernel of a notebook
         torch.set_num_threads(sweep.threads)
-        with FileLock(folder / LOCK):  # another process has it if a worker is thought lost that is not
+        with FileLock(folder / LOCK):  # another process has it if Dask lost sight of a worker that still runs
             if not is_done(folder, sweep.code):
                 _prepare(folder, {"run": sweep.run, "parameters": sweep.runs[name], "code": sweep.code})
                 started = time.perf_counter()
@@ -145,7 +145,7 @@ def _end_with_stdin() -> None:
     while os.read(0, 1):
         pass
     if os.name == "posix":
-        os.kill(os.getpid(), signal.SIGINT)  # training keeps a checkpoint, a kernel is shut down
+        os.kill(os.getpid(), signal.SIGINT)  # training saves a checkpoint, a kernel is shut down
     else:
         _thread.interrupt_main()
     time.sleep(10)
@@ -153,7 +153,7 @@ def _end_with_stdin() -> None:
 
 
 def _prepare(folder: Path, about: dict[str, Any]) -> None:
-    """Write what is run into the folder; remove what another code left there, else training goes on from it."""
+    """Write what is run into the folder; remove files of other code, from which training would continue."""
     if read_json(folder / "parameters.json") == about:
         return
     for left in folder.iterdir():

@@ -1,6 +1,6 @@
 """One function for each figure; it takes plain tables and returns a matplotlib Figure. Units are on the axes.
 
-`algorithm` needs no table and returns an SVG, which moves.
+`algorithm` needs no table and returns an animated SVG.
 """
 
 from memdfa_lab.figures.algorithm import algorithm

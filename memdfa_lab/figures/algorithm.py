@@ -21,23 +21,23 @@ WAYS = {
 }
 DIRECT = ("dfa", "memdfa")
 TEXT = (
-    "Four panels, BP, FA, DFA and MEM-DFA: a network, the way of its error, and bars that show how long each layer's "
+    "Four panels, BP, FA, DFA and MEM-DFA: a network, the path of its error, and bars that show how long each layer's "
     "tensors are in memory. BP and FA send the error back layer by layer, DFA and MEM-DFA straight to each layer. All "
-    "but MEM-DFA keep every activation until the error is there; MEM-DFA keeps two. Predicted peak, in activations: "
+    "but MEM-DFA keep every activation until the error arrives; MEM-DFA keeps two. Predicted peak, in activations: "
     "{peaks}."
 )
 WIDTH, PANEL, GAP = 800, 394, 12  # of the picture, of a panel, and between panels
 TOP, ROW, AREA, AXIS = 44, 26, 66, 32  # heights: title, a layer, the bytes over time, the axis
-BOX, WIDE, TALL = 44, 50, 19  # where a layer's box begins, how wide and tall it is
+BOX, WIDE, TALL = 44, 50, 19  # left edge, width and height of a layer's box
 START, STOP = 166, 382  # horizontal places of the first and the last time
 ERROR, ALIVE = FILLS["error"][0], FILLS["activations"][0]
-BARS = {"activations": (2, 13), "error": (16, 4), "gradients": (21, 4)}  # where a row has them, and how thick
+BARS = {"activations": (2, 13), "error": (16, 4), "gradients": (21, 4)}  # their place in a row, and their thickness
 LEGEND = {"activations": ("activations", 126), "error": ("error, signals", 146), "gradients": ("gradients", 0)}
 NOTE = "predicted, in activations and forward passes"
 
 
 def algorithm(layers: int = 4, units: int = 256, batch: int = 1024) -> str:
-    """Return an SVG, 800 wide, of one step of each rule; browsers show it as a film.
+    """Return an SVG, 800 wide, of one step of each rule; browsers animate it.
 
     Each panel shows the network and the paths of the error; to the right of each layer, the lifetimes of the tensors
     that it makes; and below them the bytes at each moment. All numbers are predicted, for plain SGD and regenerated B.
@@ -85,7 +85,7 @@ class _Panel:
     def __init__(self, rule: str, bars: Sequence[Bar], blocks: int, size: int, longest: float, highest: float):
         self.rule, self.bars, self.blocks, self.size, self.longest = rule, bars, blocks, size, longest
         self.base = TOP + ROW * (blocks + 1)  # below the rows
-        self.floor, self.unit = self.base + AREA, (AREA - 8) / highest / size  # of the bytes: their zero, and of one
+        self.floor, self.unit = self.base + AREA, (AREA - 8) / highest / size  # y of 0 bytes, height of one byte
         self.times = sorted({time for bar in bars for time in (bar.born, bar.end)})
         self.held = [sum(bar.size_bytes for bar in self.alive(time)) for time in self.times]
         self.peak = self.times[self.held.index(max(self.held))]
@@ -97,7 +97,7 @@ class _Panel:
         return START + (STOP - START) * time / self.longest
 
     def y(self, row: int) -> float:
-        """Return the middle of a layer's row; the loss's, `blocks`, is the highest."""
+        """Return y at the middle of a layer's row; row `blocks`, at the top, is the loss's."""
         return self.base - ROW * (row + 0.5)
 
     def draw(self, height: float) -> str:
@@ -107,7 +107,7 @@ class _Panel:
         return frame + title + self.lifetimes() + self.memory() + self.clock() + self.network()
 
     def lifetimes(self) -> str:
-        """Return a bar for each tensor: wide for activations, below them signals and gradients, thin if small."""
+        """Return a bar for each tensor: thick for activations, below them signals and gradients; thin if small."""
         rows = range(self.blocks + 1)
         parts = [f'<path d="M{START} {self.y(row) + ROW / 2}H{STOP}" stroke="#eeeeee"/>' for row in rows]
         for row, category, size_bytes, born, end in self.bars:
@@ -162,7 +162,7 @@ class _Panel:
         parts.append(f'<path d="M{middle} {self.base + 4}V{top}" stroke="{GREY}" stroke-width="2"/>')
         parts.append(text(middle, self.base + 16, "x", 18, "middle"))
         ways = {row: self.way(row) for row in range(self.blocks)}
-        parts.append(f'<g opacity="0.25">{"".join(ways.values())}</g>')  # where no error is
+        parts.append(f'<g opacity="0.25">{"".join(ways.values())}</g>')  # pale, where no error is on its way
         parts += [f"<g {self.named('way', row)}>{way}</g>" for row, way in ways.items()]
         for row in range(self.blocks):
             look = f'x="{BOX}" y="{self.y(row) - TALL / 2}" width="{WIDE}" height="{TALL}" rx="4" stroke-width="1.5"'

@@ -9,10 +9,10 @@ from memdfa_lab.figures.lines import from_zero, lines, right_angle
 
 @draws("rule", "epoch loss test_accuracy")
 def learning_curves(table: pd.DataFrame) -> Figure:
-    """Draw training loss and test error against epochs: the mean over seeds, in a band from the least to the largest.
+    """Draw training loss and test error against epochs: the mean over seeds, in a band from smallest to largest.
 
-    `table` has the columns rule, epoch, loss, test_accuracy, and a row a seed (`ml.experiments.compare`). Without any
-    test example, the loss is drawn alone.
+    `table` has the columns rule, epoch, loss and test_accuracy, and one row per epoch and seed, as in
+    `ml.experiments.compare`. Without test examples, only the loss is drawn.
     """
     labels, errors = {"loss": "mean training loss", "error": "test error (%)"}, 100 * (1 - table["test_accuracy"])
     shown = ["loss", "error"] if errors.notna().any() else ["loss"]
@@ -24,7 +24,7 @@ def learning_curves(table: pd.DataFrame) -> Figure:
 
 @draws()
 def alignment(table: pd.DataFrame, angle: str = "gradient_deg", xlabel: str = "steps") -> Figure:
-    """Draw angles to BP against steps, a panel a block: the mean over seeds in a band from the least to the largest.
+    """Draw angles to BP against steps, one panel per block: the mean over seeds, in a band from smallest to largest.
 
     Args:
         table: The columns rule (or any other name of a run), step, block, and the one named by `angle`, in degrees.
@@ -40,13 +40,13 @@ def alignment(table: pd.DataFrame, angle: str = "gradient_deg", xlabel: str = "s
 
 @draws("rule", "peak_bytes")
 def peak_against(table: pd.DataFrame, x: str, xlabel: str, measured: pd.DataFrame | None = None) -> Figure:
-    """Draw peaks above rest against depth, batch or width, a line a rule, both axes logarithmic.
+    """Draw peaks above rest against depth, batch or width, one line per rule, both axes logarithmic.
 
     Args:
         table: The columns rule, peak_bytes and the one named by `x`.
         x: The column of the horizontal axis.
         xlabel: Name of that axis.
-        measured: The columns `x` and peak_bytes, drawn as rings.
+        measured: A table with the columns `x` and peak_bytes, drawn as rings.
     """
     labels = {x: xlabel, "peak_bytes": "peak above rest (MiB)"}
     marks = None if measured is None else {"measured": measured}

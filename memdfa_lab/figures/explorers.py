@@ -1,4 +1,4 @@
-"""The figures that the explorers draw again at each change of a control."""
+"""The figures that the explorers draw at each change of a control."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from memdfa_lab.figures.peaks import label_ends
 from memdfa_lab.figures.profiles import draw_steps
 from memdfa_lab.figures.style import FILLS, MIB, legend, legend_of_fills, panels
 
-# The looks of runs that are no rule's: colours are for rules and for kinds of memory.
+# The looks of runs that do not differ in their rule: colours are for rules and for kinds of memory.
 GREYS: list[dict[str, Any]] = [
     {"color": "black", "linestyle": "-", "marker": "o"},
     {"color": "#555555", "linestyle": "--", "marker": "^"},
@@ -25,13 +25,13 @@ GREYS: list[dict[str, Any]] = [
 
 @draws("rule", "depth bytes")
 def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: int | None = None) -> Figure:
-    """Draw bytes against depth, a line a rule, both axes logarithmic.
+    """Draw bytes against depth, one line per rule, both axes logarithmic.
 
     Args:
-        table: The columns rule, depth and bytes, and a row a rule at `depth`.
+        table: The columns rule, depth and bytes; each rule has a row at `depth`.
         depth: The number of layers at which each line is marked.
         ylabel: Name of the vertical axis.
-        budget_bytes: Where a level line is drawn, if it is given.
+        budget_bytes: Where a horizontal line is drawn; None: no line.
     """
     check_number("depth", depth, or_more=False)
     if budget_bytes is not None:
@@ -56,7 +56,7 @@ def peak_at_depth(table: pd.DataFrame, depth: int, ylabel: str, budget_bytes: in
 def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
     """Draw one step of each rule, bytes stacked by category, the peak marked; the vertical axis is shared.
 
-    `steps`: label -> a row a moment, with the column phase and a column of bytes a category.
+    `steps`: label -> one row per moment, with the column phase, and the bytes of each category as a column.
     """
     for label, table in steps.items():
         for name in table.columns.drop("phase"):
@@ -64,16 +64,16 @@ def step_profiles(steps: Mapping[str, pd.DataFrame], ylabel: str) -> Figure:
         categories_in(f"steps[{label!r}]", table)
     figure = draw_steps(steps, ylabel, height=2.1)
     for axes in figure.axes:
-        axes.set_xticks([])  # a deep step is drawn from some of its moments
+        axes.set_xticks([])  # only some moments of a deep step are drawn
     legend_of_fills(figure, pd.concat(steps).drop(columns="phase").max())
     return figure
 
 
 @draws("rule", "step loss accuracy angle_deg")
 def live_curves(table: pd.DataFrame) -> Figure:
-    """Draw loss, accuracy and angle to BP against steps, a line a rule.
+    """Draw loss, accuracy and angle to BP against steps, one line per rule.
 
-    `table` has the columns rule, step, loss, accuracy (a part of one) and angle_deg.
+    `table` has the columns rule, step, loss, accuracy (0 to 1) and angle_deg.
     """
     labels = {"step": "steps", "loss": "training loss", "accuracy": "test accuracy (%)"}
     labels |= {"angle_deg": "angle to BP (degrees)"}
@@ -98,13 +98,13 @@ def feedback(
     title: str,
     steps: int,
 ) -> Figure:
-    """Draw the spectrum of B beside theory (left), and angles to BP against steps (right), a line a run.
+    """Draw the spectrum of B beside theory (left), and angles to BP against steps (right), one line per run.
 
     Args:
-        values: Singular values of B and of others drawn like it, over the entries' deviation times sqrt(n), (N,).
+        values: Singular values of B and of matrices sampled like it, over the entries' deviation times sqrt(n), (N,).
         own: Those of B only, (M,).
         grid: Where the theory is evaluated, (K,).
-        theory: Density of the singular values on `grid`, (K,); None if theory has all of them equal.
+        theory: Density of the singular values on `grid`, (K,); None if all are equal in theory.
         angles: The columns run, step and angle_deg, or an empty table.
         title: Title of the spectrum.
         steps: Where the axis of the steps ends.
@@ -114,11 +114,11 @@ def feedback(
     check_type("angles", angles, pd.DataFrame, "a pandas table")
     figure, (spectrum, angle) = panels(2, columns=2, height=2.9)
     if theory is None:
-        spectrum.axvline(values.mean(), color="#cccccc", linewidth=6, label="orthogonal: all alike")
+        spectrum.axvline(values.mean(), color="#cccccc", linewidth=6, label="orthogonal: all equal")
         top = 1.0
     else:
         spectrum.fill_between(grid, theory, color="#cccccc", lw=0, label="Marchenko–Pastur")
-        look: Any = {"histtype": "step", "color": "#666666", "linewidth": 1.6, "label": "drawn"}
+        look: Any = {"histtype": "step", "color": "#666666", "linewidth": 1.6, "label": "sampled"}
         heights, _, _ = spectrum.hist(values, np.linspace(0, grid[-1], 40), density=True, **look)
         top = 1.3 * max(heights.max(), theory.max())
     spectrum.plot(own, np.full(len(own), 0.03 * top), "|", color="black", markersize=12, label="this B")
@@ -142,7 +142,7 @@ def marchenko_pastur(v: Any, C: int, n: int) -> Any:
     give it for the eigenvalues of B Bᵀ, the squares of the singular values.
 
     Args:
-        v: Where the density is asked for: singular values over σ √n, of any shape.
+        v: Singular values over σ √n, of any shape.
         C: Rows of B.
         n: Columns of B.
 

@@ -21,7 +21,7 @@ def draws(names: str = "", numbers: str = "", each: bool = False) -> Callable[[C
     """Decorate a function that draws its first argument: check its columns, and set matplotlib's settings.
 
     Args:
-        names: The columns of names or groups that the table must have, with spaces between. Rules must be of STYLES.
+        names: The columns of names or groups that the table must have, separated by spaces. Rules must be in STYLES.
         numbers: The columns of numbers, likewise.
         each: Whether the first argument is a dict, label -> table, in place of a table.
     """
@@ -48,9 +48,9 @@ def draws(names: str = "", numbers: str = "", each: bool = False) -> Callable[[C
 
 
 def require_columns(what: str, table: Any, names: list[str], numbers: list[str]) -> None:
-    """Check that this is a table with a row, these columns of anything, and these of numbers; `what` is its name.
+    """Check that a table has a row, the columns `names` and `numbers`, and numbers in the latter; `what` is its name.
 
-    Raises TypeError if it is no pandas table, else ValueError.
+    Raises TypeError if it is not a pandas table, ValueError otherwise.
     """
     columns = [*dict.fromkeys([*names, *numbers])]
     check_type(what, table, pd.DataFrame, f"a pandas table with the columns {', '.join(columns)}")
@@ -61,7 +61,7 @@ def require_columns(what: str, table: Any, names: list[str], numbers: list[str])
         raise ValueError(f"{what} has no row, so there is nothing to draw: it needs one or more")
     for name in (name for name in numbers if not is_numeric_dtype(table[name])):
         for text in (value for value in table[name] if isinstance(value, str)):
-            raise ValueError(f"column {name} of {what} must be of numbers, and has {text!r}")
+            raise ValueError(f"column {name} of {what} must have numbers, got {text!r}")
 
 
 def categories_in(what: str, table: pd.DataFrame) -> list[str]:
@@ -74,7 +74,7 @@ def categories_in(what: str, table: pd.DataFrame) -> list[str]:
 
 
 def check_dict(what: str, things: Any) -> Mapping[str, Any]:
-    """Return the dict, label -> what is drawn. Raises TypeError if it is none, ValueError if it is empty."""
+    """Return the dict, label -> what is drawn. Raises TypeError if it is not a dict, ValueError if it is empty."""
     check_type(what, things, Mapping, "a dict, label -> what is drawn")
     if not things:
         raise ValueError(f"{what} is empty, so there is nothing to draw: it needs one label or more")
@@ -82,7 +82,7 @@ def check_dict(what: str, things: Any) -> Mapping[str, Any]:
 
 
 def check_array(what: str, values: Any, *sizes: str) -> np.ndarray:
-    """Return the values as an array of these dimensions. Raises ValueError if they are no numbers, or none at all."""
+    """Return the values as an array of these dimensions. Raises ValueError if they are not, or are empty."""
     array = np.asarray(values)
     if array.dtype.kind not in "biuf" or array.ndim != len(sizes) or not array.size:
         given = f"a {type(values).__name__} of shape {array.shape}"

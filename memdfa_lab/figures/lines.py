@@ -13,7 +13,7 @@ from pandas.api.types import is_integer_dtype, is_numeric_dtype
 from memdfa_lab.figures.inputs import draws, require_columns
 from memdfa_lab.figures.style import LOOKS, MIB, STYLES, legend, panels
 
-Looks = Mapping[Any, tuple[str, dict[str, Any]]]  # name -> what the legend calls it, look
+Looks = Mapping[Any, tuple[str, dict[str, Any]]]  # name -> (name in the legend, look)
 RING = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": "black"}
 CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.2, "markeredgecolor": "black"}
 
@@ -29,22 +29,22 @@ def lines(
     log: str = "",
     marks: Mapping[str, pd.DataFrame] | None = None,
 ) -> Figure:
-    """Draw y against x, a line for each value of `by`: means over rows of one x, in a band from least to largest.
+    """Draw y against x, one line for each value of `by`: the mean at each x, in a band from smallest to largest.
 
     Columns whose name ends in "bytes" are drawn in MiB.
 
     Args:
-        table: A row a point, or a row a point and seed.
+        table: One row per point, or per point and seed.
         x: The column on the horizontal axis, or a list with one for each of `y`.
         y: The column on the vertical axis; a list of them gets a panel each.
-        by: The column whose values get a line each. Rules have looks of their own, others those of LOOKS in order.
+        by: The column whose values get a line each. Rules have their own looks, other values those of LOOKS in order.
         panel: A column whose values get a panel each, or a row of panels if there are several y.
-        labels: Column -> name of its axis, where that is not the column's own.
+        labels: Column -> name of its axis, if it is not the column's name.
         log: The axes that are logarithmic: "x", "y" or "xy".
         marks: Label -> a table with x, y and panel, drawn as rings (the first) or crosses (the second).
 
     Raises:
-        TypeError: If a table is none.
+        TypeError: If a table is not a pandas table.
         ValueError: If a table has no row, lacks a column, or has text in place of numbers.
     """
     ys = [y] if isinstance(y, str) else list(y)
@@ -76,15 +76,15 @@ def lines(
 
 
 def draw_lines(axes: Any, table: pd.DataFrame, x: str, y: str, by: str, looks: Looks | None = None) -> None:
-    """Draw a line for each value of `by`: the mean at each x, in a band from the least to the largest.
+    """Draw one line for each value of `by`: the mean at each x, in a band from smallest to largest.
 
     Args:
         axes: Where the lines are drawn.
-        table: A row a point, or a row a point and seed.
+        table: One row per point, or per point and seed.
         x: The column on the horizontal axis.
         y: The column on the vertical axis.
         by: The column whose values get a line each.
-        looks: What `looks_of` returns, for several panels to have the same.
+        looks: What `looks_of` returns; several panels can share it.
     """
     for name, (label, look) in (looks or looks_of(table[by])).items():
         rows = table[table[by] == name]
@@ -96,7 +96,7 @@ def draw_lines(axes: Any, table: pd.DataFrame, x: str, y: str, by: str, looks: L
 
 
 def looks_of(names: Iterable[Any]) -> Looks:
-    """Return name -> (label, look) for each name, in order: a rule's own, or else the next of LOOKS."""
+    """Return name -> (label, look) for each name, in order: a rule's own, or the next of LOOKS."""
     others = itertools.cycle(LOOKS)
     return {name: STYLES[name] if name in STYLES else (str(name), next(others)) for name in dict.fromkeys(names)}
 
@@ -107,7 +107,7 @@ def in_units(table: pd.DataFrame, column: str) -> "pd.Series[float]":
 
 
 def logarithmic(axes: Any, which: str, values: Iterable[float] = (), most: int = 14) -> None:
-    """Make x, y or both logarithmic, with plain numbers at 1, 2, 5, 10 and so on; x at `most` of the values, if any."""
+    """Make x, y or both logarithmic, with ticks at 1, 2, 5, 10 and so on; those of x at up to `most` values, if any."""
     for name in which:
         axis, ticks = getattr(axes, f"{name}axis"), sorted(set(values))
         axes.set(**{f"{name}scale": "log"})
@@ -121,12 +121,12 @@ def logarithmic(axes: Any, which: str, values: Iterable[float] = (), most: int =
 
 
 def right_angle(axes: Any, largest: float = 0) -> None:
-    """Draw a line at 90 degrees; give the axis of angles a tick each 30 degrees, up to 100 or the largest angle."""
+    """Draw a line at 90 degrees; put ticks every 30 degrees, on an axis up to 100 or the largest angle."""
     axes.axhline(90, color="black", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     axes.set_yticks(range(0, 181, 30))
     axes.set_ylim(-4, max(100, 5 + largest))
 
 
 def from_zero(axes: Any) -> None:
-    """Let the vertical axis begin at zero and end above the largest value, also if all are alike."""
+    """Let the vertical axis begin at zero and end above the largest value, even if all are equal."""
     axes.set_ylim(0, max(1.05 * axes.dataLim.ymax, axes.get_ylim()[1]))

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 from memdfa_lab.memory.trace import Trace
 
-# The multiply-adds of a visit of a block by phase, relative to its forward pass. Small ones are drawn as SMALL.
+# The multiply-adds of each phase of a block, relative to its forward pass. Small ones are drawn as SMALL.
 WORK = {"forward": 1.0, "recompute": 1.0, "backward": 2.0, "local gradient": 1.0, "update": 0.05}
 SMALL = 0.3
 
 
 class Bar(NamedTuple):
-    """A tensor's life: its layer (one more than the last for what the loss makes), kind, bytes, birth and end."""
+    """A tensor's life: its layer (for tensors of the loss, one more than the last), kind, bytes, birth and end."""
 
     row: int
     category: str
@@ -20,10 +20,10 @@ class Bar(NamedTuple):
 
 
 def lives(trace: Trace, blocks: int) -> list[Bar]:
-    """Return the lifetime of each tensor of a step except single numbers; a visit of a block lasts as its work."""
+    """Return the lifetime of each tensor of a step except single numbers; a phase of a block takes its WORK."""
     table = trace.timeline
     table = table[table.groupby("storage")["bytes"].transform("first") > 8].reset_index(drop=True)
-    within = table["phase"] != ""  # what is freed between two phases is freed as the first ends
+    within = table["phase"] != ""  # what is freed between two phases counts to the first
     phases = table["phase"].where(within).ffill()
     of_block = table["block"].astype(float).where(within).ffill().where(phases != "error", blocks)
     visits = ((phases != phases.shift()) | (of_block != of_block.shift())).cumsum()
@@ -31,7 +31,7 @@ def lives(trace: Trace, blocks: int) -> list[Bar]:
     now = 0.0
     for _, events in table.groupby(visits):
         phase, block = phases[events.index[0]], of_block[events.index[0]]
-        work = WORK.get(phase, SMALL) / (2 if (phase, block) == ("backward", 0) else 1)  # x needs no signal
+        work = WORK.get(phase, SMALL) / (2 if (phase, block) == ("backward", 0) else 1)  # no signal is computed for x
         work = min(work, SMALL) if block == blocks - 1 else work
         times |= {event: now + work * place / len(events) for place, event in enumerate(events.index)}
         now += work

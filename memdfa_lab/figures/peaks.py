@@ -18,13 +18,13 @@ def peak_fillings(
     """Draw memory by category, a stacked bar for each row, in the order of the rows.
 
     Args:
-        table: The column rule, and a column of bytes a category.
-        panel: A column whose values get a panel each, beside one another; their rows have the same names.
-        of: A column whose text stands behind the rule's name.
+        table: The column rule, and the bytes of each category as a column.
+        panel: A column whose values get a panel each, side by side; all panels have rows of the same names.
+        of: A column whose text is written after the rule's name.
         xlabel: Name of the horizontal axis.
 
     Raises:
-        TypeError: If the table is none.
+        TypeError: If the table is not a pandas table.
         ValueError: If it has no row, lacks a column, or has an unknown rule or text in place of numbers.
     """
     require_columns("table", table, [name for name in (panel, of) if name], [])
@@ -50,14 +50,14 @@ def peak_fillings(
     all_axes[0].set_yticks(range(len(rows)), labels=names)
     all_axes[0].invert_yaxis()
     seen = table[categories].fillna(0)
-    legend_of_fills(figure, seen.max() / MIB, seen.sum(axis=1).max() / MIB / 300)  # less cannot be seen
+    legend_of_fills(figure, seen.max() / MIB, seen.sum(axis=1).max() / MIB / 300)  # smaller parts cannot be seen
     return figure
 
 
 def direct_labels(figure: Figure) -> Figure:
     """Write the name of each line at its right end, in place of the legend, and return the figure.
 
-    Lines that end alike share a text. Names of marks without a line stay in a legend, within the panel.
+    Lines that end at the same height share a text. Marks without a line are named in a legend within the panel.
     """
     for old in list(figure.legends):
         old.remove()
@@ -72,7 +72,7 @@ def direct_labels(figure: Figure) -> Figure:
 
 
 def label_ends(axes: Any, lines: Any) -> None:
-    """Write the name of each of these lines of a panel at its right end; the limits of the panel are to be final."""
+    """Write the name of each of these lines at its right end; the limits of the panel must be final."""
     axes.get_xlim(), axes.get_ylim()  # so that they follow from the lines
     to_panel = axes.transData + axes.transAxes.inverted()
     named = [line for line in lines if len(line.get_xdata()) and not str(line.get_label()).startswith("_")]
@@ -101,11 +101,11 @@ def label_ends(axes: Any, lines: Any) -> None:
 
 @draws("network batch_size rule feedback", "ratio ratio_low ratio_high peak_bytes")
 def frontier(table: pd.DataFrame) -> Figure:
-    """Draw time against memory, a panel a network and a point a contender of `bench`: down and left is better.
+    """Draw time against memory, one panel per network, one point per contender of `bench`: lower left is better.
 
-    `table` has the columns network, batch_size, rule, feedback, ratio, ratio_low, ratio_high, peak_bytes, and perhaps
+    `table` has the columns network, batch_size, rule, feedback, ratio, ratio_low, ratio_high, peak_bytes, and if wanted
     pass1. Points of one rule that differ in their setting are joined in the order of their peaks; open markers are
-    rules whose feedback is stored, small ones those whose pass 1 is cheap.
+    rules with stored feedback, small ones those with a cheap pass 1.
     """
     table = table.assign(pass1=table.get("pass1", "")).fillna({"pass1": ""})
     networks = list(table.groupby(["network", "batch_size"], sort=False))

@@ -27,12 +27,12 @@ def memory_profiles(timelines: Mapping[str, pd.DataFrame]) -> Figure:
         steps[label] = pd.DataFrame({"phase": table["phase"], **alive})
     figure = draw_steps(steps, "above rest (MiB)", height=2.6)
     held = pd.concat(steps).drop(columns="phase")
-    legend_of_fills(figure, held.max(), held.sum(axis=1).max() / 300)  # less cannot be seen
+    legend_of_fills(figure, held.max(), held.sum(axis=1).max() / 300)  # smaller parts cannot be seen
     return figure
 
 
 def draw_steps(steps: Mapping[str, pd.DataFrame], ylabel: str, height: float) -> Figure:
-    """Draw a panel a step, bytes stacked by category over phases; panels are `height` inches high and share y."""
+    """Draw one panel per step, bytes stacked by category over phases; panels are `height` inches high and share y."""
     columns = min(len(steps), 2)
     figure, all_axes = panels(len(steps), columns, height, sharey=True, grid=False)
     top = pd.concat(steps).drop(columns="phase").sum(axis=1).max()
@@ -54,12 +54,12 @@ def draw_steps(steps: Mapping[str, pd.DataFrame], ylabel: str, height: float) ->
 
 @draws("phase category", "storage block bytes", each=True)
 def lifetimes(timelines: Mapping[str, pd.DataFrame]) -> Figure:
-    """Draw how long the tensors of a step live, a row a block: a bar from birth to end for each of them.
+    """Draw how long the tensors of a step live, one row per block: a bar from birth to end for each of them.
 
-    `timelines`: label -> `Trace.timeline`, of which storage, phase, block, category and bytes are drawn. Wide bars are
-    activations, narrow ones above and below their middle signals and gradients; the row above the last block has the
-    tensors of the loss, e with them. Time is counted in births and frees, alike in all panels. Single numbers are left
-    out. Raises ValueError for a step without blocks.
+    `timelines`: label -> `Trace.timeline`, of which storage, phase, block, category and bytes are drawn. Thick bars are
+    activations; thin bars are signals (above the middle) and gradients (below it). The row above the last block has the
+    tensors of the loss, including e. Time is counted in births and frees, on the same scale in all panels. Single
+    numbers are left out. Raises ValueError for a step without blocks.
     """
     bars = {"activations": (0.0, 0.8), "error": (0.2, 0.3), "gradients": (-0.2, 0.3)}  # middle, height
     figure, all_axes = panels(len(timelines), columns=2, height=2.6, sharey=True, grid=False)
@@ -90,7 +90,7 @@ def lifetimes(timelines: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def mark_peak(axes: Any, total: np.ndarray) -> None:
-    """Mark where the total, in MiB, is largest, and name that size in the unit of the axis, unless it is tiny."""
+    """Mark where the total, in MiB, is largest, and write its size there, in MiB unless it is tiny."""
     peak = int(total.argmax())
     axes.plot(peak, total[peak], marker="v", color="black", markersize=6, clip_on=False)
     side = "left" if peak < len(total) / 2 else "right"
@@ -99,7 +99,7 @@ def mark_peak(axes: Any, total: np.ndarray) -> None:
 
 
 def shade_phases(axes: Any, phases: list[str]) -> None:
-    """Shade the phases, and name those that have room for it."""
+    """Shade the phases, and write their names where there is room."""
     shades = {"forward": "#eeeeee", "error": "#bbbbbb", "update": "#e4e4e4"}
     for name, start, stop in spans(phases):
         axes.axvspan(start, stop, color=shades.get(name, "#f8f8f8"), zorder=-2, lw=0)
@@ -109,7 +109,7 @@ def shade_phases(axes: Any, phases: list[str]) -> None:
 
 
 def spans(phases: list[str]) -> list[tuple[str, int, int]]:
-    """Return (name, start, stop) of each phase; phases that take turns, block by block, are one."""
+    """Return (name, start, stop) of each phase; phases that alternate from block to block count as one."""
     named = pd.Series(phases).replace("local gradient", "learn")
     named = named.where(named != "").ffill().fillna("begin")
     runs = [rows for _, rows in named.groupby((named != named.shift()).cumsum())]

@@ -1,7 +1,7 @@
 """What all figures share: the styles of rules and of memory categories, settings, panels, legends, and saving.
 
-Colours are Okabe and Ito's, safe for colour-blind eyes; each rule has its own line style and marker besides, so that a
-grey print can be read.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Each rule also has its own line style and
+marker, so that a grey print can be read.
 """
 
 import io
@@ -47,7 +47,7 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
     "local_readout": ("local readouts", {"color": "#117733", "linestyle": "-", "marker": "h"}),
     "drtp": ("DRTP", {"color": "#882255", "linestyle": (0, (3, 1, 1, 1)), "marker": "<"}),
 }
-# The looks of lines that are no rule's, in their order.
+# The looks of lines that do not stand for rules, in order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")
 DASHES: Any = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 LOOKS: list[dict[str, Any]] = [
@@ -76,7 +76,7 @@ SETTINGS: Any = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "svg.hashsalt": "memdfa_lab",  # the same figure gives the same file
-    "axes.titley": 1.0,  # looking for a free place takes a third of the time to draw
+    "axes.titley": 1.0,  # searching a free place takes a third of the drawing time
     "figure.dpi": 100,
     "hatch.linewidth": 0.4,
 }
@@ -84,21 +84,21 @@ BELOW: Any = {"loc": "outside lower center", "frameon": False, "fontsize": 9}  #
 
 
 def label(rule: str) -> str:
-    """Return a rule's name as people write it: "MEM-DFA" for memdfa. Any other name is returned as it is."""
+    """Return the usual name of a rule: "MEM-DFA" for memdfa. Any other name is returned as it is."""
     return STYLES[rule][0] if rule in STYLES else rule
 
 
 def panels(
     number: int = 1, columns: int = 1, height: float = 3.5, sharey: bool = False, grid: bool = True
 ) -> tuple[Figure, list[Any]]:
-    """Return a new figure, 8 inches wide, and its axes, one a panel, row by row.
+    """Return a new figure, 8 inches wide, and its axes, one per panel, row by row.
 
     Args:
         number: How many panels there are.
         columns: How many panels a row has.
         height: Height of a row in inches; half an inch is added for a legend below.
         sharey: Whether the panels share their vertical axis.
-        grid: Whether there are lines at the ticks.
+        grid: Whether grid lines are drawn.
     """
     rows = math.ceil(number / columns)
     size = (8, height * rows + 0.5)
@@ -116,7 +116,7 @@ def legend(figure: Figure, of: Sequence[Any] = (), handlelength: float = 3.5) ->
     Args:
         figure: Where the legend is drawn.
         of: The axes whose lines are named; all of the figure, if there are none.
-        handlelength: Length of the piece of line beside a name, over the size of the letters.
+        handlelength: Length of the piece of line beside a name, over the font size.
     """
     handles: dict[str, Any] = {}
     for axes in of or figure.axes:
@@ -149,14 +149,14 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
     path = path.with_suffix("") if path.suffix in (".svg", ".png") else path
     svg, png = (path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png"))
     with plt.rc_context(SETTINGS):
-        # A date would make the same figure another file each day.
+        # With a date, the same figure would give another file each day.
         write_whole(svg, partial(figure.savefig, format="svg", metadata={"Date": None}))
         write_whole(png, partial(figure.savefig, format="png", dpi=150))
     return [svg, png]
 
 
 def picture(figure: Figure, alt: str) -> Any:
-    """Return the figure as a picture for a notebook, sharp on any screen, with a text in place of it."""
+    """Return the figure as a picture for a notebook, sharp on any screen, with `alt` as its text."""
     from IPython.display import Image
 
     check_type("figure", figure, Figure, "a matplotlib Figure")

@@ -5,12 +5,12 @@ SECONDS, STILL = 10.0, 3.0  # how long a film takes, and the still picture befor
 
 
 def percent(part: float) -> str:
-    """Return a time, from 0 to 1 while the film moves, as a part of the film with its still picture."""
+    """Return a time, from 0 to 1 while the film moves, as a percentage of the film including its still picture."""
     return f"{100 * part * SECONDS / (SECONDS + STILL):.2f}%"
 
 
 def film(name: str, steps: str, timing: str) -> str:
-    """Return the CSS by which what has the class memdfa-NAME goes through these keyframes, again and again."""
+    """Return CSS that moves elements of the class memdfa-NAME through these keyframes, in a loop."""
     played = f"{SECONDS + STILL:g}s {timing} {STILL:g}s infinite"
     return f"@keyframes memdfa-{name}{{{steps}}}.memdfa-{name}{{animation:memdfa-{name} {played}}}"
 
@@ -22,7 +22,7 @@ def box(x: float, y: float, width: float, height: float, fill: str, radius: floa
 
 
 def arrow(path: str, color: str) -> str:
-    """Return a path with a head at its end, whose colour `heads` has been given."""
+    """Return a path with an arrowhead at its end; `heads` must define one in this colour."""
     return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2.5" marker-end="url(#memdfa-{color[1:]})"/>'
 
 

@@ -12,15 +12,16 @@ from memdfa_lab.figures.style import LOOKS, STYLES, legend, panels
 
 @draws("run")
 def sweep_summary(table: pd.DataFrame, varied: list[str]) -> Figure | None:
-    """Draw the runs' last results against what was varied: means, with the least and the largest.
+    """Draw the runs' last results against what was varied: means, with the smallest and the largest.
 
-    Drawn is test_accuracy, or the last result of numbers; against the number that took the most values (not the seed),
-    a line for each rule, or for each value of another parameter. None is returned if no result has numbers.
-    `table` has the columns run, parameters, results (`ml.sweep.collect`); where there are epochs, the last ones count.
+    The vertical axis has test_accuracy, or else the last numeric result. The horizontal axis has the numeric parameter
+    with the most values, except the seed. There is one line per rule, or per value of another parameter. None is
+    returned if no result is numeric. `table` has the columns run, parameters and results (`ml.sweep.collect`); if it
+    has epochs, the last ones are drawn.
     """
     check_type("varied", varied, (list, tuple), "a list of parameters' names, such as ['lr', 'rule']")
     named = [f"parameter_{name}" if f"parameter_{name}" in table else name for name in varied]
-    varied = [name for name in named if name in table]  # a run that was given another may not be finished
+    varied = [name for name in named if name in table]  # others were given only to runs that are not finished
     numbers = [name for name in table if is_numeric_dtype(table[name]) and table[name].notna().any()]
     results = [str(name) for name in numbers if name not in [*varied, "seconds"]]
     if not results:

@@ -2,10 +2,10 @@
 
 Each consists of ipywidgets around functions that need no browser. Write it as the last line of a cell:
 
-- `memory_explorer()`: memory of a step at any depth, width and batch; `explore()` has its numbers;
+- `memory_explorer()`: memory of a step at any depth, width and batch; `explore()` returns its numbers;
 - `live_training()`: loss, accuracy and angle of four rules while they train; `Race` trains them without pictures;
 - `feedback_explorer()`: the spectrum of B, and the angle over a short training; `Matrix` has its numbers;
-- `step_player()`: which tensors exist at each moment of a step; `film()` has the moments.
+- `step_player()`: which tensors exist at each moment of a step; `film()` returns the moments.
 """
 
 from memdfa_lab.lab.architectures import ACTIVATIONS

@@ -19,24 +19,24 @@ from memdfa_lab.lab.settings import Checked
 from memdfa_lab.widgets.setting import ALL_RULES
 
 S = TypeVar("S", bound=Checked)
-Parts = Generator[float, None, None]  # the parts of a work; each yields the seconds to wait before the next
-# The choices of a value: a range, for a slider; numbers, for a slider over these; labels by number, for a menu. None is
-# for a menu of names, a tick or a text, as the value's type has it.
+Parts = Generator[float, None, None]  # work in parts; each yields the seconds to wait before the next
+# The choices of a value: a range makes a slider, numbers make a slider over these, number -> label makes a menu. None
+# makes a menu of names, a tick box or a text field, as the value's type requires.
 Choices = range | tuple[float, ...] | dict[int, str] | None
 WIDE: Any = {"style": {"description_width": "8.5em"}, "layout": {"width": "auto"}}
-DRAG_S = 0.02  # before a change is shown: a drag sends more changes than there is time to draw
-PAUSE_S = 0.002  # at least between two parts, for the kernel's other work
+DRAG_S = 0.02  # before a change is shown: dragging sends more changes than can be drawn
+PAUSE_S = 0.002  # at least, between two parts: time for the kernel's other work
 
 
 class Explorer(ipywidgets.VBox):
-    """Controls for a setting's values, and the work that follows from them, part by part.
+    """Controls for the values of a setting, and the work that shows their effect, done in parts.
 
     The parts run in a task of the kernel's event loop, which waits while a cell runs. Without a loop, outside a
     notebook, nothing runs by itself: call `next_part` or `finish`.
     """
 
-    trains: ClassVar[bool] = False  # whether its work ends if a cell is interrupted, or makes another one
-    at_work: ClassVar[dict[type, "Explorer"]] = {}  # the last one of each class that trains
+    trains: ClassVar[bool] = False  # whether its work stops if a cell is interrupted or makes another one
+    at_work: ClassVar[dict[type, "Explorer"]] = {}  # the latest one of each class that trains
     a_cell_runs: ClassVar[bool] = False
 
     def __init__(self, start: Checked):
@@ -59,21 +59,21 @@ class Explorer(ipywidgets.VBox):
 
     @abstractmethod
     def parts(self) -> Parts:
-        """Show what follows from the controls. What it raises is shown in a line."""
+        """Show the effect of the controls, in parts. An error that it raises is shown in a line."""
 
     @property
     def setting(self) -> Any:
-        """What the controls say. Raises ValueError for what is not possible."""
+        """The setting that the controls show. Raises ValueError if it is not possible."""
         values = {name: control.value for name, control in self.controls.items()}
         if self.ticks:
             values["rules"] = [rule for rule, tick in self.ticks.items() if tick.value]
         return self.start_from.changed(**values)
 
     def lay_out(self, groups: Mapping[str, Mapping[str, Choices]], right: Sequence[Any], below: Sequence[Any]) -> None:
-        """Put the controls beside what is shown, or above it where there is no room, and do the first part.
+        """Place the controls beside the results, or above them if there is no room, and do the first part.
 
-        `groups`: the values to control, with their choices, by the title above them. `right` is shown beside the
-        controls, `below` is wide and shown below both.
+        `groups`: title -> the values to control, each with its choices. `right` is placed beside the controls, `below`
+        under both, in full width.
         """
         columns = [
             ipywidgets.VBox(
@@ -89,7 +89,7 @@ class Explorer(ipywidgets.VBox):
         self.next_part()
 
     def _control(self, name: str, choices: Choices) -> Any:
-        """Return a control for one value of the setting, which starts at its value."""
+        """Return a control for one value of the setting; it starts at that value."""
         value = getattr(self.start_from, name)
         if name == "rules":
             self.ticks = {rule: self.watch(tick(rule in value, label)) for rule, label in ALL_RULES.items()}
@@ -113,29 +113,29 @@ class Explorer(ipywidgets.VBox):
         return control
 
     def watch(self, control: Any) -> Any:
-        """Show what the controls say when this one changes, too."""
+        """Update what is shown whenever this control changes; return the control."""
         control.observe(lambda change: self.in_loop(self.changed), "value")
         return control
 
     def catch_up(self) -> None:
-        """Show a change that is still to be shown."""
+        """Do the first part now, if it is still to come."""
         if getgeneratorstate(self._parts) == GEN_CREATED:
             self.next_part()
 
     def changed(self) -> None:
-        """Show what the controls say a little later."""
-        if getgeneratorstate(self._parts) in (GEN_SUSPENDED, GEN_CLOSED):  # else its first part will show this, too
+        """Update what is shown, a little later."""
+        if getgeneratorstate(self._parts) in (GEN_SUSPENDED, GEN_CLOSED):  # otherwise the first part is still to come
             self.begin(self.parts(), DRAG_S)
 
     def begin(self, parts: Parts, wait_s: float = 0.0) -> None:
-        """Do these parts in place of those that are still to come."""
+        """Do these parts instead of the remaining ones."""
         self.stop()
         self._parts = parts
         if self._loop is not None:
             self._task = self._loop.create_task(self._go_on(wait_s))
 
     def stop(self) -> None:
-        """Leave out the parts that are still to come."""
+        """Cancel the remaining parts."""
         if self._task is not None:
             self._task.cancel()
         self._parts.close()
@@ -152,14 +152,14 @@ class Explorer(ipywidgets.VBox):
         return wait_s
 
     def finish(self) -> None:
-        """Do all parts that are still to come, without waiting."""
+        """Do all remaining parts, without waiting."""
         while self.next_part() is not None:
             pass
 
     async def _go_on(self, wait_s: float | None) -> None:
         while wait_s is not None:
             await asyncio.sleep(max(wait_s, PAUSE_S))
-            if not Explorer.a_cell_runs:  # one that awaits: its ledger and settings are not for us
+            if not Explorer.a_cell_runs:  # a cell that awaits: its ledger must not count our tensors
                 wait_s = self.next_part()
 
     def in_loop(self, call: Callable[[], None]) -> None:
@@ -170,16 +170,16 @@ class Explorer(ipywidgets.VBox):
             self._loop.call_soon_threadsafe(call)
 
     def say(self, text: str) -> None:
-        """Show a line above the picture, or none."""
+        """Show a line above the picture; none if the text is empty."""
         self.message.value = f"<p role='alert'><b>{html.escape(text)}</b></p>" if text else ""
 
     def __repr__(self) -> str:
-        """What is seen where widgets are not, on GitHub and in print; ipywidgets cuts it at 110 characters."""
+        """Return the text that is shown instead of a widget on GitHub and in print; ipywidgets cuts it at 110."""
         return f"The {str(self.__doc__).partition(':')[0].lower()}: run this cell to use it."
 
 
 def start_from(kind: type[S], start: S | None, changes: dict[str, Any]) -> S:
-    """Return a start, or the kind's own, with some values changed. Raises TypeError for a start of another kind."""
+    """Return `start`, or the kind's default, with some values changed. Raises TypeError if it is of another kind."""
     start = kind() if start is None else start
     check_type(str(kind.__doc__).partition(":")[0].lower(), start, kind, f"an ml.widgets.{kind.__name__}")
     return start.changed(**changes)

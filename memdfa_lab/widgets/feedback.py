@@ -1,4 +1,4 @@
-"""The feedback explorer: a random matrix B, its spectrum beside theory, and the alignment of a network with it."""
+"""The feedback explorer: a random matrix B, its spectrum beside theory, and the angle to BP in a training with it."""
 
 import math
 from collections.abc import Container, Iterator, Sequence
@@ -22,15 +22,15 @@ from memdfa_lab.widgets.pictures import image, table
 from memdfa_lab.widgets.setting import ALL_RULES, Seed, Setting, Width
 from memdfa_lab.widgets.training import Race, digits
 
-VALUES = 500  # singular values that are drawn, from as many matrices as that takes
+VALUES = 500  # singular values in the histogram, from as many matrices as needed
 SHORT: dict[str, Any] = {"layers": 2, "batch": 50, "lr": 0.02, "every": 10, "probe": 200}  # the short training
-STEPS = 200  # of it
-TAUGHT = {name: ALL_RULES[name] for name, rule in RULES.items() if rule.uses_feedback}  # by random matrices
+STEPS = 200  # of the short training
+TAUGHT = {name: ALL_RULES[name] for name, rule in RULES.items() if rule.uses_feedback}  # the rules that use B
 RANDOM, START, ALWAYS = "random B", "B = Wᵀ before training", "B = Wᵀ at each step"
 
 
 class Matrix(Checked):
-    """Matrix: a family of random matrices B, `outputs` x `width` (C x n), and the rule that is taught by them.
+    """Matrix: a family of random matrices B, `outputs` x `width` (C x n), and the rule that uses them.
 
     Raises ValueError, one line, for values that are not possible.
     """
@@ -40,7 +40,7 @@ class Matrix(Checked):
     storage: FeedbackName = "stored"
     seed: Seed = 0
     outputs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="C, size of e")
-    width: Width = Field(100, description="n, units a layer")
+    width: Width = Field(100, description="n, units per layer")
     rule: Annotated[str, NameOf("rule", TAUGHT)] = "dfa"
 
     @model_validator(mode="after")
@@ -57,16 +57,16 @@ class Matrix(Checked):
 
     @property
     def edges(self) -> tuple[float, float]:
-        """The least and the largest singular value of a large matrix of this shape in theory, over `unit`."""
+        """The smallest and the largest singular value, over `unit`, of a large matrix of this shape in theory."""
         root = math.sqrt(self.outputs / self.width)
         return (max(root, 1.0),) * 2 if self.distribution == "orthogonal" else (abs(1 - root), 1 + root)
 
     def feedback(self, more: int = 0) -> Feedback:
-        """Return the family of the seed plus `more`."""
+        """Return the matrices B for `seed` plus `more`."""
         return KINDS[self.storage](self.seed + more, self.distribution, self.scale)
 
     def singular_values(self, more: int = 0) -> np.ndarray:
-        """Return those of the first block's B, the largest first: min(C, n) of them, float64."""
+        """Return the singular values of the first block's B, the largest first, (min(C, n),), float64."""
         B = self.feedback(more).dense(0, self.outputs, self.width, like=torch.zeros(()))
         return torch.linalg.svdvals(B.double()).numpy()
 
@@ -84,7 +84,7 @@ class Matrix(Checked):
         """Train three networks, one after the other: with these B, and with the weights themselves in place of B.
 
         Yields a row after every tenth step, from 0 on: `run`, step, angle_deg (to BP's gradient, the mean over the
-        hidden blocks), loss and accuracy. The last row of a network that diverges is repeated, with ran_away.
+        hidden blocks), loss and accuracy. If a network diverges, its last row is repeated, with ran_away=True.
         """
         chosen = self.model_dump(include={"distribution", "scale", "storage", "seed", "width"})
         for run, copied_at in {RANDOM: (), START: (0,), ALWAYS: range(STEPS + 1)}.items():
@@ -142,7 +142,7 @@ class FeedbackExplorer(base.Explorer):
 
     def parts(self) -> base.Parts:
         matrix: Matrix = self.setting
-        taught = matrix.changed(outputs=digits().classes)  # its e has the size of the digits' classes
+        taught = matrix.changed(outputs=digits().classes)  # its e has a number for each class of the digits
         if taught != self._trained:
             self._trained, self.rows, self._learning = taught, [], taught.learning()
         self._draw(matrix)
@@ -160,10 +160,10 @@ class FeedbackExplorer(base.Explorer):
         alt = f"Singular values of B from {own[-1]:.3g} to {own[0]:.3g}. {angles}"
         self.picture.value = image(matrix.figure(self.rows), alt, (0.65, 0.95, 0.15, 0.35), (0.25, 0.3))
         ends = {"of this B": own[[-1, 0]], "in theory": [edge * matrix.unit for edge in matrix.edges]}
-        values = pd.DataFrame.from_dict(ends, "index", columns=["least", "largest"]).map("{:.4g}".format)
+        values = pd.DataFrame.from_dict(ends, "index", columns=["smallest", "largest"]).map("{:.4g}".format)
         trained = {
             run: [
-                f"{row['step']}, then it ran away" if "ran_away" in row else str(row["step"]),
+                f"{row['step']}, then it diverged" if "ran_away" in row else str(row["step"]),
                 f"{row['angle_deg']:.1f}°",
                 f"{100 * row['accuracy']:.1f} %",
             ]
@@ -177,7 +177,7 @@ class FeedbackExplorer(base.Explorer):
         self.numbers.value = (
             table(values.rename_axis("singular values"))
             + table(learned.rename_axis("short training"))
-            + f"<p>Trained: {net}, {how}. Its B take {readable(kept.get('feedback', 0))} between steps.</p>"
+            + f"<p>Trained: {net}, {how}. Its matrices B take {readable(kept.get('feedback', 0))} between steps.</p>"
         )
 
 

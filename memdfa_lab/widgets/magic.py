@@ -21,15 +21,15 @@ class MemoryMagic(Magics):
         """Run the cell, then show the peak of the tensors it makes, by category, and a small timeline.
 
         For a plain training loop, a sentence says what the peak is made of, and what would lower it.
-        `%%memory name` also leaves the Trace in that variable. A cell that fails is accounted for, too, and fails.
-        Raises ValueError for what is not a name, and for a cell with await.
+        `%%memory name` also leaves the Trace in that variable. A cell that fails is measured, too, and its error is
+        raised. Raises ValueError if the name is not one, and for a cell with await.
         """
         shell: Any = self.shell
         name = line.strip()
         if name and not name.isidentifier():
             raise _in_a_line(ValueError(f"%%memory takes the name of one variable, such as trace, got {name!r}"))
         if shell.should_run_async(cell, transformed_cell=shell.transform_cell(cell)):
-            raise _in_a_line(ValueError("%%memory runs no cell with await: move what awaits to a cell of its own"))
+            raise _in_a_line(ValueError("%%memory cannot run a cell with await: move await to another cell"))
         with Ledger() as ledger:
             result = shell.run_cell(cell)  # it shows the traceback itself, if there is one
         trace = ledger.trace()
@@ -52,8 +52,8 @@ class ExerciseMagic(Magics):
     def exercise(self, line: str, cell: str) -> None:
         """Run the cell: an answer, then asserts that check it. Print "Right.", or in one line what is not right yet.
 
-        An answer ends at the line "# check"; while it has a `...`, nothing is run. An assert says itself what is wrong;
-        any other error is named with its line. The cells below run either way.
+        An answer ends at the line "# check"; while it has a `...`, nothing is run. An assert's message says what is
+        wrong; any other error is printed with its line. The cells below can run in each case.
         """
         shell: Any = self.shell
         source = shell.transform_cell(cell)
@@ -74,6 +74,6 @@ class ExerciseMagic(Magics):
 
 
 def _in_a_line(problem: Any) -> BaseException:
-    """Return a problem for which the notebook shows a line in place of a traceback."""
+    """Return an error for which the notebook shows one line instead of a traceback."""
     problem._render_traceback_ = lambda: [f"{type(problem).__name__}: {problem}"]
     return problem

@@ -23,12 +23,12 @@ from memdfa_lab.widgets.pictures import image, table
 from memdfa_lab.widgets.setting import ALL_RULES, Setting
 
 CURVE = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
-MOMENTS = 500  # drawn of a step; of more events, the fullest of each stretch
+MOMENTS = 500  # drawn of a step; of more, the fullest in each stretch
 # Stops of a logarithmic slider: each is about a fifth above the last.
 DEPTHS = (1, 2, 3, *(k * 2**n for n in range(8) for k in (4, 5, 6, 7)), 1000)
 WIDTHS = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 5, 10, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16_384, 32_768)
-OF_LAYERS = ("inputs", "classes", "depth", "width", "activation", "batch_norm")  # values that a model does not have
+OF_LAYERS = ("inputs", "classes", "depth", "width", "activation", "batch_norm")  # not for a model by name
 INPUTS = {784: "784 (MNIST)", 3072: "3,072 (CIFAR)", 150_528: "150,528 (ImageNet)"}
 CODE = """<div style='line-height:1.4'>
 <p><b>The peaks in Python</b> (click and copy), after <code>import memdfa_lab as ml</code></p>
@@ -36,7 +36,7 @@ CODE = """<div style='line-height:1.4'>
 
 
 class Explored:
-    """What follows from a setting. The peaks are there at once, the rest is computed when first asked for."""
+    """What a setting needs in memory. The peaks are computed at once, the rest when it is first used."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -45,7 +45,7 @@ class Explored:
 
     @cached_property
     def peaks(self) -> pd.DataFrame:
-        """A row a rule, in bytes: its peak above what is at rest between steps, what is at rest, and their sum."""
+        """One row per rule, in bytes: the peak above rest, what rests between steps, and their sum."""
         rows = [
             {"peak_bytes": trace.peak_bytes, **trace.peak_by_category, "resting_bytes": trace.resting_bytes}
             | {f"resting {name}": size for name, size in trace.resting_by_category.items()}
@@ -58,7 +58,7 @@ class Explored:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The peaks, and what fits the budget, as `fits` returns it, in the columns largest_batch and deepest."""
+        """The peaks, and the columns largest_batch and deepest with what `fits` returns."""
         found = [self.fits(rule) for rule in self.traces]
         columns = dict(zip(("largest_batch", "deepest"), zip(*found, strict=True), strict=False))
         return self.peaks.assign(**columns)
@@ -66,7 +66,7 @@ class Explored:
     def fits(self, rule: str) -> tuple[int, ...]:
         """Return the largest batch and the most hidden layers (up to 10,000) that fit the budget; 0 if nothing does.
 
-        One example or one layer more does not fit. A model by name has no number of layers to choose.
+        One example or one layer more does not fit. For a model by name, only the batch is returned.
         """
         setting, budget = self.setting, bytes_of(self.setting.budget)
         if rule not in self.fitting:
@@ -86,14 +86,14 @@ class Explored:
 
     @cached_property
     def steps(self) -> dict[str, pd.DataFrame]:
-        """Up to 500 moments of a step, in order, by the rule's label: columns phase and bytes of each category."""
+        """Label of a rule -> up to 500 moments of its step, in order: columns phase, and bytes by category."""
         return {ALL_RULES[rule]: self._moments(trace) for rule, trace in self.traces.items()}
 
     def _moments(self, trace: Trace) -> pd.DataFrame:
         totals = trace.totals[1:]
         edges = np.unique(np.linspace(0, len(totals), min(MOMENTS, len(totals)) + 1, dtype=int))
         fullest = [start + totals[start:stop].argmax() for start, stop in pairwise(edges)]
-        # The fullest moment is in the same phase for every block; these go through all of them.
+        # The fullest moments may all be in one phase. Phases are those of moments in all of them.
         anywhere = [start + i % (stop - start) for i, (start, stop) in enumerate(pairwise(edges))]
         held = trace.by_category.iloc[fullest].reindex(columns=CATEGORIES, fill_value=0).reset_index(drop=True)
         if self.setting.count_rest:
@@ -102,14 +102,14 @@ class Explored:
         return held.loc[:, held.any()]
 
     def depth_figure(self) -> Figure:
-        """Draw bytes against depth, a line a rule; of a model by name, what its peak is filled with, a bar a rule."""
+        """Draw bytes against depth, one line per rule; for a model by name, its peak by category, one bar per rule."""
         rest = self.setting.count_rest
         if not self.setting.equal_layers:
             bars = self.peaks.copy()
             for name in CATEGORIES if rest else ():
                 bars[name] = bars.get(name, 0) + bars.get(f"resting {name}", 0)
-            return figures.peak_fillings(bars, xlabel="rest and peak (MiB)" if rest else "peak above rest (MiB)")
-        what = "peak, with what rests (MiB)" if rest else "peak above rest (MiB)"
+            return figures.peak_fillings(bars, xlabel="peak + rest (MiB)" if rest else "peak above rest (MiB)")
+        what = "peak + rest (MiB)" if rest else "peak above rest (MiB)"
         budget = bytes_of(self.setting.budget) if rest else None
         return figures.peak_at_depth(self.curve, self.setting.depth, what, budget)
 
@@ -124,13 +124,13 @@ class Explored:
 
     @property
     def network(self) -> str:
-        """What the network is called in a sentence."""
+        """The network's name in a sentence."""
         return f"{self.setting.depth:,} hidden layers" if self.setting.equal_layers else self.setting.model
 
     def html(self) -> str:
-        """Return the numbers as two tables; what fits the budget is shown for rules of which that has been computed."""
+        """Return the numbers as two tables. What fits the budget is shown for rules whose `fits` has been called."""
         setting, names = self.setting, {"peak_bytes": "peak above rest"}
-        names |= {name: f"of it {name}" for name in CATEGORIES if name in self.peaks}
+        names |= {name: f"of which {name}" for name in CATEGORIES if name in self.peaks}
         names |= {"resting_bytes": "at rest", "held_bytes": "peak + rest"}
         peaks = self.peaks.set_index("rule").rename(index=ALL_RULES)[list(names)].rename(columns=names)
         columns = [f"largest batch, {self.network}", f"most hidden layers, at batch {setting.batch:,}"]
@@ -140,7 +140,7 @@ class Explored:
         return (
             f"<p><b>One step</b> ({html.escape(setting.title)}; point at a number for its bytes)</p>"
             f"{table(peaks.map(_size))}"
-            f"<p><b>What fits into {html.escape(setting.budget)}</b>, peak and rest together; one more does not</p>"
+            f"<p><b>What fits into {html.escape(setting.budget)}</b>, peak and rest together</p>"
             f"{table(pd.DataFrame(found, peaks.index, columns))}"
         )
 

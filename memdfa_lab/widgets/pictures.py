@@ -21,10 +21,10 @@ STYLE = """<style>
 
 
 def image(figure: Figure, alt: str, margins: Sequence[float], between: Sequence[float]) -> str:
-    """Return a figure as HTML. It is placed by hand: matplotlib's constrained layout would draw it twice.
+    """Return a figure as HTML. Its margins are given: matplotlib's constrained layout would draw it twice.
 
     `alt`: the text for those who cannot see it. `margins`: left, bottom, right and top of the panels, in inches: the
-    same each time, so that nothing jumps. `between`: the space between panels, in widths and heights of one.
+    same each time, so that nothing jumps. `between`: the space between panels, in widths and heights of a panel.
     """
     width, height = figure.get_size_inches()
     left, bottom, right, top = margins
@@ -37,14 +37,14 @@ def image(figure: Figure, alt: str, margins: Sequence[float], between: Sequence[
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Return a table of texts as HTML; the texts may have HTML in them. The index names the rows."""
+    """Return a table of texts as HTML; the texts may contain HTML. The index names the rows."""
     with pd.option_context("display.max_colwidth", None):
         text = rows.rename_axis(index=None, columns=str(rows.index.name)).to_html(escape=False, border=0)
     return f"{STYLE}<div style='overflow-x:auto;margin-bottom:1em'>{text}</div>"
 
 
 def sparkline(totals: Sequence[int], top: int, at: int | None = None) -> str:
-    """Return bytes in memory against time as an SVG, the axis up to `top`; a dot marks the number `at`."""
+    """Return bytes in memory against time as an SVG, the axis up to `top`; a dot marks the moment `at`."""
     points = [(480 * i / max(len(totals) - 1, 1), 120 - 120 * total / max(top, 1)) for i, total in enumerate(totals)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dot = "" if at is None else '<circle cx="{:.1f}" cy="{:.1f}" r="7" fill="currentColor"/>'.format(*points[at])

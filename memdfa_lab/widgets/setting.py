@@ -1,4 +1,4 @@
-"""The limits of what a user chooses, and the setting of a step that is predicted."""
+"""The limits of the values that a user can choose, and the setting of a predicted step."""
 
 from functools import lru_cache, partial
 from typing import Annotated, Any, Self
@@ -29,12 +29,12 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": t
 MOST_LAYERS = 1000
 
 
-# Rules whose B can learn; others have the stored one that it begins as.
+# Rules whose B can learn; other rules get a stored B, which is what a learned B starts from.
 LEARNERS = tuple(name for name, rule in RULES.items() if rule.teaches_feedback)
 
 
 def kind_for(rule: str, kind: str) -> Any:
-    """Return what makes a rule's feedback of this kind."""
+    """Return the function that makes a rule's feedback of this kind."""
     return KINDS["stored" if kind == "learned" and rule not in LEARNERS else kind]
 
 
@@ -63,10 +63,10 @@ RuleNames = Annotated[tuple[RuleName, ...], Field(strict=False), AfterValidator(
 class Setting(Checked):
     """Setting: a network of equal hidden layers or a model by name, a batch, rules to compare, a budget of memory.
 
-    `width` is in units of an MLP's layer, or filters of a convnet's; `precision` is that of weights, batch and all the
-    rest. With `count_rest`, pictures show what is in memory between steps, too. The family "model" is torchvision's
-    network called `model`, or a user's MODULE:FUNCTION, for images of 3x224x224 or as in resnet18@3x64x64; the values
-    of other networks are for those. Raises ValueError, one line, for values that are not possible.
+    `width` counts the units of an MLP's layer, or the filters of a convnet's. `precision` is that of all tensors. With
+    `count_rest`, pictures include what is in memory between steps. In the family "model", `model` names a network of
+    torchvision, or is a user's MODULE:FUNCTION; images are 3x224x224, or as in resnet18@3x64x64, and depth, width and
+    other values of layers are ignored. Raises ValueError, one line, for values that are not possible.
     """
 
     family: Annotated[str, NameOf("family", FAMILIES)] = "mlp"
@@ -89,16 +89,16 @@ class Setting(Checked):
     def _fits_together(self) -> Self:
         if self.family == "convnet" and self.inputs not in IMAGES:
             sizes = ", ".join(f"{inputs:,} ({'x'.join(map(str, shape))})" for inputs, shape in IMAGES.items())
-            raise ValueError(f"a convnet takes images, of {sizes} inputs, got {self.inputs:,}: choose an mlp")
+            raise ValueError(f"a convnet takes images, of {sizes} inputs, got {self.inputs:,}: choose these or an mlp")
         if self.family == "model":
             self.network()
         elif self.batch_norm and self.batch == 1:
-            raise ValueError("BatchNorm needs two examples or more to train: choose a larger batch, or leave it out")
+            raise ValueError("BatchNorm needs two examples or more to train: choose a larger batch, or no BatchNorm")
         return self
 
     @property
     def equal_layers(self) -> bool:
-        """Whether the network may be of any depth."""
+        """Whether the network has equal hidden layers, and so any depth."""
         return self.family in EQUAL
 
     @property
@@ -115,7 +115,7 @@ class Setting(Checked):
         return self.batch, *(IMAGES[self.inputs] if self.family == "convnet" else (self.inputs,))
 
     def network(self) -> nn.Module:
-        """Return a new network. Raises TypeError or ValueError, one line, for a model that is not there or not cut."""
+        """Return a new network. Raises TypeError or ValueError, one line, for a model that cannot be built."""
         if self.family == "model":
             return _model(self.model_name, self.precision)
         make: Any = {"mlp": models.mlp, "convnet": models.convnet}[self.family]
@@ -124,9 +124,9 @@ class Setting(Checked):
         return net.to(PRECISIONS[self.precision])
 
     def predict(self, rule: str, depth: int) -> Trace:
-        """Return what a step of a rule holds in this network; those of equal layers have `depth` hidden ones."""
+        """Return the predicted step of a rule in this network, with `depth` hidden layers if they are equal."""
         own = {"depth": depth if self.equal_layers else 1, "rules": (rule,), "budget": "", "count_rest": False}
-        return _predict(self.model_copy(update=own))  # not checked: it may be larger than a user chooses
+        return _predict(self.model_copy(update=own))  # not checked: it may be larger than a user can choose
 
     @property
     def title(self) -> str:

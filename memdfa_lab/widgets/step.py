@@ -1,7 +1,8 @@
-"""The step player: one step of each rule as a film over the layers, drawn from the ledger's account of it.
+"""The step player: one step of each rule as a film over the layers, drawn from predicted events.
 
 Each picture shows a moment: a column for each block, and in it a bar for each kind of tensor that exists then. The
-height of a bar is the square root of its bytes. The events are those of `memory.predict`, and so those of a real step.
+height of a bar is proportional to the square root of its bytes. The events are those of `memory.predict`, which are
+those of a real step.
 """
 
 import html
@@ -26,14 +27,14 @@ SHOWN = {  # category -> its letter, and its name in the legend
     "workspace": ("w", "workspace"),
 }
 SCALAR_BYTES = 8  # single numbers, such as the loss, are too small to be seen
-DOING = {"begin": "check the batch", "local gradient": "gradient of the block", "": "free what is done with"}
+DOING = {"begin": "check the batch", "local gradient": "gradient of the block", "": "free what is no longer needed"}
 
 
 FILM = base.start_from(Setting, None, {"depth": 5, "width": 200, "batch": 512, "feedback": "stored"})
 
 
 class Moment(NamedTuple):
-    """What exists after an operation: bytes by (block, category), the block None for what the loss makes."""
+    """What exists after an operation: bytes by (block, category), where block is None for tensors of the loss."""
 
     operation: str
     phase: str
@@ -48,8 +49,8 @@ class Moment(NamedTuple):
 def moments(trace: Trace) -> list[Moment]:
     """Return the moments of a step, from its start on, without single numbers.
 
-    There is one after the tensors that an operation makes, and one after those that are freed then: so the peak is
-    among them. A tensor belongs to the block that made it.
+    An operation gives a moment after its tensors are made, and one after tensors are freed, so the peak is among them.
+    A tensor belongs to the block that made it.
     """
     events = [event for event in trace.events if event.storage.size_bytes > SCALAR_BYTES]
     places: dict[int, tuple[int | None, str]] = {}
@@ -67,7 +68,7 @@ def moments(trace: Trace) -> list[Moment]:
 def film(rule: str, depth: int = FILM.depth, **changes: Any) -> list[Moment]:
     """Return the moments of one step of a rule: 5 hidden layers of 200 units, MNIST, batch 512, B stored.
 
-    `changes`: other values of a `Setting`. Raises ValueError, one line, for what is not possible.
+    `changes`: other values of a `Setting`. Raises ValueError, one line, for values that are not possible.
     """
     return _film(FILM.changed(rules=(rule,), depth=depth, **changes), rule)
 
@@ -87,7 +88,7 @@ class StepPlayer(base.Explorer):
         start = base.start_from(Setting, FILM if setting is None else setting, changes)
         super().__init__(start)
         if not start.equal_layers:
-            raise ValueError(f"the step player has equal layers, of {' or '.join(EQUAL)}, and no model by name")
+            raise ValueError(f"the step player needs equal layers: choose the family {' or '.join(EQUAL)}")
         self.time = self.watch(ipywidgets.IntSlider(0, 0, 1, description="moment", **base.WIDE))
         self.time.layout.flex = "1 1 300px"
         self.play = ipywidgets.Play(interval=250, min=0, max=1, show_repeat=True)
@@ -107,7 +108,7 @@ class StepPlayer(base.Explorer):
 
     @property
     def films(self) -> dict[str, list[Moment]]:
-        """The moments of the rules that are shown. Raises ValueError if there are none."""
+        """The moments of the rules that are shown, by rule. Raises ValueError if no rule is chosen."""
         setting = self.setting
         return {rule: _film(setting, rule) for rule in setting.rules}
 
@@ -122,10 +123,10 @@ class StepPlayer(base.Explorer):
 
 
 def picture(films: Mapping[str, list[Moment]], at: int, blocks: int) -> str:
-    """Return a moment of each film as HTML, which reads in light and dark themes.
+    """Return a moment of each film as HTML, readable in light and dark themes.
 
-    `films`: the moments of a step by the rule's name, all drawn on one scale. `at`: the number of the moment; films
-    that are shorter have ended then. `blocks`: how many the network has.
+    `films`: the moments of a step by the rule's name, all drawn on one scale. `at`: the number of the moment; a shorter
+    film shows its last one. `blocks`: how many blocks the network has.
     """
     largest = max(max(moment.held.values(), default=1) for each in films.values() for moment in each)
     peak = max(moment.total_bytes for each in films.values() for moment in each)
@@ -146,7 +147,7 @@ def picture(films: Mapping[str, list[Moment]], at: int, blocks: int) -> str:
         f"height:0.9em;margin-right:0.3em;background:{figures.FILLS[category][0]}'></span>{letter}: {name}</span>"
         for category, (letter, name) in SHOWN.items()
     )
-    note = "Above what rests. Height: root of the bytes, one scale for all. Right: all that is held, against time."
+    note = "Above rest. Height: square root of the bytes, one scale for all. Right: all bytes, over time."
     alt, style = html.escape("; ".join(told)), "font:12px sans-serif;max-width:1000px"
     return f"<div role='img' aria-label='{alt}' style='{style}'>{rows}</div><div>{legend}<br>{note}</div>"
 
@@ -158,7 +159,7 @@ def _doing(moment: Moment) -> str:
 
 
 def _column(moment: Moment, block: int | None, largest: int) -> str:
-    """Draw what a block holds, or the loss if it is None: a frame, thick where the step is at work, and bars in it."""
+    """Draw the tensors of a block, or of the loss if it is None, as bars in a frame, thick where the step works."""
     bars = ""
     for category, (letter, _) in SHOWN.items():
         held = moment.held.get((block, category), 0)

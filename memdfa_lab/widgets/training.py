@@ -1,4 +1,4 @@
-"""Live training: four rules learn side by side, from the same weights and in the same order, in pictures as they go."""
+"""Live training: four rules train side by side, from the same weights and on the same batches, with live pictures."""
 
 import math
 import os
@@ -24,20 +24,20 @@ from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import image
 from memdfa_lab.widgets.setting import ALL_RULES, Activation, Batch, KindName, Layers, RuleNames, Seed, Width, kind_for
 
-MOST_STEPS = 3000  # after which it ends by itself
+MOST_STEPS = 3000  # after which training stops by itself
 TESTED = 1000  # test images for the accuracy
-SPEEDS = {"1 step a second": 1.0, "5": 5.0, "20": 20.0, "100": 100.0, "as fast as it goes": math.inf}
+SPEEDS = {"1 step a second": 1.0, "5": 5.0, "20": 20.0, "100": 100.0, "as fast as possible": math.inf}
 DRAWN_EVERY_S = 0.5
 
 
 class RaceSetting(Checked):
     """Setting of a race: MLPs of equal hidden layers, trained by SGD with each of the rules.
 
-    `table` has a row every `every` steps. Loss and angle are those of the first `probe` training images.
+    `Race.table` has a row for every `every` steps. Loss and angle are those on the first `probe` training images.
     """
 
     layers: Layers = Field(3, description="hidden layers")
-    width: Width = Field(100, description="units a layer")
+    width: Width = Field(100, description="units per layer")
     lr: NotNegative = Field(0.01, description="learning rate")
     batch: Batch = Field(50, description="batch size")
     activation: Activation = "relu"
@@ -51,7 +51,7 @@ class RaceSetting(Checked):
 
 
 class Race:
-    """Rules that take each step together, on the same batches and from the same weights.
+    """Rules that train together, step by step, from the same weights and on the same batches.
 
     `data`: as `ml.datasets.load` returns it. `changes`: other values of the setting, such as width=200.
     `before_step(rule, step)` may change something, such as B, before each step and each measurement. Raises TypeError
@@ -83,10 +83,10 @@ class Race:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row a rule and measured step: rule, step, loss, accuracy (a part of one) and angle_deg.
+        """One row per rule and measured step: rule, step, loss, accuracy (0 to 1) and angle_deg.
 
-        The accuracy is on the first 1,000 test images, the angle, in degrees, to BP's gradient, the mean over the
-        hidden blocks.
+        The accuracy is that on the first 1,000 test images. The angle is that to BP's gradient, in degrees, the mean
+        over the hidden blocks.
         """
         return pd.DataFrame(self.rows)
 
@@ -97,7 +97,7 @@ class Race:
             try:
                 rule.step(x, y)
             except FloatingPointError as problem:
-                text = f"{ALL_RULES[name]} has run away at step {self.step}: lower the learning rate"
+                text = f"{ALL_RULES[name]} diverged at step {self.step}: lower the learning rate"
                 raise FloatingPointError(text) from problem
         self.step += 1
         self._arrive()
@@ -131,13 +131,13 @@ class LiveTraining(base.Explorer):
         super().__init__(base.start_from(RaceSetting, setting, changes))
         self.training = False
         self.start_button = self._button("Start", "train until Pause, or for 3,000 steps", self.start)
-        self.pause_button = self._button("Pause", "hold on; Resume goes on from there", self.pause)
-        self.reset_button = self._button("Reset", "start anew from untrained networks", self.reset)
+        self.pause_button = self._button("Pause", "stop for now; Resume continues", self.pause)
+        self.reset_button = self._button("Reset", "begin again with untrained networks", self.reset)
         self.speed = ipywidgets.Dropdown(options=SPEEDS, value=math.inf, description="speed", **base.WIDE)
         self.status = ipywidgets.HTML()
         buttons = base.row([self.start_button, self.pause_button, self.reset_button, self.speed, self.status])
         groups: dict[str, Any] = {
-            "Network and training (a change starts anew)": {
+            "Network and training (a change begins again)": {
                 "layers": range(1, 9),
                 "width": (20, 50, 100, 200, 400),
                 "activation": None,
@@ -155,19 +155,19 @@ class LiveTraining(base.Explorer):
         return button
 
     def start(self) -> None:
-        """Start, or go on; nothing if it trains."""
+        """Start or resume training; do nothing if it is running."""
         self.catch_up()
         if not self.training:
             self.begin(self._train())
 
     def pause(self) -> None:
-        """Stop after the running step; nothing if it does not train."""
+        """Stop after the current step; do nothing if training is not running."""
         if self.training:
             self.stop()
             self._draw()
 
     def reset(self) -> None:
-        """Stop, and put untrained networks in place, as the controls say."""
+        """Stop, and make new networks with the values of the controls."""
         self.begin(self.parts())
 
     def parts(self) -> base.Parts:
@@ -204,7 +204,7 @@ class LiveTraining(base.Explorer):
         self.picture.value = image(figures.live_curves(race.table), alt, (0.65, 0.95, 0.15, 0.35), (0.36, 0.3))
 
     def _tell(self) -> None:
-        """Show where the training is, on the buttons too."""
+        """Show the state of the training, on the buttons too."""
         race = self.race
         done, begun = race.step >= MOST_STEPS, race.step > 0
         self.start_button.description = "Resume" if begun and not self.training else "Start"

@@ -1,4 +1,4 @@
-"""The paper's comparison: `plan` lists experiments, `runs` runs them, `memory` predicts, `tables` says what follows."""
+"""The paper's comparison: `plan` lists experiments, `runs` runs them, `memory` predicts, `tables` has results."""
 
 from memdfa_lab.batch.paper import memory as memory
 from memdfa_lab.batch.paper import plan as plan

@@ -15,14 +15,14 @@ from memdfa_lab.core.rules import RULES
 from memdfa_lab.lab import experiments, models
 from memdfa_lab.lab.files import write_text
 
-# the four rules, and baselines that people use; other rivals are compared in the bench
+# the four rules, and baselines that people use; `memdfa bench` compares the other rivals
 COMPARED = (*RULES, "checkpoint", "step_in_backward", "checkpoint_step_in_backward", "last_layer")
 PROFILED = {"long_fc2": 10, "mnist_conv": 100, "liao_cifar": 100, "vgg_16": 100}  # network -> batch size
 DEPTHS = (2, 3, 5, 10, 20, 50, 100, 200)
 MEASURED_AT = (2, 20, 200)
-DEEP_BATCH = 10  # the authors'
+DEEP_BATCH = 10  # as the authors use
 WIDTH = 500
-# networks of any depth, each like one of the authors' of this name
+# networks of any depth, with the layers of the authors' network of this name
 CHAINS = {
     "long_fc": f"[{WIDTH} bn sigmoid]x{{depth}} classes sigmoid",
     "long_fc2": f"[{WIDTH} sigmoid]x{{depth}} classes sigmoid",
@@ -32,11 +32,11 @@ FROM_FORMULA = "long_fc2"  # the chain for which there is a closed form
 
 
 def measure(out: str | Path) -> None:
-    """Write the memory tables OUT/peaks.csv, profiles.csv and depth.csv: predicted for plain SGD, B drawn anew.
+    """Write OUT/peaks.csv, profiles.csv and depth.csv: predicted bytes above rest, for plain SGD and regenerated B.
 
-    Bytes above rest. peaks: every network and rule at the network's own batch, by category. profiles: the events of one
-    step. depth: networks as long_fc, long_fc2 and long_conv with other numbers of layers; beside the prediction the
-    closed form where there is one (formula_bytes), and what a step was measured to hold (measured_bytes).
+    peaks: every network and rule at the network's own batch size, by category. profiles: the events of one step. depth:
+    long_fc, long_fc2 and long_conv with other numbers of layers. There `formula_bytes` is the closed form, if there is
+    one, and `measured_bytes` the measured peak.
     """
     peaks = []
     for network, rule in product(models.names(), COMPARED):

@@ -1,6 +1,6 @@
-"""The paper's comparison as a list of networks, data, rules, seeds and settings, and what fits into a time budget.
+"""The experiments of the paper's comparison, and which of them fit into a time budget.
 
-`plan.toml` beside this file is the list, in order of value.
+They are listed in `plan.toml` beside this file, the most valuable first.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from memdfa_lab.lab import models
 from memdfa_lab.lab.datasets import SIZES
 from memdfa_lab.lab.settings import Checked, Count, NameOf, Network, Positive, RuleName, RunSettings
 
-FEWEST = 1 / 4  # of an experiment's epochs, to fit a budget; with less it is left out
-# settings that some rules have alone, and that are not searched for the others
+FEWEST = 1 / 4  # least part of an experiment's epochs; if fewer fit into a budget, it is left out
+# settings that only some rules have; they are searched for these rules alone
 TAUGHT_BY_B = [name for name, rule in ALL_RULES.items() if rule.uses_feedback]
 SEARCHED_FOR = {
     "distribution": TAUGHT_BY_B,
@@ -34,23 +34,23 @@ Settings = dict[str, Any]
 
 
 class Experiment(Checked):
-    """Setting: of an experiment, which is one network on one data set, trained by several rules."""
+    """Setting: the settings of an experiment, which is one network on one data set, trained by several rules."""
 
     name: str
     network: Network
     dataset: str
     seeds: dict[RuleName, list[int]] = Field(description="for each rule, in order of value")
     epochs: Count
-    epoch_s: Positive = Field(description="how long an epoch takes, roughly, for a budget to reckon with")
+    epoch_s: Positive = Field(description="about how many seconds an epoch takes; a time budget counts with it")
     why: str
     batch_size: Count | None = Field(None, description="None: the network's own")
-    images: Count | None = Field(None, description="training images that are used, the first ones; None: all")
+    images: Count | None = Field(None, description="how many training images are used, the first ones; None: all")
     schedule: ScheduleName = "constant"
-    settings: Settings = Field({}, description="of `ml.experiments.make_rule`; the rest is the network's own")
-    search: dict[str, list[Any]] = Field({}, description="values of settings, tried on held-out training images")
+    settings: Settings = Field({}, description="options of `ml.experiments.make_rule`; others are the network's own")
+    search: dict[str, list[Any]] = Field({}, description="setting -> values that are tried on held-out training images")
     search_epochs: int = Field(0, ge=0)
-    search_images: Count | None = Field(None, description="images that a trial trains on; None: all that are left")
-    angles: bool = Field(False, description="take the angle to BP of each block after each epoch")
+    search_images: Count | None = Field(None, description="training images of a trial; None: all that are not held out")
+    angles: bool = Field(False, description="whether the angle to BP of each block is measured after each epoch")
     goal: dict[RuleName, float] = Field({}, description="the test error aimed at, in percent")
 
     @model_validator(mode="after")
@@ -73,18 +73,18 @@ class Experiment(Checked):
 
     @property
     def seconds(self) -> float:
-        """How long all of it takes, roughly."""
+        """About how many seconds the whole experiment takes."""
         trials = sum(len(self.tried(rule)) for rule in {searched_as(rule) for rule in self.seeds})
         part = 1.0 if self.search_images is None else self.search_images / SIZES[self.dataset][0][0]
         return self.epoch_s * (trials * self.search_epochs * part + len(self.runs) * self.epochs)
 
     def tried(self, rule: str) -> list[Settings]:
-        """Return what is tried for a rule, each as settings; where nothing is searched, one empty choice."""
+        """Return all settings that are tried for a rule; one empty dict if nothing is searched."""
         searched = {name: values for name, values in self.search.items() if rule in SEARCHED_FOR.get(name, (rule,))}
         return [dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())]
 
     def options(self, chosen: Settings) -> Settings:
-        """Return the settings of a run, as they go to `make_rule`."""
+        """Return the settings of a run, as `make_rule` takes them."""
         return {**self.settings, **chosen}
 
     def described(self, chosen: Settings) -> str:
@@ -95,20 +95,20 @@ class Experiment(Checked):
         return json.dumps({**self.options(chosen), **rest})
 
     def complete(self, rule: str, stated: Settings) -> Settings:
-        """Return all settings of a run of which some are stated: the rest is the network's own."""
+        """Return all settings of a run: the stated ones, and the network's own for the rest."""
         rest = {"schedule": stated.get("schedule", "constant"), "images": stated.get("images")}
         run = run_of(rule, self.network, self.dataset, stated)
         return run.model_dump(exclude={"epochs"}) | rest
 
     def has(self, rule: str, described: str) -> bool:
-        """Tell whether a run with these settings belongs to the experiment as it is now, whatever was chosen."""
+        """Tell whether a run with these settings is one of the experiment, with any of the settings that it tries."""
         stated = (json.loads(self.described(chosen)) for chosen in self.tried(rule))
         found = self.complete(rule, json.loads(described))
         return any(self.complete(rule, settings) == found for settings in stated)
 
 
 def run_of(rule: str, network: str, dataset: str, stated: Settings) -> RunSettings:
-    """Return all settings of a run from those that a table states; schedule and images are no settings of one."""
+    """Return all settings of a run from those that a table states, except schedule and images."""
     ours = {name: stated[name] for name in stated if name not in ("schedule", "images")}
     return RunSettings(rule=rule, network=network, dataset=dataset, **ours).completed()
 
@@ -121,9 +121,9 @@ def experiments() -> tuple[Experiment, ...]:
 
 
 def within(wanted: Sequence[Experiment], budget_s: float) -> tuple[list[Experiment], list[str]]:
-    """Return what fits into a time, and a line for each experiment that was shortened or left out.
+    """Return the experiments that fit into a time, and one line for each that was shortened or left out.
 
-    In order of value: each with all its epochs if it fits, else with fewer (a quarter at least), else not at all.
+    In order of value, each experiment gets all its epochs if they fit, or fewer (at least a quarter), or is left out.
     """
     chosen: list[Experiment] = []
     lines = []
@@ -141,7 +141,7 @@ def within(wanted: Sequence[Experiment], budget_s: float) -> tuple[list[Experime
 
 
 def current(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of runs whose settings are those of the plan, and of experiments that it does not have."""
+    """Keep the rows of runs that have the plan's settings, and of experiments that are not in the plan."""
     plan = {one.name: one for one in experiments()}
     runs = table[["experiment", "rule", "settings"]].drop_duplicates()
     kept = [name not in plan or plan[name].has(rule, text) for name, rule, text in runs.itertuples(index=False)]
@@ -149,9 +149,9 @@ def current(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def unfinished(wanted: Sequence[Experiment], histories: pd.DataFrame) -> list[Experiment]:
-    """Return the experiments with the seeds that have not been run for all epochs; those without any are left out.
+    """Return the unfinished experiments, each with only those seeds that have not been run for all epochs.
 
-    A run counts with the settings that the plan has now: one with another batch size is to be run again.
+    A run counts only if it has the plan's current settings: one with another batch size is to be run again.
     """
     ended = histories[histories["epoch"] == histories["epochs"]]
     left = []
@@ -164,5 +164,5 @@ def unfinished(wanted: Sequence[Experiment], histories: pd.DataFrame) -> list[Ex
 
 
 def searched_as(rule: str) -> str:
-    """Return the rule whose search a rule's settings come from: DFA's updates are MEM-DFA's."""
+    """Return the rule whose search gives a rule's settings: MEM-DFA for DFA, since their updates are the same."""
     return "memdfa" if rule == "dfa" else rule

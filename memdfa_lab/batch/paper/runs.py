@@ -1,8 +1,8 @@
 """The experiments of the plan, run in order of value, with results in tables; a run can be interrupted and resumed.
 
-An experiment first chooses a learning rate (and what else its `search` names) for each rule, on a part of the training
-images, by the same small search for every rule. It then trains on all training images, from each seed, and evaluates on
-the test images. A finished run is never repeated.
+An experiment first chooses a learning rate (and other settings, if its `search` names them) for each rule, by the same
+small search for every rule, on held-out training images. It then trains on all training images, from each seed, and
+evaluates on the test images. A finished run is never repeated.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from memdfa_lab.lab.files import read_csv, write_text
 from memdfa_lab.lab.fit import fit
 
 SEARCH_ON = 1 / 6  # of the training images, held out: 10,000 of MNIST, 8,333 of CIFAR-10
-PROBE = 500  # training images, the first ones, on which angles are taken
-# table -> the files of which it is made, in OUT/runs, and the columns that tell its rows apart
+PROBE = 500  # the first training images, on which angles are measured
+# table -> the files in OUT/runs that it is made of, and the columns that identify a row
 TABLES = {
     "histories": ("*/*/seed*/history.csv", ["experiment", "rule", "seed", "epochs", "settings", "epoch"]),
     "choices": ("*/*/search.csv", ["experiment", "rule", "settings", "epochs"]),
@@ -43,13 +43,13 @@ def run(
 ) -> list[Experiment]:
     """Run the experiments that are not done yet, and keep the tables up to date.
 
-    OUT/histories.csv and OUT/choices.csv tell what is done. A run has a folder, OUT/runs/NAME/RULE/seedS-EPOCHS-HASH of
-    its settings, with a checkpoint from which it goes on if it was cut.
+    OUT/histories.csv and OUT/choices.csv record what is done. A run's folder, OUT/runs/NAME/RULE/seedS-EPOCHS-HASH with
+    a hash of its settings, has a checkpoint with which an interrupted run continues.
 
     Args:
         out: The folder of the tables and runs.
         only: Experiments by name; default: all.
-        budget_s: Seconds after which no other run is begun; the plan's times are for a machine that nobody else uses.
+        budget_s: Seconds after which no run is started. The plan's times hold for a machine that does nothing else.
         root: Where data sets are kept.
         say: Called with each line of progress.
 
@@ -73,12 +73,12 @@ def run(
             say(line)
     done_s, left_s = 0.0, sum(one.seconds for one in todo)
     for one in todo:
-        pace = (time.monotonic() - started) / done_s if done_s else 1.0  # of this machine, against the plan
+        pace = (time.monotonic() - started) / done_s if done_s else 1.0  # this machine's time over the plan's
         data = experiments.load_for(one.network, one.dataset, root).subset(train=one.images)
         say(f"{one.name}: {one.network} on {data.name}, {one.epochs} epochs; about {left_s * pace / 60:.0f} min left")
         for rule, seed in one.runs:
             if budget_s is not None and time.monotonic() - started > budget_s:
-                say(f"the time is up in {one.name}, before {rule}, seed {seed}: the same command goes on from there")
+                say(f"the time is up in {one.name}, before {rule}, seed {seed}: the same command continues there")
                 return todo
             try:
                 history = train(one, rule, seed, choose(one, rule, data, out, say), data, out)
@@ -95,9 +95,9 @@ def run(
 def choose(
     one: Experiment, rule: str, data: Data, out: str | Path, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Return the settings with which the rule does best on held-out training images; looked up if it was done before.
+    """Return the settings with which the rule does best on held-out training images.
 
-    DFA's choice is MEM-DFA's: their updates are the same.
+    Trials that are in the table already are not repeated. DFA's choice is MEM-DFA's: their updates are the same.
     """
     if not one.search:
         return {}
@@ -119,12 +119,12 @@ def choose(
 
 
 def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], data: Data) -> float:
-    tried_as = "dfa" if rule == "memdfa" else rule  # the same updates, for a forward pass less
+    tried_as = "dfa" if rule == "memdfa" else rule  # the same updates, with one forward pass less
     try:
         few = data.holdout(SEARCH_ON).subset(train=one.search_images)
         table = _fit(one, tried_as, settings, few, one.search_epochs)
     except FloatingPointError:
-        return 0.0  # it ran away
+        return 0.0  # it diverged
     return float(table["test_accuracy"].iloc[-1])
 
 
@@ -138,7 +138,7 @@ def _fit(
 
 
 def train(one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: Data, out: str | Path) -> pd.DataFrame:
-    """Train, or go on training, with what was chosen; return the history, read from its file if it was done before."""
+    """Train with the chosen settings, or continue, and return the history; of a finished run, read it from its file."""
     settings = one.described(chosen)
     name = f"seed{seed}-{one.epochs}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     folder = Path(out) / "runs" / one.name / rule / name
@@ -163,7 +163,7 @@ def _angles(data: Data, rule: Rule, epoch: int) -> dict[str, float]:
 
 
 def read(out: str | Path, name: str) -> pd.DataFrame:
-    """Return one of TABLES: the rows of OUT/NAME.csv, and of runs finished since; no file is no row."""
+    """Return one of TABLES: the rows of OUT/NAME.csv and of runs finished since; without files, no rows."""
     pattern, key = TABLES[name]
     files = [file for file in (Path(out) / f"{name}.csv",) if file.exists()]
     files += sorted((Path(out) / "runs").glob(pattern))
@@ -181,9 +181,9 @@ def read(out: str | Path, name: str) -> pd.DataFrame:
 
 
 def collect(out: str | Path) -> None:
-    """Write the tables of all runs so far: OUT/histories.csv (a row an epoch) and OUT/choices.csv (a row a trial).
+    """Write the tables of all runs so far: OUT/histories.csv (one row per epoch), OUT/choices.csv (one per trial).
 
-    Rows that are there already stay, whether or not their runs' folders are still there.
+    Rows that exist already are kept, even if the folders of their runs are gone.
     """
     for name in TABLES:
         table = read(out, name)

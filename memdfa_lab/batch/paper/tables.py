@@ -16,9 +16,9 @@ from memdfa_lab.lab.settings import RunSettings
 
 
 def load(folder: str | Path = "reports/paper") -> dict[str, pd.DataFrame]:
-    """Return the tables in a folder, as `find` finds it, by name, those that are not there without rows.
+    """Return name -> table: histories, choices, peaks, profiles and depth from a folder, and bench from ../bench.
 
-    `bench` is from its neighbour.
+    `find` looks for the folder. If the files of histories, choices or bench are missing, they have no rows.
     """
     place = find(folder)
     tables = {name: plan.current(runs.read(place, name)) for name in runs.TABLES}
@@ -29,9 +29,9 @@ def load(folder: str | Path = "reports/paper") -> dict[str, pd.DataFrame]:
 
 
 def find(folder: str | Path = "reports/paper") -> Path:
-    """Look for a folder of tables from where one is, beside the notebooks and above them: theirs are always found.
+    """Return a folder of tables, relative to the working directory, to the notebooks, or to the folder above them.
 
-    Raises ValueError if no such folder has tables.
+    Raises ValueError if none of these has tables.
     """
     beside = notebooks_folder()
     for place in (Path(folder), beside / folder, beside.parent / folder):
@@ -44,12 +44,12 @@ def find(folder: str | Path = "reports/paper") -> Path:
 
 
 def published() -> pd.DataFrame:
-    """Return the test errors in percent that others reached, with their source."""
+    """Return published test errors in percent, with their sources."""
     return read_csv(Path(__file__).with_name("published.csv"))
 
 
 def longest(histories: pd.DataFrame) -> pd.DataFrame:
-    """Keep, of each experiment and rule, the runs of the most epochs that came to their end."""
+    """Keep the finished runs of each experiment and rule that have the most epochs."""
     run = ["experiment", "rule", "seed", "epochs"]
     ended = histories[histories["epoch"] == histories["epochs"]]
     most = ended.groupby(["experiment", "rule"], as_index=False)["epochs"].max()
@@ -57,7 +57,7 @@ def longest(histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors(histories: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an experiment and rule: epochs, seeds, mean and standard deviation of the last test error (%)."""
+    """Return one row per experiment and rule: epochs, seeds, mean and standard deviation of the last test error (%)."""
     last = longest(histories).query("epoch == epochs")
     last = last.assign(error=100 * (1 - last["test_accuracy"]))
     groups = last.groupby(["experiment", "network", "dataset", "epochs", "rule"], sort=False)
@@ -65,7 +65,7 @@ def errors(histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_published(histories: pd.DataFrame) -> pd.DataFrame:
-    """Return test errors (%) as text, a column a rule: ours, mean ± standard deviation (seeds), and those published."""
+    """Return test errors (%) as text, one column per rule: our mean ± deviation (seeds), and published ones."""
     found = errors(histories)
     learned = set(histories.loc[histories["settings"].str.contains("feedback_lr"), "experiment"]) if len(found) else ()
     rules = _rules(found)
@@ -89,16 +89,16 @@ def beside_published(histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rules(found: pd.DataFrame) -> list[str]:
-    """Return the four rules, and behind them the others of which there are runs."""
+    """Return the four rules, and after them the others that have runs."""
     return [*RULES, *(rule for rule in ALL_RULES if rule not in RULES and rule in set(found["rule"]))]
 
 
 def against_memory(histories: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a network and way of learning: its test error (%), and the bytes that its step is predicted to hold.
+    """Return one row per network and learner: its test error (%), and the predicted bytes of its step.
 
-    A way (`learner`) is a rule, and MEM-DFA with a B that learns besides. FA and DFA are left out. Of several
-    experiments with one way the one that searched its settings longest counts. `held_bytes` is all that is in memory
-    at the peak: what rests, which is weights, the optimizer's state, B and readouts, and `peak_bytes` above it.
+    A `learner` is a rule, or MEM-DFA with a B that learns. FA and DFA are left out. If several experiments have the
+    same network and learner, the one with the longest search counts. `held_bytes` is all memory at the peak: what is
+    in memory between steps (weights, optimizer state, B and readouts), and `peak_bytes` above that.
     """
     searched = {one.name: one.search_epochs for one in plan.experiments()}
     settings = longest(histories).groupby(["experiment", "rule"])["settings"].first()
@@ -119,19 +119,19 @@ def against_memory(histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def goals(histories: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a goal of the plan: the test error (%) aimed at, the one reached, and whether it is met."""
+    """Return one row per goal of the plan: test error (%) aimed at and reached, and whether the goal is met."""
     found = errors(histories).set_index(["experiment", "rule"])["error"].to_dict()
     rows = []
     for one in plan.experiments():
         for rule, goal in one.goal.items():
             error = found.get((one.name, rule))
-            met = "not run yet" if error is None else "yes" if round(error, 4) <= goal else "no"  # float32 is kept
+            met = "not run yet" if error is None else "yes" if round(error, 4) <= goal else "no"  # from float32
             rows.append((one.name, one.network, rule, goal, "" if error is None else f"{error:.2f}", met))
     return pd.DataFrame(rows, columns=["experiment", "network", "rule", "at most (%)", "reached (%)", "met"])
 
 
 def missing(histories: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an experiment of the plan that is not done: epochs, and the seeds of each rule yet to be run."""
+    """Return one row per unfinished experiment of the plan: epochs, and by rule the seeds still to be run."""
     none: dict[str, list[int]] = {rule: [] for rule in RULES}
     rows = [
         {"experiment": one.name, "network": one.network, "dataset": one.dataset, "epochs": one.epochs}
@@ -159,9 +159,9 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     rules = of_four.groupby(["dataset", "network"])["rule"].nunique() if len(of_four) else pd.Series(dtype=int)
     compared = rules[rules == len(RULES)].reset_index().groupby("dataset").size() if len(rules) else rules
     on_both = {"mnist", "cifar10"} <= set(compared.index)
-    lacking = ["some of the plan is not run yet"] if len(missing(histories)) else []
+    lacking = ["some experiments are not run yet"] if len(missing(histories)) else []
     if len(histories):
-        found = errors(histories).query("rule != 'dfa'")  # which MEM-DFA stands for, too
+        found = errors(histories).query("rule != 'dfa'")  # its updates are MEM-DFA's
         few = found.groupby("experiment")["seeds"].min() < 3
         lacking += [f"fewer than three seeds in {few.sum()} of {len(few)} experiments"] if few.any() else []
     seen = ", ".join(f"{count} network{'s' * (count > 1)} on {name}" for name, count in compared.items())
@@ -184,17 +184,18 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
             "4. theory and experiment agree on memory",
         ],
         "what is seen": [
-            f"MEM-DFA's peak above rest, at {last} layers over that at {first}: {factors}",
-            f"step time, MEM-DFA / DFA: {ratios}; theory: 1.50, three products of matrices a layer to DFA's two"
+            f"MEM-DFA's peak above rest, at {last} layers divided by that at {first}: {factors}",
+            f"step time, MEM-DFA / DFA: {ratios}; theory: 1.50, with three matrix products a layer, where DFA has two"
             if ratios
             else "not timed here: no bench.csv",
-            f"all four trained: {seen or 'none'}; test error, MEM-DFA's less BP's: {'; '.join(ranges) or 'none'}; "
+            f"all four trained: {seen or 'none'}; test error, MEM-DFA's minus BP's: {'; '.join(ranges) or 'none'}; "
             f"memory of {tables['peaks']['network'].nunique()} networks",
-            f"equal: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} closed forms",
+            f"equal to the prediction: {as_measured} of {len(measured)} measured peaks, {as_derived} of {len(theory)} "
+            "closed forms",
         ],
         "limits": [
-            "weights rest besides, and grow",
-            "on one machine; theory counts products alone" if ratios else "",
+            "weights need memory besides, and grow with depth",
+            "on one machine; theory counts matrix products alone" if ratios else "",
             "; ".join(lacking),
             "closed forms are for MLPs",
         ],
@@ -210,7 +211,7 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _behind_bp(histories: pd.DataFrame) -> "pd.Series[float]":
-    """Return MEM-DFA's test error less BP's (points) by dataset and experiment, where FA was trained, too."""
+    """Return MEM-DFA's test error minus BP's (points) by dataset and experiment, where FA was trained, too."""
     index = ["dataset", "experiment"]
     if not len(histories):
         return pd.Series(dtype=float, index=pd.MultiIndex.from_arrays([[], []], names=index))
@@ -220,7 +221,7 @@ def _behind_bp(histories: pd.DataFrame) -> "pd.Series[float]":
 
 
 def extra_time(bench: pd.DataFrame) -> dict[str, float]:
-    """Return the step time of MEM-DFA over that of DFA, by network; none without a table of `memdfa bench`."""
+    """Return network -> step time of MEM-DFA over that of DFA; empty without a table of `memdfa bench`."""
     if not len(bench):
         return {}
     plain = bench[bench["setting"].isna() | (bench["setting"] == "")]
