@@ -388,6 +388,10 @@ COMMANDS = {
     "bench threads": (["bench", "--threads", "1", "al"], "expected a number from 1 on, or all, got 'al'"),
     "bench networks": (["bench", "--network", "fc_relu", "fc_rely", "--rounds", "-1"], "did you mean 'fc_relu'?"),
     "bench batch": (["bench", "--network", "fc_relu", "--batch", "0"], "batch size must be a whole number from 1 on"),
+    "empty network": (["train", "--network", ""], "unknown network ''"),
+    "empty model": (["profile", "--model", ""], "unknown network ''"),
+    "empty shape": (["profile", "--network", "fc_relu", "--input", ""], "--input goes with --model"),
+    "empty budget": (["profile", "--network", "784-[8]x2-10", "--budget", ""], "the budget must be a size"),
     "profile": (["profile", "--network", "784-[0]x3-10"], "must be a whole number from 1 on"),
     "csv": (
         ["profile", "--network", "784-[8]x2-10", "--predict", "--csv", "/proc/nowhere/a.csv"],

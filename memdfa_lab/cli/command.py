@@ -75,9 +75,10 @@ def add_model(command: Parser) -> None:
 
 def named_network(options: argparse.Namespace) -> Any:
     """Return --network, or --model and --input as one name. Raises ValueError for both, and for --input alone."""
-    if options.model and options.network:
+    if options.model is not None and options.network is not None:
         raise ValueError("--model stands in place of --network: leave one of them out")
-    if options.input and not options.model:
+    if options.input is not None and options.model is None:
         raise ValueError("--input goes with --model: a network of the table has an input shape of its own")
-    own = f"{options.model}@{options.input}" if options.input else options.model
-    return own or options.network or options.default_network
+    if options.model is not None:
+        return options.model if options.input is None else f"{options.model}@{options.input}"
+    return options.default_network if options.network is None else options.network

@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
 def _profile(options: argparse.Namespace) -> None:
     network, set_to = named_network(options), given(options, RULE_OPTIONS)
     how = (options.optimizer, KINDS[options.feedback](grid=options.grid))
-    budget = memory.bytes_of(options.budget) if options.budget else None
+    budget = None if options.budget is None else memory.bytes_of(options.budget)
     rules, measured = chosen_rules(options.rules, list(ALL_RULES)), not options.predict and budget is None
     if check_device(options.device) != CPU and not measured:
         raise ValueError("--device is for a step that is run: leave it out with --predict and --budget")

@@ -113,7 +113,7 @@ def frontier(
 def bench(
     network: str,
     batch_size: int,
-    against: Sequence[Contender] = (),
+    against: Sequence[Contender] | None = None,
     optimizer: Any = "sgd",
     rounds: int = 9,
     warm_up: int = 2,
@@ -139,7 +139,8 @@ def bench(
     for name, value in (("batch size", batch_size), ("rounds", rounds), ("threads", given)):
         check_int(name, value)
     check_int("warm_up", warm_up, 0)
-    every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL_RULES), ["regenerated"]))]))
+    against = contenders(list(ALL_RULES), ["regenerated"]) if against is None else against
+    every = list(dict.fromkeys([Contender("bp"), *against]))
     steps = []
     for one in every:
         kind = "stored" if one.feedback == "none" else one.feedback
