@@ -103,7 +103,7 @@ def test_bench_times_each_rule_beside_bp_and_keeps_what_it_has(capsys, tmp_path,
     monkeypatch.setattr("memdfa_lab.lab.bench.NOISE", -1)  # any run is noisy
     status, out, err = run(capsys, *arguments, "--out", tmp_path)
     assert status == 0
-    assert err.count("noisy, BP moved by") == 2
+    assert err.count("noisy, BP's time varied by") == 2
     table = pd.read_csv(tmp_path / "bench.csv")
     assert list(zip(table["threads"], table["rule"], strict=True)) == [
         (n, r) for n in (1, 2) for r in ("bp", "memdfa", "memdfa")

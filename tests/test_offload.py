@@ -622,9 +622,9 @@ def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_
 
     begun = run("--epochs", "1")
     takes = 2 * sum(4 * p.numel() for p in models.build("784-[8]x2-10").parameters()) / 2**10
-    found = re.search(r"and begins; it takes about ([\d.]+) KiB; free there: \S+ GiB", begun)
+    found = re.search(r"training begins; it takes about ([\d.]+) KiB of \S+ GiB free", begun)
     assert takes <= float(found[1]) < 1.2 * takes, begun  # with B
-    assert "goes on from step 4;" in run("--epochs", "2", "--commit-every", "1")
+    assert "resumes from step 4;" in run("--epochs", "2", "--commit-every", "1")
     for more in (["--rule", "all"], ["--overwrite"]):
         assert "--offload is for --rule memdfa in one process" in run("--epochs", "2", *more)
     with Disk(tmp_path / "w") as store:
