@@ -193,8 +193,8 @@ REFUSED = {
     "part of a unit": (lambda d: models.mlp(8, [3.5], 5), "got 3.5"),
     # experiments
     "device": (lambda d: experiments.train("bp", "fc_relu", d, 1, device="cud"), "unknown device 'cud'"),
-    "rules": (lambda d: experiments.compare("fc_relu", d, "bp", [0], 1), "rules and seeds are lists"),
-    "no seeds": (lambda d: experiments.compare("fc_relu", d, ["bp"], [], 1), "rules and seeds are lists"),
+    "rules": (lambda d: experiments.compare("fc_relu", d, "bp", [0], 1), "rules and seeds must be lists"),
+    "no seeds": (lambda d: experiments.compare("fc_relu", d, ["bp"], [], 1), "rules and seeds must be lists"),
     "batch": (lambda d: experiments.profile("bp", "fc_relu", 0), "the batch size must be a whole number from 1 on"),
     "more labels": (lambda d: experiments.confusion(Y, Y + 5, 5), "labels from 0 to 4"),
     "fewer labels": (lambda d: experiments.confusion(Y, Y[:3], 5), "shapes (6,) and (3,)"),

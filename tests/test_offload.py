@@ -469,7 +469,7 @@ def test_what_is_in_use_or_cannot_be_offloaded_is_refused_in_a_line(tmp_path):
         rule = store._network().rule
         with refuses(ValueError, "another run is writing"):
             Disk(tmp_path / "w")
-        with refuses(ValueError, "a store of its own"):
+        with refuses(ValueError, "its own store"):
             MemDFA(rule.blocks, SGD, offload=store)
         with refuses(TypeError, "cannot be copied"):
             __import__("copy").deepcopy(store)
@@ -515,7 +515,7 @@ def test_an_error_while_a_block_is_taught_ends_the_store_and_leaves_the_last_com
     with refuses(ZeroDivisionError):
         advance(rule, range(2, 3))
     hook.remove()
-    with refuses(RuntimeError, "cut short", "step 2"):
+    with refuses(RuntimeError, "interrupted", "step 2"):
         advance(rule, range(2, 3))
     store.close()
     assert assert_goes_on(tmp_path / "w") == 2
