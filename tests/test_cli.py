@@ -72,6 +72,17 @@ def test_help_has_examples(capsys, command):
     assert f"  memdfa {command}" in out.split("examples:")[1]
 
 
+@pytest.mark.parametrize("command", ["train", "reproduce", "profile", "bench", "sweep", "explore"])
+def test_each_option_says_what_it_does_and_has_one_default(capsys, command):
+    _, out, _ = run(capsys, command, "--help")
+    options = out.split("options:")[1].split("examples:")[0]
+    for option in re.split(r"\n  (?=-)", options)[1:]:
+        words = re.sub(r"^-.*?(\s{2,}|\n\s+)", "", option, count=1)
+        assert words[0].isalpha(), option
+        assert not words.startswith("default"), option
+        assert words.count("default: ") <= 1, option
+
+
 def test_ctrl_c_ends_with_130_and_one_line(capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -45,7 +45,7 @@ def add_to(commands: Any) -> None:
     add("--out", type=Path, help=out)
     add("--overwrite", action="store_true", help="start anew, even if the folder has a run")
     rests = "keep weights and optimizer state in this folder, one block at a time in memory; a run in it is resumed"
-    add("--offload", type=Path, metavar="FOLDER", help=f"--rule memdfa only: {rests}")
+    add("--offload", type=Path, metavar="FOLDER", help=f"for --rule memdfa: {rests}")
     every = "with --offload: steps between two commits; a crashed run resumes from the last one"
     one = "0: only one copy of the network is on disk, and a crash can destroy it"
     add("--commit-every", type=int, default=100, metavar="STEPS", help=f"{every}; {one}; default: 100")

@@ -2,7 +2,7 @@
 
 | part               | modules                                                                                   |
 |--------------------|-------------------------------------------------------------------------------------------|
-| conv5x5(20)/2      | convolution with 20 filters and stride 2, padded by half the kernel                      |
+| conv5x5(20)/2      | convolution with 20 filters and stride 2, padded by half the kernel                       |
 | conv5x5(20,valid)  | the same without padding; conv5x5(20,nobias) is without bias                              |
 | separable(64)/2    | 3x3 convolution of each channel with stride 2, then 1x1 with 64 filters, bn and relu both |
 | maxpool3/2         | pooling, 3x3 with stride 2; avgpool too                                                   |
