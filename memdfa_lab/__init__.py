@@ -1,4 +1,4 @@
-"""Train with BP, FA, DFA and MEM-DFA, and see what each holds in memory: `import memdfa_lab as ml`."""
+"""Train networks with BP, FA, DFA and MEM-DFA, and measure or predict their memory: `import memdfa_lab as ml`."""
 
 import importlib
 from typing import Any
@@ -58,7 +58,7 @@ __all__ = [
     "standardised",
     "tasks",
 ]
-# name -> module, loaded when first used: plotting, notebooks and widgets take a while to import
+# name -> module, imported at first use: plotting, notebooks and widgets take a while to import
 LATER = {
     "bench": "memdfa_lab.lab.bench",
     "figures": "memdfa_lab.figures",
@@ -73,7 +73,7 @@ LATER = {
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Make %%memory and %%exercise known to a notebook: `%load_ext memdfa_lab`."""
+    """Register the magics %%memory and %%exercise, for `%load_ext memdfa_lab`."""
     with of_an_extra():
         from memdfa_lab.widgets.magic import ExerciseMagic, MemoryMagic
 

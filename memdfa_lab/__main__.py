@@ -1,4 +1,4 @@
-"""python -m memdfa_lab: the command line, as torchrun starts it."""
+"""python -m memdfa_lab: the same as the command memdfa, for example under torchrun."""
 
 import sys
 

@@ -81,7 +81,7 @@ def test_an_average_counts_the_inside_of_a_window_alone():
         ("resnet19", "'resnet19' is not a part of a network"),
         ("maxpool3 conv5x5(4,valid)", "(3, 11, 12) are too small for 'conv5x5(4,valid)'"),
         ("[maxpool2]x4", "too small for 'maxpool2'"),
-        ("7 maxpool2", "'maxpool2' takes images, and comes after a dense layer"),
+        ("7 maxpool2", "'maxpool2' takes images, but comes after a dense layer"),
         ("7 mean", "'mean' takes images"),
         ("mean conv1x1(2)", "'conv1x1(2)' takes images"),
         ("7 resnet18", "'resnet18' takes images"),

@@ -68,6 +68,10 @@ def test_a_ratio_compares_steps_of_one_round(monkeypatch):
     assert set(table["layout"]) == {"contiguous"}  # no images
 
 
+def test_no_contender_is_bp_alone():
+    assert list(bench(NETWORK, 4, [], rounds=1, warm_up=0)["rule"]) == ["bp"]
+
+
 def test_each_contender_is_timed_in_its_faster_layout(monkeypatch):
     def in_layout(contiguous, channels_last):
         return lambda i, x: contiguous if x.is_contiguous() else channels_last

@@ -48,7 +48,12 @@ def test_first_difference_is_a_line_of_each_text():
 
 def test_what_is_right_passes():
     assert lookup("thing", "one", {"one": 1}) == 1
-    assert (check_int("n", np.int64(3)), check_int("n", 0, 0), check_int("n", 7, 1, 7)) == (3, 0, 7)
+    assert (check_int("n", np.int64(3)), check_int("n", 0, 0), check_int("n", 7, 1, 7), check_int("n", 0, 0, 0)) == (
+        3,
+        0,
+        7,
+        0,
+    )
     for number in (0, 1.5, np.float32(2)):
         check_number("x", number)
     check_type("f", 1, int, "a number")
@@ -69,6 +74,7 @@ REFUSED = {
     "float": (lambda: check_int("n", 2.0), ValueError, "got 2.0"),
     "bool": (lambda: check_int("n", True), ValueError, "got True"),
     "too_large": (lambda: check_int("n", 2**70, 0, 2**64), ValueError, "from 0 to 18,446,744,073,709,551,616"),
+    "at_most_0": (lambda: check_int("n", 1, 0, 0), ValueError, "from 0 to 0", "got 1"),
     "negative": (lambda: check_number("x", -0.1), ValueError, "x must be", "from 0 on", "-0.1"),
     "not_above": (lambda: check_number("x", 0, or_more=False), ValueError, "above 0"),
     "infinite": (lambda: check_number("x", math.inf), ValueError, "inf"),

@@ -72,6 +72,17 @@ def test_help_has_examples(capsys, command):
     assert f"  memdfa {command}" in out.split("examples:")[1]
 
 
+@pytest.mark.parametrize("command", ["train", "reproduce", "profile", "bench", "sweep", "explore"])
+def test_each_option_says_what_it_does_and_has_one_default(capsys, command):
+    _, out, _ = run(capsys, command, "--help")
+    options = out.split("options:")[1].split("examples:")[0]
+    for option in re.split(r"\n  (?=-)", options)[1:]:
+        words = re.sub(r"^-.*?(\s{2,}|\n\s+)", "", option, count=1)
+        assert words[0].isalpha(), option
+        assert not words.startswith("default"), option
+        assert words.count("default: ") <= 1, option
+
+
 def test_ctrl_c_ends_with_130_and_one_line(capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -103,7 +114,7 @@ def test_bench_times_each_rule_beside_bp_and_keeps_what_it_has(capsys, tmp_path,
     monkeypatch.setattr("memdfa_lab.lab.bench.NOISE", -1)  # any run is noisy
     status, out, err = run(capsys, *arguments, "--out", tmp_path)
     assert status == 0
-    assert err.count("noisy, BP moved by") == 2
+    assert err.count("noisy, BP's time varied by") == 2
     table = pd.read_csv(tmp_path / "bench.csv")
     assert list(zip(table["threads"], table["rule"], strict=True)) == [
         (n, r) for n in (1, 2) for r in ("bp", "memdfa", "memdfa")

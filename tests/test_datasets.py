@@ -106,13 +106,13 @@ def test_images_are_padded_with_the_darkest_pixel_and_grey_is_repeated(tmp_path)
 def test_a_shape_that_cannot_be_had_is_refused(tmp_path):
     grey, colour = save(tmp_path), save(tmp_path, "colour.npz", **small(shape=(3, 5, 6)))
     for shape in ((3, 4, 6), (3, 5, 5), (0, 5, 6), (1, 5.0, 6), (3, 1, 5, 6)):
-        with refuses(ValueError, f"cannot be had as {shape}", "(1, 5, 6)"):
+        with refuses(ValueError, f"cannot have the shape {shape}", "(1, 5, 6)"):
             load(grey, shape=shape)
-    with refuses(ValueError, "cannot be had as (6,)"):
+    with refuses(ValueError, "cannot have the shape (6,)"):
         load(grey, shape=6)
     assert load(colour, shape=(3, 6, 6)).input_shape == (3, 6, 6)
     for channels in (1, 6):
-        with refuses(ValueError, "cannot be had", "(3, 5, 6)"):
+        with refuses(ValueError, "cannot have the shape", "(3, 5, 6)"):
             load(colour, shape=(channels, 5, 6))
 
 
@@ -517,7 +517,7 @@ def test_rows_signals_and_deep_images_keep_their_values(tmp_path):
             own = own[:, :3] if own.ndim == 4 else own
             np.testing.assert_allclose((x * data.pixel_range + data.mean).numpy(), own, atol=0.02)
         assert data.x_train.mean(dim=[0, *range(2, data.x_train.dim())]).abs().max() < 1e-5
-    with refuses(ValueError, "cannot be had as (3, 9)", "it is (2, 9)"):
+    with refuses(ValueError, "cannot have the shape (3, 9)", "it is (2, 9)"):
         load(
             save(tmp_path, x_train=X[:, :2].repeat(2, 2)[..., :9], x_test=X_TEST[:, :2].repeat(2, 2)[..., :9]),
             shape=(3, 9),

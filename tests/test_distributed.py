@@ -282,7 +282,7 @@ def test_a_timeout_that_makes_no_sense_is_refused(timeout_s):
 def test_ranks_that_never_come_and_a_gpu_that_is_not_there_are_named(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    with refuses(RankLost, "not all of the 2 ranks came together within 1 s"), ranks(timeout_s=1):
+    with refuses(RankLost, "not all of the 2 ranks have connected within 1 s"), ranks(timeout_s=1):
         pass
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with refuses(ValueError, "device 'cuda' is not there"), ranks("cuda"):

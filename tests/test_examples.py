@@ -172,7 +172,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_batch_alone(workers):
     examples, state = examples_of(loader, seed=1, augment=flipped), loader.generator.get_state()
     list(examples.first(40))
     examples.last = ""
-    with pytest.warns(UserWarning, match="another batch than before the checkpoint"):
+    with pytest.warns(UserWarning, match="a batch differs from the one read before the checkpoint"):
         assert_identical([x for x, _ in examples.batches(1, first=2)], whole[2:])
     assert torch.equal(loader.generator.get_state(), state)  # its owner's
     for other in (batches(2), batches(1, seed=2), batches(1, own=4)):
@@ -184,7 +184,7 @@ def test_data_that_are_others_after_a_resume_are_warned_of(tmp_path):
     changing.__class__ = type("Changing", (Items,), {"__getitem__": lambda self, i: (X[i] + time.monotonic(), Y[i])})
     with pytest.raises(Cut):
         run(DataLoader(changing, SIZE), tmp_path / "run.pt", cut=3)
-    with pytest.warns(UserWarning, match="another batch than before the checkpoint"):
+    with pytest.warns(UserWarning, match="a batch differs from the one read before the checkpoint"):
         run(DataLoader(changing, SIZE), tmp_path / "run.pt")
 
 
@@ -240,8 +240,8 @@ class Triples(Items):
 
 NAN = TensorDataset(torch.where(torch.arange(90).view(-1, 1, 1, 1) == 3, torch.nan, X), Y)
 WRONG = {  # data, the rest -> what is said
-    "generator": (generator(), {}, "data is a generator, which can be read once", "a DataLoader"),
-    "zip": (zip(X, Y, strict=True), {}, "data is a zip, which can be read once"),
+    "generator": (generator(), {}, "data is a generator, which can be read only once", "a DataLoader"),
+    "zip": (zip(X, Y, strict=True), {}, "data is a zip, which can be read only once"),
     "generator to test": ((X, Y), {"test": generator()}, "test is a generator"),
     "batch_size": (DataLoader(Items(), 8), {"batch_size": 8}, "batch_size and drop_last are the DataLoader's own"),
     "drop_last": (DataLoader(Items(), 8), {"drop_last": True}, "batch_size and drop_last are the DataLoader's own"),
@@ -280,7 +280,7 @@ def test_what_is_wrong_with_data_is_said_before_the_first_step(case, rule):
 @pytest.mark.parametrize("augment", [lambda x: x[1:], lambda x: None])
 def test_what_augment_returns_is_looked_at(augment):
     with refuses_and_keeps(
-        made := learner(), TypeError, "augment must take a batch x (16, ...) and return one of as many"
+        made := learner(), TypeError, "augment must take a batch x (16, ...) and return one of equally many"
     ):
         ml.fit(made, (X, Y), 1, SIZE, augment=augment)
 

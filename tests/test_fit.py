@@ -93,7 +93,7 @@ def test_a_run_that_stops_within_an_epoch_resumes_to_the_result_of_one_that_does
     with pytest.raises((Cut, KeyboardInterrupt)):
         ml.fit(stopped, data, 3, checkpoint=path, save_every_s=0, **settings)
     assert len(taken) == (12 if stop is press_ctrl_c else 11)  # the running step ends first
-    with refuses(ValueError, "past 1 epochs, to batch"):
+    with refuses(ValueError, "past 1 epochs, at batch"):
         ml.fit(resumed, data, 1, checkpoint=path, **settings)
     torch.manual_seed(99)  # what the generator does in between must not matter
     history = ml.fit(resumed, data, 3, checkpoint=path, **settings)
@@ -206,7 +206,7 @@ DIFFERENT = {
     "Dropout(p=0.3, inplace=False), this one has (4): Dropout(p=0.5, inplace=False)": {"dropout": 0.5},
     "this one has cross_entropy(label_smoothing=0.2)": {"loss": partial(F.cross_entropy, label_smoothing=0.2)},
     "this one has CrossEntropyLoss(reduction='mean', ignore_index=-100": {"loss": nn.CrossEntropyLoss()},
-    "past 1 epochs, to batch 0 after 2": {"epochs": 1},
+    "past 1 epochs, at batch 0 after epoch 2": {"epochs": 1},
 }
 
 

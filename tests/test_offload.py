@@ -469,7 +469,7 @@ def test_what_is_in_use_or_cannot_be_offloaded_is_refused_in_a_line(tmp_path):
         rule = store._network().rule
         with refuses(ValueError, "another run is writing"):
             Disk(tmp_path / "w")
-        with refuses(ValueError, "a store of its own"):
+        with refuses(ValueError, "its own store"):
             MemDFA(rule.blocks, SGD, offload=store)
         with refuses(TypeError, "cannot be copied"):
             __import__("copy").deepcopy(store)
@@ -515,7 +515,7 @@ def test_an_error_while_a_block_is_taught_ends_the_store_and_leaves_the_last_com
     with refuses(ZeroDivisionError):
         advance(rule, range(2, 3))
     hook.remove()
-    with refuses(RuntimeError, "cut short", "step 2"):
+    with refuses(RuntimeError, "interrupted", "step 2"):
         advance(rule, range(2, 3))
     store.close()
     assert assert_goes_on(tmp_path / "w") == 2
@@ -622,9 +622,9 @@ def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_
 
     begun = run("--epochs", "1")
     takes = 2 * sum(4 * p.numel() for p in models.build("784-[8]x2-10").parameters()) / 2**10
-    found = re.search(r"and begins; it takes about ([\d.]+) KiB; free there: \S+ GiB", begun)
+    found = re.search(r"training begins; it takes about ([\d.]+) KiB of \S+ GiB free", begun)
     assert takes <= float(found[1]) < 1.2 * takes, begun  # with B
-    assert "goes on from step 4;" in run("--epochs", "2", "--commit-every", "1")
+    assert "resumes from step 4;" in run("--epochs", "2", "--commit-every", "1")
     for more in (["--rule", "all"], ["--overwrite"]):
         assert "--offload is for --rule memdfa in one process" in run("--epochs", "2", *more)
     with Disk(tmp_path / "w") as store:

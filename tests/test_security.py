@@ -40,7 +40,7 @@ def test_a_checkpoint_is_loaded_without_running_code(tmp_path):
     data = ml.datasets.load("mnist5k").subset(20, 20)
     rule = ml.BP(ml.models.build("fc_relu"), partial(torch.optim.SGD, lr=0.1))
     torch.save({"format": 1, "settings": {}, "rule": Evil(tmp_path / "folder")}, tmp_path / "run.pt")
-    with refuses(ValueError, "damaged or not of memdfa_lab"):
+    with refuses(ValueError, "damaged or not a file of memdfa_lab"):
         ml.fit(rule, data, 1, checkpoint=tmp_path / "run.pt")
     assert not (tmp_path / "folder").exists()
 

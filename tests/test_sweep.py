@@ -209,7 +209,7 @@ def test_a_killed_run_takes_its_kernel_along_and_is_done_again_and_ctrl_c_ends_a
     client.send_signal(signal.SIGINT)
     _, err = client.communicate(timeout=60)
     assert client.returncode == 130
-    assert err == "memdfa: interrupted: what was finished is kept, the same command goes on from there\n"
+    assert err == "memdfa: interrupted: finished work is kept, and the same command resumes from there\n"
     assert gone(started)
     sweep.run(file, out)
     assert [row["status"] for row in rows(out)] == ["done"]

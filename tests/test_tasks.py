@@ -446,7 +446,7 @@ def test_training_stops_after_so_many_epochs_without_a_better_one_and_has_the_be
     ("how", "hint"),
     [
         ({"stop_after": 0}, "stop_after must be a whole number from 1"),
-        ({"stop_after": 2, "test": None}, "stop_after looks at test data"),
+        ({"stop_after": 2, "test": None}, "stop_after needs test data"),
         ({"stop_after": 2, "monitor": "accuracy"}, "one of the columns test_accuracy"),
         ({"stop_after": 2, "monitor": "test_mine", "metrics": {"mine": Vector()}}, "returns one number"),
         ({"stop_after": 2, "monitor": "test_mean", "metrics": {"mean": torchmetrics.MeanMetric()}}, "mean"),

@@ -14,25 +14,29 @@ from memdfa_lab.core.checks import of_an_extra
 
 COMMANDS = (train, reproduce, profile, bench, sweep, explore)
 PACKAGE = Path(__file__).parents[1]
+ABOUT = (
+    "Train networks with BP, FA, DFA and MEM-DFA, and measure or predict their memory. "
+    "`memdfa COMMAND --help` lists the options of a command."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.
 
-    An error that the package or the system reports is shown in one line. Any other is a fault in the package, or in
-    what it calls, and is shown with its traceback.
+    An error that the package or the system raises on purpose is shown in one line. Any other error is a fault in the
+    package or in a library, and is shown with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # of signs that a Windows console does not have
+            stream.reconfigure(errors="backslashreplace")  # a Windows console lacks some characters
     options = _parser().parse_args(arguments)
     try:
         with of_an_extra():
             options.run(options)
     except KeyboardInterrupt as stop:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only spoil the way out
-        text = str(stop) or "interrupted: what was finished is kept, the same command goes on from there"
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the exit
+        text = str(stop) or "interrupted: finished work is kept, and the same command resumes from there"
         return _show(text, INTERRUPTED)
     except Exception as problem:
         if options.debug:
@@ -47,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_reported(problem: Exception) -> bool:
-    """Tell whether a line of the package raises this error, and not a library or a fault of its own."""
+    """Tell whether a `raise` statement of this package raised the error."""
     frame = traceback.extract_tb(problem.__traceback__)[-1]
     return PACKAGE in Path(frame.filename).parents and str(frame.line).startswith("raise ")
 
@@ -58,7 +62,7 @@ def _show(text: str, status: int) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="memdfa", description="Train with BP, FA, DFA and MEM-DFA, and see what each holds in memory.")
+    parser = Parser(prog="memdfa", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"memdfa_lab {version('memdfa_lab')}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
     for command in COMMANDS:

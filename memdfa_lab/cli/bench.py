@@ -1,4 +1,4 @@
-"""memdfa bench: time steps side by side."""
+"""memdfa bench: compare the time and memory of training steps."""
 
 import argparse
 import itertools
@@ -35,45 +35,50 @@ def add_to(commands: Any) -> None:
         commands,
         "bench",
         _bench,
-        "time steps of the rules side by side, in turns, and give the peak beside each",
+        "time a training step of each rule, in alternation, and measure its peak memory",
         "  memdfa bench\n"
         "  memdfa bench --network '784-[800]x32-10' --batch 128 --rules bp memdfa --rounds 21 --out bench\n"
-        "  memdfa bench --network mnist_conv --rules memdfa --precision bfloat16  # each without and with it\n"
+        "  memdfa bench --network mnist_conv --rules memdfa --precision bfloat16  # with and without it\n"
         "  memdfa bench --rules memdfa --pass1 bfloat16 int8 --threads 1 all --quiet\n"
         "  memdfa bench --network liao_cifar --frontier --pass1 bfloat16 --out frontier\n"
         "  memdfa bench --device cuda\n"
-        "  memdfa bench --model my_nets:small --input 3x32x32    # def small() in my_nets.py, here\n",
+        "  memdfa bench --model my_nets:small --input 3x32x32    # def small() in ./my_nets.py\n",
     )
-    add_rules(command, "--rules", ["all"], "the four rules, the baselines, and those of one pass")
+    add_rules(command, "--rules", ["all"], "the four rules, the baselines and the one-pass rules")
     add = command.add_argument
-    add("--network", nargs="+", metavar="NAME", default=list(NETWORKS), help=f"default: {', '.join(NETWORKS)}")
+    named = f"one or more networks, named as in memdfa train; default: {', '.join(NETWORKS)}"
+    add("--network", nargs="+", metavar="NAME", default=list(NETWORKS), help=named)
     add_model(command)
-    add("--batch", type=int, help="batch size; default: 128, 2048, 512, 100, 100, 32 for these, else 128")
-    add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help="one or more; default: regenerated")
-    add("--frontier", action="store_true", help="instead of the rules: MEM-DFA's keep_bytes beside checkpointing")
+    batches = f"examples per step; default: {', '.join(map(str, NETWORKS.values()))} for the default networks, else 128"
+    add("--batch", type=int, metavar="N", help=batches)
+    kinds = "how the random matrices B are kept between steps; one kind or more; default: regenerated"
+    add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help=kinds)
+    others = "in place of --rules: MEM-DFA with five values of keep_bytes, checkpointing, and other ways to save memory"
+    add("--frontier", action="store_true", help=others)
     add_settings(command, *OPTIONS, "device")
-    add("--pass1", nargs="+", choices=list(PASS1), default=[], help="one or more, each beside an exact one")
-    add(
-        "--threads", nargs="+", type=_threads, metavar="N", default=[None], help="as many, or all; default: torch's own"
-    )
-    add("--quiet", action="store_true", help="before each timing, wait up to 10 minutes until others use no processor")
-    add("--rounds", type=int, default=9, help="steps of each that count; default: 9")
-    add("--out", type=Path, help="write bench.csv and the figure (svg, png) into this folder")
+    formats = "time DFA and MEM-DFA also with their first pass in these number formats; default: only in the exact one"
+    add("--pass1", nargs="+", choices=list(PASS1), default=[], help=formats)
+    threads = "numbers of threads, one or more; all: one per processor; default: torch's own number"
+    add("--threads", nargs="+", type=_threads, metavar="N", default=[None], help=threads)
+    quiet = "before each table, wait up to 10 minutes until other processes are idle (Linux only)"
+    add("--quiet", action="store_true", help=quiet)
+    add("--rounds", type=int, default=9, metavar="N", help="timed steps of each rule, after a warm-up; default: 9")
+    add("--out", type=Path, help="folder for bench.csv and a figure (svg, png); default: nothing is written")
 
 
 def _bench(options: argparse.Namespace) -> None:
     more = given(options, OPTIONS)
     if options.frontier and (options.rules != ["all"] or len(options.feedback) > 1 or more):
         raise ValueError(
-            "--frontier has rules and options of its own, one kind of feedback: leave out --frontier, or these"
+            "--frontier has its own rules and options, and takes one kind of feedback: leave out --frontier, or these"
         )
     check_device(options.device)
     named, tables = named_network(options), []
     networks = [named] if isinstance(named, str) else named
     for network in networks:
-        models.input_shape(network)  # an unknown name is refused before the first network takes its minutes
+        models.input_shape(network)  # refuse an unknown name before the first network is timed
     if options.out:
-        from memdfa_lab import figures  # not above: plotting takes a while to import
+        from memdfa_lab import figures  # here, since plotting takes a while to import
     rules = chosen_rules(options.rules, list(ALL_RULES))
     for network, threads in itertools.product(networks, options.threads):
         batch = NETWORKS.get(network, 128) if options.batch is None else options.batch
@@ -82,21 +87,21 @@ def _bench(options: argparse.Namespace) -> None:
         else:
             against = contenders(rules, options.feedback, more, options.pass1)
         if options.quiet and not wait_until_quiet():
-            print("others still use the processors: timing all the same", file=sys.stderr)
+            print("other processes still use the processors: timing anyway", file=sys.stderr)
         tables.append(bench(network, batch, against, rounds=options.rounds, threads=threads, device=options.device))
         first = tables[-1].iloc[0]
         if len(tables) == 1:
-            print(f"torch {first['torch']} on {options.device}, {options.rounds} rounds, in turns")
+            print(f"torch {first['torch']} on {options.device}, {options.rounds} rounds")
         title = f"{network}, batch {batch}, {first['threads']} threads"
-        print(f"\n{title}: seconds a step and ratio to BP (median, quartiles), peak above rest")
+        print(f"\n{title}: seconds per step and ratio to BP (median, quartiles), peak above rest")
         shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)[[*SHOWN, "peak_mib"]]
         print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
         if first["noisy"]:
             print(
-                f"{title}: noisy, BP moved by {first['moved']:.0%}: stop what else runs, or try --quiet",
+                f"{title}: noisy, BP's time varied by {first['moved']:.0%}: stop other processes, or use --quiet",
                 file=sys.stderr,
             )
-        if options.out:  # after each network: a bench that is interrupted leaves what it has
+        if options.out:  # after each network, so that an interrupted bench keeps the finished ones
             table = pd.concat(tables)
             write_text(options.out / "bench.csv", table.to_csv(index=False))
             if len(options.threads) > 1:
@@ -106,5 +111,5 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _threads(given: str) -> int:
     if given != "all" and not given.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, or all, got {given!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, or all, got {given!r}")
     return os.cpu_count() or 1 if given == "all" else int(given)

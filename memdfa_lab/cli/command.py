@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, and options from the table of settings."""
+"""What all commands share: one-line errors, and options made from the table of settings."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(commands: Any, name: str, run: Any, help: str, examples: str) -> Parser:
-    """Return the parser of a new command, which calls run(options)."""
+    """Return the parser of a new command; the command calls run(options)."""
     command: Parser = commands.add_parser(
         name,
         help=help,
@@ -32,10 +32,12 @@ def add_command(commands: Any, name: str, run: Any, help: str, examples: str) ->
 
 
 def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
-    """Add an option for each of these settings of a run; `defaults` differ from those of the table."""
+    """Add an option for each of these settings of a run; `defaults` replace the defaults of the table."""
     for name in names:
         kind, table, default, description = setting(RunSettings, name)
-        default, option = defaults.get(name, default), f"--{name.replace('_', '-')}"
+        option = f"--{name.replace('_', '-')}"
+        if name in defaults:
+            default, description = defaults[name], str(description).partition("; default: ")[0]
         if kind is bool:
             command.add_argument(option, action="store_true", help=description)
             continue
@@ -49,35 +51,38 @@ def add_settings(command: Parser, *names: str, **defaults: Any) -> None:
 
 
 def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Return those of these options that were given, by name."""
+    """Return the options with these names that were given, by name."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def add_rules(command: Parser, name: str, default: list[str], all_of: str) -> None:
-    """Add an option of one rule or more; `all` stands for all of them."""
+    """Add an option that takes one or more rules; `all_of` names those that `all` stands for."""
     names = [*ALL_RULES, "all"]
-    help = f"one or more of {', '.join(names)} ({all_of}); default: {' '.join(default)}"
+    help = f"one or more of {', '.join(names)}; all: {all_of}; default: {' '.join(default)}"
     command.add_argument(name, nargs="+", default=default, choices=names, metavar="RULE", help=help)
 
 
 def chosen_rules(names: list[str], every: list[str] | None = None) -> list[str]:
-    """Return the rules that were asked for, each once; `all` stands for `every` rule, the four if not given."""
+    """Return the chosen rules, each once; `all` stands for `every`, by default the four rules."""
     return (every or list(RULES)) if "all" in names else list(dict.fromkeys(names))
 
 
 def add_model(command: Parser) -> None:
-    """Add --model and --input, a network of the user's own in place of --network."""
+    """Add --model and --input, for a network of the user's own in place of --network."""
     command.set_defaults(network=None, default_network=command.get_default("network"))
-    help = "in place of --network: a function without arguments that returns a model"
+    help = (
+        "in place of --network: a function without arguments that returns a model; MODULE may be a file in this folder"
+    )
     command.add_argument("--model", metavar="MODULE:FUNCTION", help=help)
-    command.add_argument("--input", metavar="3x224x224", help="the shape of one example that --model takes")
+    command.add_argument("--input", metavar="SHAPE", help="the shape of one example for --model, such as 3x224x224")
 
 
 def named_network(options: argparse.Namespace) -> Any:
     """Return --network, or --model and --input as one name. Raises ValueError for both, and for --input alone."""
-    if options.model and options.network:
-        raise ValueError("--model stands in place of --network: leave one of them out")
-    if options.input and not options.model:
-        raise ValueError("--input goes with --model: a network of the table has an input shape of its own")
-    own = f"{options.model}@{options.input}" if options.input else options.model
-    return own or options.network or options.default_network
+    if options.model is not None and options.network is not None:
+        raise ValueError("--model replaces --network: leave one of them out")
+    if options.input is not None and options.model is None:
+        raise ValueError("--input goes with --model: a network of --network has its own input shape")
+    if options.model is not None:
+        return options.model if options.input is None else f"{options.model}@{options.input}"
+    return options.default_network if options.network is None else options.network

@@ -1,4 +1,4 @@
-"""memdfa explore: the explorers as a page."""
+"""memdfa explore: the interactive explorers as a web page."""
 
 import argparse
 from functools import partial
@@ -12,11 +12,13 @@ def add_to(commands: Any) -> None:
         commands,
         "explore",
         _explore,
-        "open the explorers as a page of their own in your browser, served on this machine alone",
+        "show the interactive explorers of notebook 06 in your browser, on a page that only this machine can open",
         "  memdfa explore\n  memdfa explore --port 8866 --no-browser\n",
     )
-    command.add_argument("--port", type=int, help="default: one that is free")
-    command.add_argument("--no-browser", dest="browser", action="store_false", help="only say where the page is")
+    command.add_argument("--port", type=int, metavar="N", help="port of the page; default: a free one")
+    command.add_argument(
+        "--no-browser", dest="browser", action="store_false", help="print the address of the page, and open no browser"
+    )
 
 
 def _explore(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""memdfa profile: what one step holds."""
+"""memdfa profile: the memory of one training step."""
 
 import argparse
 from pathlib import Path
@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
         commands,
         "profile",
         _profile,
-        "tell what one training step holds in memory, rule by rule, measured or predicted",
+        "measure or predict the memory of one training step, for each rule",
         "  memdfa profile --network long_fc --batch 128 --rules all\n"
         "  memdfa profile --network '784-[800]x32-10' --batch 10000 --predict --plot profile.svg\n"
         "  memdfa profile --model torchvision.models:alexnet --input 3x224x224 --batch 64 --budget 8GiB\n",
@@ -39,25 +39,27 @@ def add_to(commands: Any) -> None:
         command, "network", "optimizer", "feedback", network="long_fc", optimizer="sgd", feedback="regenerated"
     )
     add_model(command)
-    add_rules(command, "--rules", list(RULES), "the four rules, the baselines, and those of one pass")
+    add_rules(command, "--rules", list(RULES), "the four rules, the baselines and the one-pass rules")
     add_settings(command, *RULE_OPTIONS, "device")
     add = command.add_argument
-    add("--batch", type=int, default=128, help="batch size; default: 128")
-    add("--predict", action="store_true", help="do not run the step: any size, in seconds")
-    add("--budget", metavar="8GiB", help="do not run the step, and find the largest batch that fits: peak and rest")
-    add("--grid", type=int, metavar="G", help="B for G positions along each side of images; default: for all pixels")
-    add("--table", type=Path, help="write what is printed to this csv file")
-    add("--csv", type=Path, help="write every birth and free to this file")
-    add("--plot", type=Path, help="draw the profiles into this file (svg and png beside it)")
+    add("--batch", type=int, default=128, metavar="N", help="examples per step; default: 128")
+    add("--predict", action="store_true", help="predict without running the step: takes seconds, whatever the size")
+    budget = "predict, and find the largest batch whose peak, with what is at rest, fits in SIZE, such as 8GiB or 500MB"
+    add("--budget", metavar="SIZE", help=budget)
+    grid = "interpolate the signals of images from G x G positions: B is smaller; default: a position for each pixel"
+    add("--grid", type=int, metavar="G", help=grid)
+    add("--table", type=Path, metavar="FILE", help="write the printed table to this csv file")
+    add("--csv", type=Path, metavar="FILE", help="write every allocation and release of the step to this csv file")
+    add("--plot", type=Path, metavar="FILE", help="draw the bytes over the course of the step: an svg and a png")
 
 
 def _profile(options: argparse.Namespace) -> None:
     network, set_to = named_network(options), given(options, RULE_OPTIONS)
     how = (options.optimizer, KINDS[options.feedback](grid=options.grid))
-    budget = memory.bytes_of(options.budget) if options.budget else None
+    budget = None if options.budget is None else memory.bytes_of(options.budget)
     rules, measured = chosen_rules(options.rules, list(ALL_RULES)), not options.predict and budget is None
     if check_device(options.device) != CPU and not measured:
-        raise ValueError("--device is for a step that is run: leave it out with --predict and --budget")
+        raise ValueError("--device is for a measured step: leave it out with --predict and --budget")
     traces = {
         rule: experiments.profile(rule, network, options.batch, *how, measured, device=options.device, **set_to)
         for rule in rules
@@ -70,14 +72,16 @@ def _profile(options: argparse.Namespace) -> None:
     table = table[[name for name in ("rule", "peak", *memory.CATEGORIES, "at rest") if name in table]]
     seen = "measured" if measured else "predicted"
     run = ", ".join([network, f"batch {options.batch}", options.optimizer, *map(str, set_to.values())])
-    print(f"{run}: bytes, {seen}; the peak is above rest")
+    print(f"{run}: bytes, {seen}; the peak is above what is at rest")
     print(table.to_string(index=False, float_format="{:.0f}".format))
     if budget is not None:
         fits = pd.DataFrame(
             [{"rule": rule, **experiments.sizes(rule, network, budget, *how, **set_to)} for rule in rules]
         )
-        print(f"\nlargest batch: peak and rest fit into {options.budget}; B: bytes of all its matrices, kept or not")
-        print("s to draw B: seconds that drawing all of B takes here, going by a matrix of a million numbers")
+        print(
+            f"\nlargest batch: peak and rest together fit in {options.budget}; B: bytes of all matrices B, kept or not"
+        )
+        print("s to draw B: seconds to draw all of B on this machine, estimated from a million numbers")
         print(fits.to_string(index=False, float_format="{:.3g}".format))
         table = table.merge(fits, on="rule")
     if options.table:
@@ -86,7 +90,7 @@ def _profile(options: argparse.Namespace) -> None:
         timelines = [trace.timeline.assign(rule=rule) for rule, trace in traces.items()]
         write_text(options.csv, pd.concat(timelines).to_csv(index=False))
     if options.plot:
-        from memdfa_lab import figures  # not above: plotting takes a while to import
+        from memdfa_lab import figures  # here, since plotting takes a while to import
 
         labels = {figures.label(rule): trace.timeline for rule, trace in traces.items()}
         figures.save(figures.memory_profiles(labels), options.plot)

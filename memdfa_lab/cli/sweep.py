@@ -1,4 +1,4 @@
-"""memdfa sweep: many runs."""
+"""memdfa sweep: one run for each combination of parameters."""
 
 import argparse
 from pathlib import Path
@@ -12,21 +12,23 @@ def add_to(commands: Any) -> None:
         commands,
         "sweep",
         _sweep,
-        "run a notebook or train once for each combination of parameters; finished runs are not run again",
+        "run a notebook or `memdfa train` for each combination of parameters; finished runs are not repeated",
         "  memdfa sweep sweep.yaml --jobs 4\n"
         "  memdfa sweep sweep.yaml --scheduler tcp://127.0.0.1:8786    # on the workers of a Dask cluster\n"
         "  memdfa sweep status sweep.yaml\n"
-        "sweep.yaml, here 12 runs; run may be a notebook, too, then with table: NAME, the table that is its result:\n"
+        "A sweep.yaml of 12 runs. For a notebook, give its path as run, and the name of its result as table:\n"
         "  run: train\n"
         "  parameters: {network: '784-[100]x3-10', epochs: 5}\n"
         "  grid: {rule: [bp, memdfa], lr: [0.003, 0.01, 0.03], seed: [0, 1]}\n",
     )
     add = command.add_argument
-    add("status", nargs="?", choices=["status"], help="only say how far it is")
-    add("file", help="a sweep file; after status, it may be the folder of all runs")
+    add("status", nargs="?", choices=["status"], help="run nothing, and count finished, failed and waiting runs")
+    add("file", help="a sweep file, as below; after status also the folder of all runs")
     add("--out", type=Path, help="folder of all runs; default: reports/runs/NAME for NAME.yaml")
-    add("--jobs", type=int, help="runs at a time on this machine; default: as many as it has cores for")
-    add("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the folder, such as tcp://HOST:8786")
+    jobs = "runs at a time on this machine; default: number of cores, divided by the threads of a run"
+    add("--jobs", type=int, metavar="N", help=jobs)
+    cluster = "run on the Dask cluster at ADDRESS, such as tcp://HOST:8786, whose workers share the folder"
+    add("--scheduler", metavar="ADDRESS", help=f"{cluster}; default: run on this machine")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -40,4 +42,4 @@ def _sweep(options: argparse.Namespace) -> None:
             print(f"  {row['run']}: {row['error']}")
         return
     out = sweep.run(options.file, options.out, options.scheduler, options.jobs)
-    print(f"the table of all runs is {out / 'results.csv'}, a figure beside it; each run is in {out / 'runs'}")
+    print(f"the results of all runs are in {out / 'results.csv'}, and each run is in {out / 'runs'}")

@@ -31,24 +31,26 @@ def add_to(commands: Any) -> None:
         commands,
         "train",
         _train,
-        "train a network with one rule or several, from the same seeds",
+        "train a network with one or more rules, each from the same seed",
         "  memdfa train --rule memdfa --network fc_relu --dataset mnist --epochs 3\n"
         "  memdfa train --rule all --network mnist_conv --epochs 5 --lr 0.05 --feedback regenerated\n"
         "  memdfa train --model torchvision.models:alexnet --input 3x64x64 --epochs 1\n"
-        "  torchrun --nproc-per-node 2 -m memdfa_lab train --rule memdfa    # two processes, half of each batch each\n",
+        "  torchrun --nproc-per-node 2 -m memdfa_lab train --rule memdfa    # two processes share each batch\n",
     )
-    add_rules(command, "--rule", ["memdfa"], "the four rules")
+    add_rules(command, "--rule", ["memdfa"], "bp, fa, dfa and memdfa")
     add_settings(command, *NAMES)
     add_model(command)
     add = command.add_argument
-    add("--out", type=Path, help="run folder; default: reports/runs/NETWORK-DATASET-seedSEED")
-    add("--overwrite", action="store_true", help="start anew instead of going on with the run in the folder")
-    rests = "weights and the optimizer's state rest in this folder, block by block; the run goes on from it"
-    add("--offload", type=Path, metavar="FOLDER", help=f"memdfa alone: {rests}")
-    every = "steps from one commit of that folder to the next, from which a run goes on; 0: at the end of epochs"
-    add("--commit-every", type=int, default=100, metavar="STEPS", help=f"{every}; default: 100")
-    add("--sync-batchnorm", action="store_true", help="under torchrun: BatchNorm's statistics over all ranks")
-    seconds = "under torchrun: seconds that a rank waits for another before it gives up; default: 60"
+    out = "folder of the run, which is resumed if it has begun; default: reports/runs/NETWORK-DATASET-seedSEED"
+    add("--out", type=Path, help=out)
+    add("--overwrite", action="store_true", help="start anew, even if the folder has a run")
+    rests = "keep weights and optimizer state in this folder, one block at a time in memory; a run in it is resumed"
+    add("--offload", type=Path, metavar="FOLDER", help=f"for --rule memdfa: {rests}")
+    every = "with --offload: steps between two commits; a crashed run resumes from the last one"
+    one = "0: only one copy of the network is on disk, and a crash can destroy it"
+    add("--commit-every", type=int, default=100, metavar="STEPS", help=f"{every}; {one}; default: 100")
+    add("--sync-batchnorm", action="store_true", help="under torchrun: BatchNorm's statistics are over all ranks")
+    seconds = "under torchrun: seconds that a rank waits for another before it fails; default: 60"
     add("--dist-timeout", type=float, default=distributed.TIMEOUT_S, metavar="S", help=seconds)
 
 
@@ -57,7 +59,7 @@ def _train(options: argparse.Namespace) -> None:
         try:
             _train_in(group, options)
         except KeyboardInterrupt:
-            if group.rank == 0:  # it reports for all
+            if group.rank == 0:  # the first rank reports for all
                 raise
             sys.exit(INTERRUPTED)
 
@@ -68,10 +70,10 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
     runs = [RunSettings(rule=rule, **settings) for rule in chosen_rules(options.rule)]  # refused here, before any work
     alone = [run.rule for run in runs] == ["memdfa"] and group.size == 1 and group.device == "cpu"
     if options.offload is not None and (not alone or options.overwrite):
-        raise ValueError("--offload is for --rule memdfa in one process on the CPU; to begin anew, delete the folder")
-    with group.first_rank_first():  # one rank downloads, the others find the files
+        raise ValueError("--offload is for --rule memdfa in one process on the CPU; to start anew, delete the folder")
+    with group.first_rank_first():  # the first rank downloads, the others find the files
         data = experiments.load_for(options.network, options.dataset, options.root)
-    name = f"{options.network}-{data.name}-seed{options.seed}"  # layers as text have signs of all kinds
+    name = f"{options.network}-{data.name}-seed{options.seed}"  # layers as text have characters of all kinds
     out = options.out or Path("reports/runs") / file_name(name)
     how = {"overwrite": options.overwrite, "group": group, "sync_batchnorm": options.sync_batchnorm}
     rows = []
@@ -91,7 +93,7 @@ def _store(options: argparse.Namespace, run: RunSettings) -> Disk:
     trace = experiments.profile("memdfa", run.network, 2, *how, offload=Host("cpu", ahead=0))
     takes = trace.offloaded_bytes * (2 if options.commit_every else 1)
     store = Disk(options.offload, commit_every=options.commit_every or None)
-    where = f"goes on from step {store.steps}" if store.steps else "begins"
-    disk = f"takes about {readable(takes)}; free there: {readable(store.free_bytes)}"
-    print(f"{options.network} rests in {options.offload}/, and {where}; it {disk}")
+    where = f"resumes from step {store.steps}" if store.steps else "begins"
+    disk = f"about {readable(takes)} of {readable(store.free_bytes)} free"
+    print(f"{options.network} is kept in {options.offload}/, and training {where}; it takes {disk}")
     return store

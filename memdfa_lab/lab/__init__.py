@@ -1,1 +1,1 @@
-"""One experiment: its settings, data, network, training, checkpoints, and what is measured of it."""
+"""One experiment: its settings, data, network, training, checkpoints and measurements."""

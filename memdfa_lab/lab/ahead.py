@@ -1,4 +1,4 @@
-"""Checks before the first step of a training run: its task, and batches, labels and metrics that would be refused."""
+"""Checks before the first step of a training run: its task, sizes of batches, labels and metrics."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from memdfa_lab.lab.evaluation import metrics_of, try_out
 from memdfa_lab.lab.examples import Examples
 from memdfa_lab.lab.tasks import Task, task_of
 
-TRIED_ON = 100  # examples, for metrics
+TRIED_ON = 100  # examples on which metrics are tried
 
 
 def look_ahead(
@@ -25,11 +25,11 @@ def look_ahead(
     task_name: str | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> tuple[Task | None, dict[str, Any]]:
-    """Return the task, from the loss and labels or by name, and the metrics: accuracy and those given.
+    """Return the task, found from the loss and labels or by name, and the metrics: accuracy and the given ones.
 
     The task is None if the loss is unknown.
 
-    The network runs on the smallest part of a batch that a rank of the group gets; this leaves no trace. Raises
+    The network runs on the smallest part of a batch that a rank of the group gets; this changes nothing. Raises
     ValueError if the network takes the largest part but not the smallest (BatchNorm does not take a single example), if
     outputs and labels do not fit the task, if a metric does not take them, or if the test data differs in kind from the
     training data. A batch that the network refuses at any size is reported by the first step.
@@ -38,7 +38,7 @@ def look_ahead(
     kind = (x.dtype, x.shape[1:])
     first, last = train.sizes
     least, most = max(1, last // group.size), -(-first // group.size)
-    group.part(torch.arange(last))  # who is idle in it
+    group.part(torch.arange(last))  # sets whether this rank is idle in the last batch
     output = output_of(rule, x[:least])
     if isinstance(output, Exception):
         group.part(torch.arange(first))
@@ -81,6 +81,6 @@ def _too_short(n: int, first: int, last: int, ranks: int, problem: Exception) ->
     hints += ["drop_last=True"] if last < first and first // ranks > least else []
     part = "the last batch of an epoch" if ranks == 1 else "a rank's part of the last batch of an epoch"
     return (
-        f"{part} would have {least} of the {n} training examples, which this network does not train on "
+        f"{part} would have {least} of the {n} training examples, a batch that this network refuses "
         f"({' '.join(str(problem).split())}): take {' or '.join(hints or ['more examples'])}"
     )

@@ -34,16 +34,17 @@ from memdfa_lab.lab.examples import examples_of
 T = TypeVar("T")
 RULE = "a rule, such as ml.MemDFA(model, optimizer)"
 Step = Callable[..., Tensor]  # a rule's step as a function of rule, x and y
-Directions = list[list[Tensor]]  # for each block, tensors that form one vector; an empty list if it is not taught
+Directions = list[list[Tensor]]  # per block: tensors that form one vector; empty if it is not trained
 
 
 def angles(rule: Rule, x: Tensor, y: Tensor, of: str = "gradient") -> list[float]:
-    """Return the angle between the rule and BP on one batch, x (N, ...) and y, in degrees (0 to 180), one a block.
+    """Return the angle between the rule and BP on one batch, x (N, ...) and y, in degrees (0 to 180), one per block.
 
-    `of`: "gradient", that of all parameters that a block trains, before clipping and the optimizer; or "signal", that
-    at the block's output, over all examples (the angle of Lillicrap et al. 2016). NaN where there is no direction: for
-    a block that trains nothing, or a gradient of zeros. The network runs in its present mode (training or evaluation).
-    The rule is left as it is: weights, buffers, gradients, optimizer state, feedback and torch's generators.
+    `of`: "gradient" compares gradients of all parameters that a block trains, before clipping and the optimizer;
+    "signal" compares signals at the block's output, over all examples (the angle of Lillicrap et al. 2016). NaN where
+    there is no direction: for a block that trains nothing, or a gradient of zeros. The network runs in its present mode
+    (training or evaluation). The rule does not change, with its weights, buffers, gradients, optimizer state and
+    feedback; nor do torch's generators.
 
     Raises TypeError if `rule` is no rule, ValueError for another `of`, and what `rule.step` raises.
     """
@@ -69,7 +70,7 @@ def error_angle(rule: Rule, x: Tensor, y: Tensor) -> float:
 
 
 def feedback_angles(rule: Rule, x: Tensor) -> list[float]:
-    """Return the angle between B_i and the matrix that it replaces, in degrees (0 to 180), one a block.
+    """Return the angle between B_i and the matrix that it replaces, in degrees (0 to 180), one per block.
 
     That matrix is dlogits/dh_i, the Jacobian of the logits with respect to the block's output, averaged over x
     (N, ...). A B_i that learns comes to agree with it. NaN for the last block, and where B_i is not dense. The rule is
@@ -118,13 +119,13 @@ def follow(
     check_type("at", at, Iterable, "a list of numbers of steps, such as [0, 100]")
     at = {check_int("a number of steps in at", step, 0) for step in at}
     if not at:
-        raise ValueError("at is empty: name the numbers of steps after which to take angles, such as [0, 100]")
+        raise ValueError("at is empty: give the numbers of steps after which to measure angles, such as [0, 100]")
     batch_size, probe = check_int("batch_size", batch_size), check_int("probe", probe)
     seed = check_int("seed", seed, 0, LARGEST_SEED)
     if before_step is not None:
         check_type("before_step", before_step, Callable, "a function of the rule and the step")
     rule.blocks.train()
-    whole = len(data.x_train) // batch_size  # batches
+    whole = len(data.x_train) // batch_size  # full batches
     look_ahead(
         rule,
         examples_of(data, batch_size, seed, drop_last or max(at) <= whole),
@@ -154,7 +155,7 @@ def _gradients(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
 def _gradient_of(block: list[nn.Parameter]) -> list[Tensor]:
     if all(parameter.grad is None for parameter in block):
         return []
-    # None: not used in the forward pass. Sparse: of an embedding that is made so.
+    # A gradient is None if the parameter was not used, and sparse for nn.Embedding(sparse=True).
     return [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in block]
 
 
@@ -177,7 +178,7 @@ def _signals(step: Step, rule: Rule, x: Tensor, y: Tensor) -> Directions:
 
 @contextmanager
 def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
-    """Give a copy of the rule whose step leaves gradients and changes no weight; restore the rest on leaving."""
+    """Yield a copy of the rule whose step computes gradients and changes no weight; restore all else at the end."""
     rule.follow_model()
     twin = _apart(rule)  # the same network
     twin.optimizers, twin.loss_optimizer = [None for _ in rule.optimizers], None
@@ -192,7 +193,7 @@ def _untouched(rule: Rule, x: Tensor) -> Iterator[Rule]:
 
 
 def _fixed(feedback: Feedback) -> Any:
-    """Return the same matrices, which do not learn."""
+    """Return a copy with the same matrices, which do not learn."""
     twin: Any = _apart(feedback)
     twin.learns = False
     return twin
@@ -215,7 +216,7 @@ def _angle(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
-    """Return the angle between a block's desired and actual change of output, in degrees (0 to 90), one a block.
+    """Return the angle between a block's desired and actual change of output, in degrees (0 to 90), one per block.
 
     The desired change is -s, with s the block's signal under DFA and MEM-DFA (e for the last block). A small step of
     plain SGD changes the output, over all examples of the batch x (N, ...), by -lr J J^T s, where J is the Jacobian of
@@ -235,7 +236,7 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
             signal, u = twin.signal(i, e).shaped_like(out.detach()), torch.zeros_like(out, requires_grad=True)
             if weights:
                 step = torch.autograd.grad(out, weights, signal, retain_graph=True)
-                pulled = torch.autograd.grad(out, weights, u, create_graph=True)  # J^T u, of which u is the variable
+                pulled = torch.autograd.grad(out, weights, u, create_graph=True)  # J^T u, a linear function of u
                 (moved,) = torch.autograd.grad(pulled, u, step)
                 found.append(_angle([signal], [moved]))
             else:

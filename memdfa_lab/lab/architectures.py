@@ -2,16 +2,16 @@
 
 | part               | modules                                                                                   |
 |--------------------|-------------------------------------------------------------------------------------------|
-| conv5x5(20)/2      | convolution with 20 filters and stride 2, padded by half of the kernel                    |
+| conv5x5(20)/2      | convolution with 20 filters and stride 2, padded by half the kernel                       |
 | conv5x5(20,valid)  | the same without padding; conv5x5(20,nobias) is without bias                              |
 | separable(64)/2    | 3x3 convolution of each channel with stride 2, then 1x1 with 64 filters, bn and relu both |
 | maxpool3/2         | pooling, 3x3 with stride 2; avgpool too                                                   |
-| maxpool3/2(ceil)   | the same with windows past the edge, whose inner part counts (TensorFlow's SAME)          |
+| maxpool3/2(ceil)   | windows may extend past the edge; only their inner part counts (TensorFlow's SAME)        |
 | mean               | average over all pixels                                                                   |
-| 500, classes       | dense layer of 500 units, of one unit a class; images are flattened before it             |
+| 500, classes       | dense layer of 500 units, or of one unit per class; images are flattened before it        |
 | bn, relu, ...      | BatchNorm, one of ACTIVATIONS                                                             |
 | dropout0.2         | dropout with probability 0.2                                                              |
-| resnet18, ...      | torchvision's residual network, its stem made for small images                            |
+| resnet18, ...      | torchvision's residual network, with a stem for small images                              |
 | [500 relu]x20      | these parts 20 times                                                                      |
 """
 
@@ -47,7 +47,7 @@ def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
     """
     text = re.sub(r"\[([^\]]*)\]x(\d+)", lambda found: " ".join([found[1]] * int(found[2])), text)
     modules: list[nn.Module] = []
-    size: tuple[int, ...] = shape  # of the output so far: (C, H, W), or (n,) behind a dense layer
+    size: tuple[int, ...] = shape  # of the output so far: (C, H, W), or (n,) after a dense layer
     for part in text.replace("classes", str(classes)).split():
         if dropout := DROPOUT.fullmatch(part):
             modules.append(nn.Dropout(float(dropout[1])))
@@ -65,7 +65,7 @@ def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
         elif not any(pattern.fullmatch(part) for pattern in ON_IMAGES):
             raise ValueError(f"{part!r} is not a part of a network: help(memdfa_lab.lab.architectures) lists them")
         elif len(size) != 3:
-            raise ValueError(f"{part!r} takes images, and comes after a dense layer")
+            raise ValueError(f"{part!r} takes images, but comes after a dense layer: put it before")
         elif part == "mean":
             modules += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
             size = size[:1]
@@ -82,7 +82,7 @@ def layers(text: str, shape: Shape, classes: int) -> list[nn.Module]:
 
 
 def check_shape(given: object) -> Shape:
-    """Return the shape (C, H, W) of images. Raises ValueError if it is none."""
+    """Return the shape (C, H, W) of images. Raises ValueError for anything else."""
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
         raise ValueError(f"the input shape must be (C, H, W), such as (1, 28, 28), got {given!r}")
     channels, height, width = (check_int("a size in the input shape", size) for size in given)
@@ -115,14 +115,14 @@ def _on_images(part: str, channels: int, height: int, width: int) -> Iterator[tu
 
 
 def _windows(side: int, kernel: int, stride: int, ceil: bool = False) -> int:
-    """Return how many windows there are along a side; with `ceil` one may go over the edge if it begins inside."""
+    """Return the number of windows along a side; with `ceil` the last may extend past the edge if it begins inside."""
     rest = side - kernel
     return 1 + (min(math.ceil(rest / stride), (side - 1) // stride) if ceil else rest // stride)
 
 
 def _resnet(name: str, channels: int, classes: int) -> list[nn.Module]:
     with of_an_extra():
-        from torchvision.models import resnet  # not above: `import memdfa_lab` does not load torchvision
+        from torchvision.models import resnet  # here, so that `import memdfa_lab` does not load torchvision
 
     net = getattr(resnet, name)(num_classes=classes)
     stem = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
@@ -137,7 +137,7 @@ def _uniform(layer: nn.Linear | nn.Conv2d) -> None:
             nn.init.uniform_(parameter, -bound, bound)
 
 
-# name -> what is done to each Linear and convolution, whose biases are zero before
+# name -> a function that initialises a Linear or convolution, whose bias is zero
 INITIALISATIONS: dict[str, Callable[[nn.Linear | nn.Conv2d], object]] = {
     "he_normal": lambda layer: nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"),  # the authors'
     "uniform": _uniform,  # in +-1/sqrt(fan_in), the biases too: Nøkland's for BP

@@ -21,8 +21,8 @@ def synchronise(model: nn.Module, group: Group) -> None:
     """Replace each BatchNorm in the model by one with statistics of the whole batch; its weights and buffers stay.
 
     Call it before making a rule. A block with such a BatchNorm learns by autograd, not by hand. In a group of one
-    process nothing changes. Raises ValueError for a BatchNorm of another class than torch's three, or one that is the
-    whole model.
+    process nothing changes. Raises ValueError for a BatchNorm of another class than torch's three, or if the
+    model itself is a BatchNorm.
     """
     if group.size == 1:
         return
@@ -38,7 +38,7 @@ def synchronise(model: nn.Module, group: Group) -> None:
 
 
 class SyncBatchNorm(ANY_BATCH_NORM):
-    """A BatchNorm, of h (n, C, ...), that in training normalises by mean and variance over all ranks' examples."""
+    """BatchNorm of h (n, C, ...); in training, mean and variance are over the examples of all ranks."""
 
     def __init__(self, like: nn.Module, group: Group):
         nn.Module.__init__(self)
@@ -50,7 +50,7 @@ class SyncBatchNorm(ANY_BATCH_NORM):
             of_batch = self.running_mean is None
             return F.batch_norm(h, self.running_mean, self.running_var, self.weight, self.bias, of_batch, 0.0, self.eps)
         over, shape = [0, *range(2, h.dim())], (1, -1, *[1] * (h.dim() - 2))
-        counts = 0.0 if self.group.idle else 1.0  # an idle rank's example has no part in the statistics
+        counts = 0.0 if self.group.idle else 1.0  # an idle rank's example does not count
         values = h.double()
         N = 2.0  # in a prediction the sum is not exchanged, and N does not matter
         if has_data(h):

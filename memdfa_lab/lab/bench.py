@@ -1,4 +1,4 @@
-"""Time and memory of rules side by side: in one process, in turns, as ratios to BP.
+"""Compare the time and memory of rules, in one process and as ratios to BP.
 
 A machine's speed drifts, and other processes use it too. Each round therefore gives every contender one step, in a new
 random order, and a ratio compares two steps of the same round. The median over rounds is reported, with the quartiles.
@@ -41,13 +41,13 @@ NETWORKS = {
     "vgg_16": 32,
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NOISE = 0.1  # how much BP's time may vary between rounds, relatively; how much of a processor others may use
-COUNTERS = Path("/proc/stat")  # Linux counts there what the processors' time is spent on
+NOISE = 0.1  # limit on the relative variation of BP's time, and on the part of a processor that others use
+COUNTERS = Path("/proc/stat")  # where Linux reports how the processors spend their time
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule and how it is set: `options` go to the rule; `setting` describes them in a table."""
+    """A rule with its options; `setting` describes the options in a table."""
 
     rule: str
     feedback: str = "none"
@@ -80,11 +80,11 @@ def contenders(
 def frontier(
     network: str, batch_size: int, kind: str = "regenerated", points: int = 5, passes: Sequence[str] = ()
 ) -> list[Contender]:
-    """Return contenders from little memory to little time: BP, MEM-DFA, checkpointing, and other rivals.
+    """Return contenders that trade memory against time: BP, MEM-DFA, checkpointing, and other rivals.
 
     MEM-DFA appears with `points` values of keep_bytes, from 0 to all, and with feedback of this `kind`; it appears
     again with each of `passes` as its `pass1`, except where everything is kept. Checkpointing appears with growing
-    numbers of segments, binomial checkpointing with the fewest snapshots for one to five repeated runs of a block.
+    numbers of segments, binomial checkpointing with the fewest snapshots if a block may run again 1, ..., 5 times.
     `Reversible` appears for a network with couplings. Raises ValueError for unknown names, a batch size below 1, and
     fewer than two points.
     """
@@ -113,7 +113,7 @@ def frontier(
 def bench(
     network: str,
     batch_size: int,
-    against: Sequence[Contender] = (),
+    against: Sequence[Contender] | None = None,
     optimizer: Any = "sgd",
     rounds: int = 9,
     warm_up: int = 2,
@@ -121,12 +121,12 @@ def bench(
     threads: int | None = None,
     device: str = CPU,
 ) -> pd.DataFrame:
-    """Return a row a contender: step time in seconds and its ratio to BP's (median, quartiles), and the measured peak.
+    """Return a row per contender: step time in seconds and its ratio to BP's (median, quartiles), and measured peak.
 
-    The first row is always BP's; then comes `against` (default: all rules and baselines, with regenerated feedback).
-    The loss is the network's own. `optimizer`: a name in `ml.experiments.OPTIMIZERS`, used with a negligible learning
-    rate, or a factory as for a rule. `threads`: the number that torch uses; default: as many as now. `device`: where
-    the networks are; a step ends when the device has finished it. Further columns:
+    The first row is always BP's; then come those of `against` (default: all rules and baselines, with regenerated
+    feedback). The loss is the network's own. `optimizer`: a name in `ml.experiments.OPTIMIZERS`, used with a negligible
+    learning rate, or a factory as for a rule. `threads`: the number of threads of torch; default: the present one.
+    `device`: where the networks are; a step ends when the device has finished it. Further columns:
 
     - `ratio_alike`: the median of the ratio to BP with the same precision.
     - `layout`: the memory layout of images and filters, that of the fastest step in `warm_up` rounds with each layout.
@@ -139,7 +139,8 @@ def bench(
     for name, value in (("batch size", batch_size), ("rounds", rounds), ("threads", given)):
         check_int(name, value)
     check_int("warm_up", warm_up, 0)
-    every = list(dict.fromkeys([Contender("bp"), *(against or contenders(list(ALL_RULES), ["regenerated"]))]))
+    against = contenders(list(ALL_RULES), ["regenerated"]) if against is None else against
+    every = list(dict.fromkeys([Contender("bp"), *against]))
     steps = []
     for one in every:
         kind = "stored" if one.feedback == "none" else one.feedback
@@ -153,7 +154,7 @@ def bench(
     def timed(k: int, layout: str) -> float:
         if images:
             rules[k].blocks.to(memory_format=LAYOUTS[layout])
-        gc.collect()  # not in the middle of somebody's step
+        gc.collect()  # so that none runs within a step
         wait()
         started = time.perf_counter()
         rules[k].step(inputs[layout], y)
@@ -163,7 +164,7 @@ def bench(
     wait = module_of(device).synchronize
     order, before = np.random.default_rng(seed), torch.get_num_threads()
     gc.collect()
-    gc.freeze()  # existing objects stay: later collections need not look at them again
+    gc.freeze()  # later collections skip the objects that exist now
     torch.set_num_threads(given)
     try:
         for _ in range(warm_up):
@@ -211,7 +212,7 @@ def bench(
 
 
 def _alike(one: Contender) -> tuple[Any, ...]:
-    """Return the options that BP has, too: a contender is compared with the BP that shares them."""
+    """Return the options that BP also has: a contender is compared with BP under the same options."""
     return tuple(one.options.get(name) for name in ("precision", "clip_global_norm"))
 
 
@@ -226,11 +227,14 @@ def wait_until_quiet(longest_s: float = 600, sample_s: float = 5) -> bool:
         before = _processor_ticks()
         time.sleep(sample_s)
         spent = _processor_ticks() - before
-        used = (os.cpu_count() or 1) * (1 - spent[3:5].sum() / spent.sum())  # the fourth and fifth: idle
+        used = (os.cpu_count() or 1) * (1 - spent[3:5].sum() / spent.sum())  # columns 4 and 5 are idle time
         if used < NOISE:
             return True
         if i == 0:
-            print(f"{used:.1f} processors are in use: waiting up to {longest_s:.0f} s until they rest", file=sys.stderr)
+            print(
+                f"{used:.1f} processors are in use: waiting up to {longest_s:.0f} s until they are idle",
+                file=sys.stderr,
+            )
     return False
 
 

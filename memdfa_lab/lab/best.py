@@ -14,8 +14,8 @@ from memdfa_lab.lab.examples import Examples
 class Best:
     """The best epoch so far, by a column of the history, with a copy of the network's weights and buffers then.
 
-    `sign`: 1 if larger values are better, -1 if smaller. `patience`: training ends after so many epochs without a
-    better one.
+    `sign`: 1 if larger values are better, -1 if smaller. `patience`: training ends after this many epochs without
+    a better one.
     """
 
     column: str
@@ -27,15 +27,15 @@ class Best:
 
     @classmethod
     def of(cls, column: str, metrics: Mapping[str, Any], patience: int, test: Examples | None) -> "Best":
-        """Return a Best without an epoch. Raises ValueError for a column of no metric, or without a direction."""
+        """Return a Best that has seen no epoch. Raises ValueError for a column of no metric, or without a direction."""
         if test is None or test.total == 0:
-            raise ValueError("stop_after looks at test data, and there are none: give test=, or data.holdout()")
+            raise ValueError("stop_after needs test data, and there is none: give test=, or use data.holdout()")
         columns = {f"test_{name}": metric for name, metric in metrics.items()}
         if column not in columns:
             raise ValueError(f"monitor must be one of the columns {', '.join(columns)}, got {column!r}: see metrics=")
         higher = getattr(columns[column], "higher_is_better", None)
         if higher is None:
-            raise ValueError(f"the metric of {column} does not tell what is better: set its higher_is_better")
+            raise ValueError(f"the metric of {column} does not say whether higher is better: set its higher_is_better")
         return cls(column, 1 if higher else -1, patience)
 
     def is_over(self, epoch: int) -> bool:
@@ -43,7 +43,7 @@ class Best:
         return epoch - self.epoch >= self.patience
 
     def see(self, row: Mapping[str, float], network: nn.Module) -> None:
-        """Take the epoch of this row, which has just ended, if it is better than all before it."""
+        """Record the epoch of this row if it is better than all before it."""
         value = self.sign * row[self.column]
         if value > self.value:
             self.epoch, self.value = int(row["epoch"]), value

@@ -11,12 +11,12 @@ from memdfa_lab.memory.predict import kept_bytes
 
 
 def show(model: nn.Module, x: Tensor) -> pd.DataFrame:
-    """Return a row a block: the modules it runs, its output, its parameters, and what it keeps while it is taught.
+    """Return a row per block: its modules, its output, its parameters, and the bytes that it keeps for its gradients.
 
-    `x`: a batch (N, ...), which runs once; the model is left as it was. Between two blocks only the output is alive,
-    `output_bytes`. `kept_bytes`: what the block keeps for its gradients; MEM-DFA holds this for one block at a time.
-    `note` says where a skip connection spans several weight layers, which are then one block, and what part of all kept
-    bytes that block has.
+    `x`: a batch (N, ...), which runs once; the model is left as it was. Between two blocks only the output is in
+    memory, `output_bytes`. MEM-DFA holds the `kept_bytes` of one block at a time.
+    `note`: a skip connection over several weight layers makes them one block; the note says how many layers, and
+    which part of all kept bytes is in this block.
     """
     blocks, rows, h = as_blocks(model), [], x
     sizes = kept_bytes(blocks, x)

@@ -34,7 +34,9 @@ def checked(checkpoint: str | Path | None, rule: Rule, stop_after: int | None) -
         raise ValueError("stop_after keeps the weights of the best epoch in memory: leave it out with offload")
     folder = getattr(store, "folder", None)
     if store.offloads and path is not None and folder is None:
-        raise ValueError("what rests in the machine's memory ends with the process: take ml.offload.Disk(folder)")
+        raise ValueError(
+            "a network in the machine's memory ends with the process: for a checkpoint, use ml.offload.Disk(folder)"
+        )
     if store.offloads and path is not None and path.resolve() != Path(folder or "").resolve():
         raise ValueError(f"the network rests in {folder}, and its checkpoint with it: give checkpoint={str(folder)!r}")
     if path is not None and path.is_dir() and not store.offloads:
@@ -49,7 +51,7 @@ def is_there(path: Path, rule: Rule) -> bool:
 
 @contextmanager
 def kept(path: Path | None, rule: Rule) -> Iterator[None]:
-    """Lock the checkpoint within, and keep the rule's store from committing except through `write`."""
+    """Lock the checkpoint in the with-block; the rule's store then commits only through `write`."""
     if path is None or not rule.store.offloads:
         with nullcontext() if path is None else locked(path):
             yield
@@ -82,7 +84,7 @@ def restore(
     """Load a checkpoint into a rule, its schedulers and torch's generators, and return the run's progress.
 
     Raises ValueError, before anything changes, if the checkpoint is damaged, of another version or of other settings,
-    or has come past `epochs`.
+    or is past `epochs` already.
     """
     state = copy.deepcopy(rule.store.progress) if rule.store.offloads else read_saved(path, INSTEAD)
     for name, ours in settings.items():
@@ -96,7 +98,7 @@ def restore(
     progress: dict[str, Any] = state["progress"]
     if (progress["epoch"], progress["batch"]) > (epochs, 0):
         raise ValueError(
-            f"{path} has come past {epochs} epochs, to batch {progress['batch']} after {progress['epoch']}: ask for "
+            f"{path} is past {epochs} epochs, at batch {progress['batch']} after epoch {progress['epoch']}: ask for "
             "more epochs, choose another file, or start anew with overwrite=True"
         )
     if rule.store.offloads:
@@ -106,7 +108,7 @@ def restore(
     for scheduler, value in zip(schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(value)
     for kind, (_, put) in of_torch(rule.device).items():
-        if kind in state["generators"]:  # a run may go on on another kind of device
+        if kind in state["generators"]:  # a run may resume on another kind of device
             put(state["generators"][kind])
     return progress
 
@@ -155,7 +157,7 @@ def without_addresses(thing: object) -> str:
 
 
 def _described(thing: Any) -> str:
-    """Return a scheduler or a loss as it was made, without what differs in each process."""
+    """Return the settings of a scheduler or a loss, without what differs between processes."""
     if isinstance(thing, partial):
         name, values = _described(thing.func), thing.keywords | {str(i): value for i, value in enumerate(thing.args)}
     elif hasattr(thing, "__name__"):

@@ -15,20 +15,20 @@ from memdfa_lab.core.checks import check_int, check_number
 def standardised(
     optimizer: Callable[..., Optimizer], classes: int | None = None, length: float = math.sqrt(2)
 ) -> Callable[..., Optimizer]:
-    """Return a factory of such optimizers that, after each step, subtract every filter's mean and set its length.
+    """Return a factory of optimizers that, after each step, subtract the mean of each filter and set its length.
 
     A filter gives one output: it is a row of a dense layer's weight (out, in), or one slice of a convolution's
-    (out, ...). Not changed are vectors, such as biases, filters of one input, and layers with as many outputs as there
-    are `classes`: the last layer, and the classifier of a readout. A readout's second layer, which gives the
-    similarities, is projected. `length`: default, that of He's initialisation, with which ReLU layers keep the size of
-    their inputs.
+    (out, ...). The length is the norm of its weights; the default is that of He's initialisation, with which ReLU
+    layers keep the size of their inputs. Three kinds of parameters do not change: vectors, such as biases; filters of
+    one input; and layers with `classes` outputs, which are the last layer and the classifier of a readout. A readout's
+    second layer, which gives the similarities, does change.
 
     ReLUs without BatchNorm have positive outputs only. Under DFA filters turn towards the mean of these outputs, which
     then grow from block to block and from step to step. A filter of mean zero does not see that mean. This is the
     weight standardisation of Qiao et al. 2019 as a projection: the layers do not change, and nothing is kept.
 
-    Raises TypeError for an optimizer that is made already, ValueError for classes below 1, and a length
-    that is not a positive number.
+    Raises TypeError for an optimizer object in place of a factory, ValueError for classes below 1 and for a length that
+    is not a positive number.
     """
     check_number("length", length, or_more=False)
     last = None if classes is None else check_int("classes", classes)
@@ -38,11 +38,11 @@ def standardised(
 def projected(
     optimizer: Callable[..., Optimizer], project: Callable[[Tensor], Tensor], classes: int | None = None
 ) -> Callable[..., Optimizer]:
-    """Return a factory of such optimizers that, after each step, replace every weight by project(weight).
+    """Return a factory of optimizers that, after each step, replace each weight by project(weight).
 
-    The weights that do not change are those of `standardised`. `project`: a function of a weight (out, ...) that
+    The same parameters as in `standardised` do not change. `project`: a function of a weight (out, ...) that
     returns one of the same shape, such as `ml.neighbours.oni.ONI()`; a resumed run compares its repr. Raises TypeError
-    if `project` is no function, and what `standardised` raises.
+    if `project` is not a function, and what `standardised` raises.
     """
     if not callable(project):
         raise TypeError(f"project must be a function of a weight, such as ml.neighbours.oni.ONI(), not {project!r}")

@@ -1,4 +1,4 @@
-"""MNIST, CIFAR-10, mnist5k (needs no network), folders and .npz files, normalised as by the authors of MEM-DFA."""
+"""MNIST, CIFAR-10, mnist5k (needs no download), folders and .npz files, normalised as by the authors of MEM-DFA."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +61,7 @@ class Data:
                 yield (x, y) if like is None else (as_input(x, like), y.to(like.device))
 
     def holdout(self, fraction: float = 0.1, seed: int = 0) -> "Data":
-        """Split the training data, class by class, and leave the test data out: for choosing settings.
+        """Split the training data, class by class, to choose settings without the test data.
 
         x_test, y_test of the result are the held-out images. The normalisation stays: its few
         constants depend on the held-out pixels, but not on labels or the test set.
@@ -85,7 +85,7 @@ class Data:
 
 
 def check_data(who: str, data: Any) -> None:
-    """Raise TypeError if this is not a data set, as `who` takes.
+    """Raise TypeError, in the name of the caller `who`, if this is not a data set.
 
     Raises ValueError if it has no training example or not a y for each x, FloatingPointError if it holds NaN or inf.
     """
@@ -139,7 +139,7 @@ def order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def names() -> list[str]:
-    """List the names that load() takes; the path of an .npz works too."""
+    """Return the names that `load` takes; it also takes the path of an .npz or of a folder of images."""
     return list(LOADERS)
 
 
@@ -162,7 +162,7 @@ def load(
 
     A folder has a folder of images for each class, or folders train and test (or val) of that kind. Without a test
     folder, `test_fraction` of each class is taken for testing, by `seed`. Images are read in colour, or in grey if C is
-    1, and scaled and cropped to (H, W) of the shape; without a shape they must have one size.
+    1, and scaled and cropped to (H, W) of the shape; without a shape they must all have one size.
 
     An .npz has x_train, y_train, x_test, y_test. x is uint8, uint16 or float: images (N, H, W), (N, H, W, C) or (N, C,
     H, W) with C = 1, 3 or 4, rows (N, F), whose columns are the channels, or, with `shape` (C, L), signals (N, C, L).
@@ -207,7 +207,7 @@ def _normalised(name: str, arrays: Arrays, shape: Sequence[int] | None) -> Data:
     why = (
         "which can be padded to more height and width, and repeated over channels if grey" if len(own) == 3 else "which"
     )
-    require(fits, f"{name} cannot be had as {wanted}: it is {own}, {why}")
+    require(fits, f"{name} cannot have the shape {wanted}: it is {own}, {why}")
     labels, test_labels = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
     exact = torch.from_numpy(arrays["test_exact"]) if "test_exact" in arrays else None
     classes = len(labels.unique())
@@ -222,7 +222,7 @@ def _normalised(name: str, arrays: Arrays, shape: Sequence[int] | None) -> Data:
         for margin in ((w - n) // 2, w - n - (w - n) // 2)
     ]
 
-    # One channel and bytes for as long as possible: MNIST at 3x32x32 is nearly a gigabyte.
+    # Keep one channel and bytes as long as possible: MNIST at 3x32x32 is nearly a gigabyte.
     train, test = (F.pad(torch.from_numpy(x.copy()), margins, value=low).float() for x in (x_train, x_test))
     mean = train.mean(dim=[0, *range(2, train.dim())], dtype=torch.float64).float().view(-1, *[1] * (len(own) - 1))
     for x in (train, test):

@@ -1,4 +1,4 @@
-"""A model that is made without memory; its initial values are drawn later, some tensors at a time.
+"""A model that is built without memory for its tensors; their initial values are drawn later, some at a time.
 
 While the model is made, everything that gives values to tensors is recorded: operations, and functions of
 torch.nn.init. Later the recorded calls on which some tensors depend run in the same order, with memory.
@@ -20,8 +20,8 @@ from memdfa_lab.core.watcher import has_data
 from memdfa_lab.memory.shapes import ShapesAlone
 
 INITIALISERS = {name: function for name, function in vars(nn.init).items() if name[0] != "_" and name[-1] == "_"}
-USE_LOAD = "make the model in memory, save its state_dict, and give store.load(make, state) that"
-Storages = dict[int, torch.UntypedStorage]  # with data, by the number of the one without
+USE_LOAD = "make the model in memory, save its state_dict, and pass it to store.load(make, state)"
+Storages = dict[int, torch.UntypedStorage]  # those with data, by the id of the one without
 
 
 class Deferred(ShapesAlone):
@@ -29,8 +29,8 @@ class Deferred(ShapesAlone):
 
     def __init__(self) -> None:
         super().__init__(truth=0)
-        self._noted: list[tuple[Any, Any, list[Tensor]]] = []  # functions, what they are given and what they put out
-        self._writers: dict[int, list[int]] = {}  # by storage: which of these write to it
+        self._noted: list[tuple[Any, Any, list[Tensor]]] = []  # functions, their arguments and outputs
+        self._writers: dict[int, list[int]] = {}  # storage id -> which of these calls write to it
 
     def make(self, make: Callable[[], nn.Module]) -> nn.Module:
         """Return make(), without data. Raises ValueError if it needs data."""
@@ -46,7 +46,7 @@ class Deferred(ShapesAlone):
         except (RuntimeError, NotImplementedError) as problem:
             raise ValueError(
                 f"make() does not run without data ({' '.join(str(problem).split())}): make the model in memory, and "
-                "give MemDFA that with offload"
+                "pass it to MemDFA with offload"
             ) from problem
 
     def watch(self, operation: Any, args: Any, kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class Deferred(ShapesAlone):
     def _note(self, function: Any, given: Any, out: list[Tensor]) -> None:
         for tensor in out:
             if has_data(tensor):
-                raise RuntimeError("it writes what has no data into a tensor that has")
+                raise RuntimeError("it copies a tensor without data into one with data")
             self._writers.setdefault(storage_id(tensor), []).append(len(self._noted))
         self._noted.append((function, given, [tensor.detach() for tensor in out]))
 
@@ -132,7 +132,7 @@ def check_attributes(model: nn.Module) -> None:
 
 
 def _with_data(tensor: Tensor, storages: Storages) -> Tensor:
-    """Return a tensor with the data that its storage has by now, of which there may be none yet."""
+    """Return the tensor with the data of its storage, which is allocated if there is none yet."""
     if has_data(tensor):
         return tensor
     key, offset = storage_id(tensor), tensor.storage_offset()

@@ -6,7 +6,7 @@ gradient once, block by block. MEM-DFA sends block i's gradient while block i + 
 before block i + 1 has its gradient: every rank holds one block's gradients, and a buffer to send them from. B is drawn
 from its seed on each rank and never sent.
 
-gloo on the CPU; nccl on CUDA, xccl on XPU (written, not run on a GPU).
+The backend is gloo on the CPU, nccl on CUDA, xccl on XPU. The code for GPUs has not been run on one.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ class Group(group.Group):
             self._works.append(self.call("a block's gradients", dist.all_reduce, buffer, async_op=True))
 
     def _buffer(self, use: str, dtype: torch.dtype, n: int) -> Tensor:
-        """Return memory for n numbers, kept for this use: gloo frees its send buffers a moment late."""
+        """Return a buffer of n numbers, kept for this use: gloo frees its send buffers a moment late."""
         buffer = self._buffers.get((use, dtype))
         if buffer is None or len(buffer) < n:
             buffer = label("gradients", torch.empty(n, dtype=dtype, device=self.device))
@@ -114,20 +114,20 @@ class Group(group.Group):
     # What a training run needs.
 
     def part(self, chosen: Tensor) -> Tensor:
-        """Return this rank's part of a batch, (n,). A rank without one gets another rank's example, and is idle."""
+        """Return this rank's part of a batch, (n,). A rank without an example gets that of another, and is idle."""
         mine = chosen.tensor_split(self.size)[self.rank]
         self.idle = len(mine) == 0
         return chosen[:1] if self.idle else mine
 
     def mean(self, value: float, n: int) -> float:
-        """Return the mean over all examples of a mean over this rank's n."""
+        """Return the mean over the examples of all ranks, where `value` is the mean over this rank's n."""
         if self.size == 1:
             return value
         total, N = self.total([value * n, n], "a mean").tolist()
         return total / N
 
     def draw_apart(self, *numbers: int) -> None:
-        """Seed torch's global generators from these numbers and the rank, so that ranks drop different units."""
+        """Seed torch's global generators from these numbers and the rank, so that dropout differs between ranks."""
         if self.size > 1:
             torch.manual_seed(mix(*numbers, self.rank))
 
@@ -159,7 +159,7 @@ class Group(group.Group):
 
     @contextmanager
     def first_rank_first(self) -> Iterator[None]:
-        """Let the first rank do what is within, such as a download, before the others do it."""
+        """Run the with-block, such as a download, on the first rank before the others."""
         if self.rank:
             self.call("the first rank's download", dist.barrier)
         yield
@@ -180,13 +180,13 @@ class Group(group.Group):
         except RuntimeError as problem:
             raise RankLost(
                 f"rank {self.rank} of {self.size} waited for {what} of another rank, which has ended or is more than "
-                f"{self.timeout_s:g} s behind: look for its error; from a checkpoint, the same command goes on"
+                f"{self.timeout_s:g} s behind: look for its error; the same command resumes from a checkpoint"
             ) from problem
 
 
 @contextmanager
 def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
-    """Join the processes that torchrun has started, within the with-block; without torchrun, give a group of one.
+    """Join the processes that torchrun has started, within the with-block; without torchrun, yield a group of one.
 
     `device`: cpu (gloo) or an accelerator (nccl on cuda), of which each rank takes the one with its local rank.
     `timeout_s`: how long a rank waits for another before it ends with RankLost. Raises ValueError for a timeout that is
@@ -202,14 +202,14 @@ def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
         device = check_device(f"{kind}:{os.environ['LOCAL_RANK']}")
         module_of(kind).set_device(device)
         backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-    # Its functions keep the process group that exists when it is first imported, which an optimizer does in its first
-    # step. The group's threads would outlive `destroy_process_group`, and now and then abort the interpreter.
+    # Functions of this module keep the process group that exists at its first import, and an optimizer imports it in
+    # its first step. The group's threads would then outlive `destroy_process_group`, and sometimes abort the process.
     import_module("torch.distributed.nn")
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as problem:
         raise RankLost(
-            f"not all of the {size} ranks came together within {timeout_s:g} s: start all of them"
+            f"not all of the {size} ranks have connected within {timeout_s:g} s: start all of them"
         ) from problem
     try:
         yield Group(dist.get_rank(), size, device, timeout_s)
@@ -218,7 +218,7 @@ def ranks(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Group]:
 
 
 def digest(*tensors: Tensor) -> str:
-    """Return a short fingerprint of what the tensors hold."""
+    """Return a short fingerprint of the tensors' values."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

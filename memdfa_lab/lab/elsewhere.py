@@ -1,4 +1,7 @@
-"""What stores have in common: how a network gets into a store, and how its blocks are brought in and taken out."""
+"""What stores have in common: how a network gets into a store, and how blocks are loaded into memory and removed again.
+
+A network rests in a store: its tensors are kept there, and those of a block are in memory only while it is used.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,14 +36,14 @@ Coming = Callable[[], dict[str, Tensor]]  # waits for tensors that are on their 
 
 
 class Elsewhere(Store):
-    """A store whose blocks rest elsewhere, `ahead` of which are brought in before they are needed.
+    """A store outside the memory of the model; `ahead` blocks are loaded before they are needed.
 
     A subclass says where: its `str` names the place, and `write` and `read` move tensors. The methods from `begin` to
     `errors_named` are for stores that outlast the process or can fail.
 
     Attributes:
         device: The device on which the blocks compute.
-        is_filled: Whether the store has a network from before.
+        is_filled: Whether the store has a network already.
         chain: The blocks; empty until the store is given some.
         rule: The rule that trains them, or None.
         network: A description of the network, by which a different one is recognised.
@@ -60,7 +63,7 @@ class Elsewhere(Store):
         self._stored: dict[int, Tensor] = {}  # the B that rests there and does not change, by block
 
     def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of block i: all but FEEDBACK, or FEEDBACK alone."""
+        """Store the tensors of block i: all but FEEDBACK, or FEEDBACK alone."""
         raise NotImplementedError
 
     def read(self, i: int, wanted: Callable[[str], bool]) -> Coming:
@@ -68,24 +71,24 @@ class Elsewhere(Store):
         raise NotImplementedError
 
     def begin(self, network: str, needed: int) -> None:
-        """Raise ValueError for another or a damaged network, or if there is none and too little room for it."""
+        """Raise ValueError if the store has another or a damaged network, or is empty and too small for this one."""
 
     def resume(self, rule: Any) -> None:
-        """Give a rule what it kept when the network was last used. Raises ValueError if it cannot go on with it."""
+        """Restore what a rule kept when the network was last used. Raises ValueError if it cannot resume from that."""
 
     def whole(self) -> str:
-        """Return where training can go on after a step that failed."""
+        """Return, as text, from where training can resume after a step that failed."""
         return "the beginning"
 
     def errors_named(self) -> Any:
-        """Return the context of reading and writing."""
+        """Return the context in which the store reads and writes."""
         return nullcontext()
 
     def build(self, make: Callable[[], nn.Module], seed: int = 0) -> nn.Sequential:
         """Return make() as blocks without data, whose values rest in the store.
 
-        A store that has a network keeps it; it must be one of this make(). Otherwise each block is initialised on its
-        own, as make() would do it, with random numbers from (seed, block). `make` runs without data: only shapes are in
+        If the store has a network of this make(), its values are kept. Otherwise each block is initialised on its own,
+        as make() would do it, with random numbers from (seed, block). `make` runs without data: only shapes are in
         memory. Raises ValueError if the store has another network or too little room, or if make() initialises a tensor
         in a way that cannot be repeated later.
         """
@@ -104,7 +107,7 @@ class Elsewhere(Store):
         model = Deferred().make(make)
         check_attributes(model)
         if self.is_filled:
-            raise ValueError(f"{self} holds a network already: go on with it by build, or take another folder")
+            raise ValueError(f"{self} holds a network already: resume it with build, or choose another folder")
         return self._fill(as_blocks(model), values_of(model, state))
 
     def state_dict(self) -> Mapping[str, Tensor]:
@@ -115,15 +118,15 @@ class Elsewhere(Store):
         if not self.chain:
             if self.is_filled:
                 raise ValueError(
-                    f"{self} holds a network already, with which store.build(make) goes on: give MemDFA what that "
-                    "returns, or take another folder for this model"
+                    f"{self} holds a network already: to resume it, give MemDFA what store.build(make) returns; "
+                    "for this model, choose another folder"
                 )
             self._fill(rule.blocks, lambda i, tensors: {k: t.detach() for k, t in tensors.items()}, state_bytes(rule))
         if self._network().rule is not None:
-            raise ValueError(f"{self} has the network of a rule already: give each rule a store of its own")
+            raise ValueError(f"the network in {self} has a rule already: give each rule its own store")
         ours, theirs = ([id(t) for b in blocks for t in weights(0, b).values()] for blocks in (self.chain, rule.chain))
         if ours != theirs:
-            raise ValueError("these are not the blocks that the store has: give MemDFA what build returned, as it is")
+            raise ValueError("these are not the blocks that the store has: give MemDFA what build returned, unchanged")
         self.resume(rule)
         self.rule = rule
 
@@ -136,7 +139,9 @@ class Elsewhere(Store):
             yield
         except BaseException:
             if use == TEACH:
-                self._broken = f"a step was cut short: make store and rule anew, which go on from {self.whole()}"
+                self._broken = (
+                    f"a step was interrupted: make a new store and a new rule, which resume from {self.whole()}"
+                )
             self._take_out(i)
             raise
         with self.errors_named():
@@ -144,7 +149,7 @@ class Elsewhere(Store):
         self._take_out(i)
 
     def __deepcopy__(self, memo: object) -> Any:
-        raise TypeError(f"a rule whose network rests in {self} cannot be copied: make another, in memory")
+        raise TypeError(f"a rule whose network rests in {self} cannot be copied: make another rule, in memory")
 
     def _network(self) -> "Elsewhere":
         if self._broken:
@@ -154,9 +159,9 @@ class Elsewhere(Store):
         return self
 
     def _fill(self, blocks: nn.Sequential, values: Values, more_bytes: int = 0) -> nn.Sequential:
-        """Take over blocks, write these values unless there are some, and return the blocks without data.
+        """Take over blocks, write these values if the store is empty, and return the blocks without data.
 
-        There must be room for more_bytes besides.
+        The store must also have room for more_bytes.
         """
         if self.chain:
             raise ValueError(f"the store of {self} has a network already: make another store")
@@ -203,7 +208,7 @@ class Elsewhere(Store):
         return self.read(i, wanted)
 
     def _after(self, use: str) -> str:
-        """Return for what blocks are used once all have been used for `use`."""
+        """Return the next use of the blocks, after all have been used for `use`."""
         if use == TEACH and not self.rule.sweeps:
             return FORWARD
         norm = self.rule is not None and self.rule.clip_global_norm is not None
@@ -227,7 +232,7 @@ class Elsewhere(Store):
         return tensors_of(i, self.chain[i], self.rule) | fixed
 
     def _take_out(self, i: int) -> None:
-        """Take block i's data out of memory."""
+        """Remove block i's data from memory."""
         with unwatched():
             for tensor in self._resting(i).values():
                 tensor.data = absent(tensor.shape, tensor.stride(), tensor.dtype, self.device, str(self))

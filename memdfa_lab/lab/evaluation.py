@@ -29,13 +29,13 @@ def predict(model: Rule | nn.Module, x: Tensor, batch_size: int = 1000) -> Tenso
     check_int("batch_size", batch_size)
     blocks = model.blocks if isinstance(model, Rule) else model
     like = next(blocks.parameters(), x)
-    parts = -(-len(x) // batch_size) or 1  # of nearly the same length: BatchNorm may not take a single example
+    parts = -(-len(x) // batch_size) or 1  # of nearly equal length: BatchNorm may not take a single example
     modes = [(module, module.training) for module in blocks.modules()]
     blocks.eval()
-    torch.clear_autocast_cache()  # inside torch.autocast, it would have casts of weights from before an update
+    torch.clear_autocast_cache()  # inside torch.autocast, it may have casts of older weights
     try:
         precision = model.autocast() if isinstance(model, Rule) else nullcontext()
-        with torch.no_grad(), precision:  # a copy of x, since the first module may work in place
+        with torch.no_grad(), precision:  # x is copied, since the first module may work in place
             return torch.cat([_output(model, as_input(batch.clone(), like)) for batch in x.tensor_split(parts)])
     finally:
         for module, training in modes:
@@ -53,7 +53,7 @@ def _output(model: Rule | nn.Module, h: Tensor) -> Tensor:
 
 
 def accuracy(model: Rule | nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
-    """Return the part of the examples x (N, ...) whose largest output, of (N, C), is the label y (N,).
+    """Return the fraction of the examples x (N, ...) whose largest output, of (N, C), is the label y (N,).
 
     A label of -100 does not count. Raises ValueError if there is no example or not one label for each, if the outputs
     are not scores of two classes or more, or if labels are not from 0 to C - 1.
@@ -74,7 +74,7 @@ class Average:
         self.reset()
 
     def reset(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64)  # of the values, and how many they are
+        self.sums = torch.zeros(2, dtype=torch.float64)  # the sum of the values, and their number
 
     def update(self, output: Tensor, y: Tensor) -> None:
         values = self.of(output, y).double()
@@ -89,9 +89,9 @@ def _of_each(function: Callable[[Tensor, Tensor], Any], output: Tensor, y: Tenso
 
 
 def metrics_of(task: Task | None, given: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return accuracy, where the task has labels, and the metrics that are given to `fit`, on `size` ranks.
+    """Return accuracy, if the task has labels, and the metrics that are given to `fit`, on `size` ranks.
 
-    Raises TypeError for what is no metric, ValueError for a metric object on several ranks, which sees only a part.
+    Raises TypeError for anything but a metric, ValueError for a metric object on several ranks, which sees only a part.
     """
     found: dict[str, Any] = {"accuracy": Average(task.right, True)} if task is not None and task.has_labels else {}
     for name, metric in given.items():
@@ -125,8 +125,8 @@ def try_out(metrics: Mapping[str, Any], task: Task | None, output: Tensor, y: Te
     for name, metric in metrics.items():
         try:
             if task is not None and not task.has_labels and ".classification" in type(metric).__module__:
-                raise TypeError("it is one of classification")  # torchmetrics takes floats for labels
-            with warnings.catch_warnings(action="ignore"):  # so few examples may have one class alone
+                raise TypeError("it is a metric of classification")  # torchmetrics takes floats for labels
+            with warnings.catch_warnings(action="ignore"):  # so few examples may all be of one class
                 metric.reset()
                 _update(metric, task, output, y)
                 float(metric.compute())
@@ -142,9 +142,9 @@ def try_out(metrics: Mapping[str, Any], task: Task | None, output: Tensor, y: Te
 def evaluate(
     rule: Rule, metrics: Mapping[str, Any], task: Task | None, group: Group, batches: Iterable[Pair]
 ) -> dict[str, float]:
-    """Return each metric of these examples, rounded to float32; NaN without examples.
+    """Return each metric over these examples, rounded to float32; NaN without examples.
 
-    Each rank evaluates a part of them.
+    Each rank evaluates a part of the examples.
     """
     seen = False
     for metric in metrics.values():
@@ -165,13 +165,13 @@ def evaluate(
 def confusion(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
     """Return how often each class (rows) was predicted as each class (columns), shape (classes, classes).
 
-    Raises ValueError if y and predicted are not as many whole numbers from 0 to classes - 1.
+    Raises ValueError if y and predicted differ in shape, or are not whole numbers from 0 to classes - 1.
     """
     check_int("classes", classes)
     both = [z.cpu().long() for z in (y, predicted) if not z.is_floating_point()]  # a byte would not hold their pairs
     good = len(both) == 2 and y.shape == predicted.shape
     if not good or any(z.numel() and not 0 <= z.min() <= z.max() < classes for z in both):
         given = f"shapes {tuple(y.shape)} and {tuple(predicted.shape)}, {y.dtype} and {predicted.dtype}"
-        raise ValueError(f"y and predicted must be as many labels from 0 to {classes - 1}; got {given}")
+        raise ValueError(f"y and predicted must be equally many labels from 0 to {classes - 1}; got {given}")
     pairs = both[0] * classes + both[1]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

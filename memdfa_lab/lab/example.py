@@ -1,4 +1,4 @@
-"""A rule on a network with random data, for measurements of a step whose results do not matter."""
+"""A rule on a network with random data, to measure a step whose results do not matter."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,9 +32,9 @@ def example_step(
     """Return a rule on a network with its own loss, random x (N, C, H, W) or (N, n), and labels y (N,).
 
     `network`: a name of `ml.models`, or the widths of a ReLU MLP, [784, 800, 10]. `optimizer`: one of OPTIMIZERS, with
-    a learning rate too small to matter, or as a rule takes it. `seed` gives feedback and data, `layout` is the memory
-    layout of images and filters; `options` go to the rule. Raises ValueError for unknown names, numbers below 1,
-    and a device that is not there.
+    a learning rate too small to matter, or as a rule takes it. `seed`: that of feedback and data. `layout`: the memory
+    layout of images and filters. `options` go to the rule. Raises ValueError for unknown names, numbers below 1, and
+    a device that is not there.
     """
     check_int("the batch size", batch_size)
     check_device(device)
@@ -56,5 +56,5 @@ def example_step(
 
 
 def named_feedback(feedback: str | Feedback, seed: int = 0) -> Feedback:
-    """Return feedback of this seed by the name of its kind, or feedback as it is."""
+    """Return feedback with this seed, by the name of its kind; a Feedback object is returned as it is."""
     return feedback if isinstance(feedback, Feedback) else lookup("feedback", feedback, KINDS)(seed)

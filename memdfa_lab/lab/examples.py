@@ -1,7 +1,7 @@
 """Where batches come from: tensors, arrays, a torch Dataset, a DataLoader or `Data`, all read by a DataLoader.
 
 The random numbers for a batch, drawn by the items of a Dataset, by a DataLoader or by `augment`, depend only on (seed,
-epoch, batch): the generators are seeded before a batch, and restored after it.
+epoch, batch). The generators are seeded before each batch, and restored after it.
 """
 
 import random
@@ -26,11 +26,11 @@ from memdfa_lab.lab.terminal import loading
 Pair = tuple[Tensor, Tensor]
 Batches = Generator[Pair, None, None]
 Augment = Callable[[Tensor], Tensor]
-AT_ONCE = 1000  # of examples in memory, this many are evaluated together
+AT_ONCE = 1000  # examples in memory are evaluated in batches of this size
 SOURCES = "(x, y), a Dataset with a length, a DataLoader, or data as ml.datasets.load returns it"
 OTHER_BATCH = (
-    "the data give another batch than before the checkpoint was written: this run is not, bit for bit, one that was "
-    "not interrupted (the reference of ml.fit says what a batch may depend on)"
+    "a batch differs from the one read before the checkpoint was written: the resumed run is not bit for bit the same "
+    "as an uninterrupted one (the reference of ml.fit says what a batch may depend on)"
 )
 
 
@@ -39,7 +39,7 @@ class Examples:
     """Examples (x, y) to train or to test on.
 
     `source`: a Dataset, which is read in an order given by (seed, epoch), or a DataLoader, which has its own order.
-    `total`: the number of examples, None if it is known only at the end of an epoch. `len(examples)`: the number in one
+    `total`: the number of examples; None if it is known only at the end of an epoch. `len(examples)`: the number in one
     epoch. `facts` identify the examples, `last` identifies the last batch.
     """
 
@@ -55,7 +55,7 @@ class Examples:
 
     def __len__(self) -> int:
         if self.total is None:
-            raise TypeError("this DataLoader does not tell how many examples an epoch has")
+            raise TypeError("this DataLoader does not know how many examples an epoch has")
         return self.total - (self.total % self.batch_size if self.drop_last else 0)
 
     @property
@@ -76,7 +76,7 @@ class Examples:
     def batches(self, epoch: int, first: int = 0) -> Batches:
         """Yield the batches (x, y) of an epoch, counted from 0, from batch `first` on.
 
-        Unless all are in memory, the batch before is read again; if it differs from the first time, a warning is given.
+        Unless all examples are in memory, the batch before `first` is read again. A warning is given if it has changed.
         """
         n, again = self.total, first > 0 and not self.in_memory
         ours: tuple[Tensor, ...] = ()
@@ -95,7 +95,7 @@ class Examples:
     def first(self, n: int | None = None) -> Batches:
         """Yield the first n examples (None: all) in batches, not augmented; generators are restored."""
         chosen = torch.arange(self.total or 0)[:n]
-        parts = -(-len(chosen) // (AT_ONCE if self.in_memory else self.batch_size)) or 1  # none much smaller
+        parts = -(-len(chosen) // (AT_ONCE if self.in_memory else self.batch_size)) or 1  # of nearly equal size
         with closing(self._read(chosen.tensor_split(parts) if self.total != 0 else (), 0, 0, None)) as batches:
             for _, x, y in batches:
                 yield x[:n], y[:n]
@@ -104,7 +104,7 @@ class Examples:
                     return
 
     def known(self) -> Pair:
-        """Return examples to check: all, if they are in memory, else the first batch."""
+        """Return the examples to check: all of them if they are in memory, else the first batch."""
         if self.in_memory:
             x, y = self.source.tensors
             return x, y
@@ -114,15 +114,15 @@ class Examples:
     def _read(
         self, chosen: tuple[Tensor, ...], epoch: int, first: int, augment: Augment | None
     ) -> Generator[tuple[int, Tensor, Tensor], None, None]:
-        """Yield (number, x, y) of each batch from `first` on; a Dataset's are the chosen ones."""
+        """Yield (number, x, y) of each batch from `first` on; `chosen` has the indices of a Dataset's batches."""
         loader = self.source
         if not isinstance(loader, DataLoader):
             how: dict[str, Any] = {"batch_sampler": map(Tensor.tolist, chosen[first:])}
-            if self.in_memory:  # a batch is taken at once
+            if self.in_memory:  # index all examples of a batch at once
                 how = {"sampler": chosen[first:], "batch_size": None}
             loader = DataLoader(loader, generator=torch.Generator(), **how)
         k = 0 if loader is self.source else first
-        with self._drawn(epoch, k), loading(self.ctrl_c):  # workers that have started load at once
+        with self._drawn(epoch, k), loading(self.ctrl_c):  # workers load as soon as they start
             batches = iter(loader)
         try:
             while True:
@@ -138,7 +138,7 @@ class Examples:
                 k += 1
         finally:
             if not loader.persistent_workers:
-                shut_down_workers(batches)  # the traceback of an error would keep them
+                shut_down_workers(batches)  # else the traceback of an error would keep them alive
 
     @contextmanager
     def _drawn(self, epoch: int, batch: int) -> Iterator[None]:
@@ -168,9 +168,9 @@ def examples_of(
     augment: Augment | None = None,
     part: str = "train",
 ) -> Examples:
-    """Return the examples of whatever `fit` takes; of `Data`, those of the part, train or test.
+    """Return the examples of any data that `fit` takes; `part` selects the training or test examples of `Data`.
 
-    Raises TypeError for what is none of these, and what `fit` raises for data that cannot be right.
+    Raises TypeError for any other data, and what `fit` raises for data that cannot be right.
     """
     name, kind = "data" if part == "train" else "test", type(data).__name__
     pair: Any = None
@@ -185,13 +185,13 @@ def examples_of(
             raise ValueError("batch_size and drop_last are the DataLoader's own: set them there, and not here as well")
         kind, batch_size, drop_last = f"DataLoader of {type(data.dataset).__name__}", data.batch_size, data.drop_last
     elif isinstance(data, Iterator):
-        raise TypeError(f"{name} is a {kind}, which can be read once, not in each epoch: give {SOURCES}")
+        raise TypeError(f"{name} is a {kind}, which can be read only once, and each epoch reads it: give {SOURCES}")
     elif isinstance(data, IterableDataset) or not isinstance(data, Dataset) or not hasattr(data, "__len__"):
         hint = ": put it into a DataLoader" if isinstance(data, IterableDataset) else ""
         raise TypeError(f"{name} must be {SOURCES}, not a {kind}{hint}")
     if pair is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that an array must not be written to
+            warnings.simplefilter("ignore")  # torch warns that an array is read-only
             x, y = (torch.as_tensor(item) if isinstance(item, np.ndarray) else item for item in pair)
         check_pair(f"x_{part}", x, f"y_{part}", y)
         data = TensorDataset(x, y)
@@ -202,7 +202,7 @@ def examples_of(
         examples.batch_size = batch_size or len(x)
     n = "?" if examples.total is None else examples.total
     examples.facts = f"{kind}, {n} examples of shape {tuple(x.shape[1:])}"
-    if not isinstance(data, DataLoader):  # whose first batch may be another each time
+    if not isinstance(data, DataLoader):  # its first batch may differ each time
         examples.facts += f", digest {digest(x[:: max(1, len(x) // 100)], y)}"
     return examples
 
@@ -219,7 +219,7 @@ def _total(data: Any) -> int | None:
 
 
 def pair_of(batch: Any) -> Pair:
-    """Return a batch as two tensors, x and y. Raises TypeError if it is none."""
+    """Return a batch as two tensors, x and y. Raises TypeError if it is not a pair of tensors or arrays."""
     pair = tuple(batch) if isinstance(batch, tuple | list) else ()
     if len(pair) != 2 or not all(isinstance(item, Tensor | np.ndarray) for item in pair):
         parts = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(pair)}" * bool(pair)
@@ -231,11 +231,11 @@ def pair_of(batch: Any) -> Pair:
 
 
 def augmented(augment: Augment | None, x: Tensor, y: Tensor) -> Pair:
-    """Return x augmented, and y. Raises TypeError if that is not a batch of as many examples."""
+    """Return augment(x) and y. Raises TypeError if augment(x) is not a batch of equally many examples."""
     if augment is None:
         return x, y
     n, x = len(x), augment(x)
     if not isinstance(x, Tensor) or x.shape[:1] != (n,):
         given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise TypeError(f"augment must take a batch x ({n}, ...) and return one of as many examples, got {given}")
+        raise TypeError(f"augment must take a batch x ({n}, ...) and return one of equally many examples, got {given}")
     return x, y

@@ -34,7 +34,10 @@ from memdfa_lab.memory import sizing
 
 
 def load_for(network: str, dataset: str, root: str | Path | None = None) -> Data:
-    """Return a data set in the network's shape: that of MODULE:FUNCTION@SHAPE, or the network's own for digits."""
+    """Return a data set in the shape of the network's input.
+
+    The shape is that of MODULE:FUNCTION@SHAPE, or for MNIST and mnist5k the network's own; other data sets keep theirs.
+    """
     setting = models.get(network)
     shape = setting.input_shape or None if setting.function or dataset in ("mnist5k", "mnist") else None
     flat = shape is not None and shape[:2] == (1, 1)  # 784-[...]: the network flattens what it is given
@@ -53,7 +56,7 @@ def make_rule(
     """Return a rule with a new network for `data`, from the names of rule and network and `RunSettings`.
 
     Settings that are not given are the network's own. `sync_batchnorm`: the group of processes that share BatchNorm's
-    statistics; default: none. `offload`: the store in which the network rests; a network that is there is trained on.
+    statistics; default: none. `offload`: the store in which the network rests; a network in it is trained further.
     Raises ValueError for an unknown name, a number out of its range, or a device that is not there.
     """
     run = RunSettings(rule=rule, network=network, **settings).completed()
@@ -83,7 +86,7 @@ def options_of(run: RunSettings) -> dict[str, Any]:
 
 
 def feedback_of(run: RunSettings) -> Feedback:
-    """Return the feedback of a run whose settings are complete."""
+    """Return the feedback of a run, whose settings must be complete."""
     kind = partial(feedback.Learned, lr=run.feedback_lr) if run.feedback_lr else feedback.KINDS[run.feedback]
     return kind(run.seed, str(run.distribution), run.scale)
 
@@ -104,9 +107,9 @@ def train(
     offload: Disk | None = None,
     **settings: Any,
 ) -> tuple[Rule, History]:
-    """Train one network with one rule; return the history and the rule. A setting of None is the network's own.
+    """Train a network with a rule; return the rule and the history. A setting of None is the network's own.
 
-    With a `folder`, history.csv and checkpoint.pt are written there, and an interrupted run resumes, or starts anew
+    With a `folder`, history.csv and checkpoint.pt are written there, and a run in it is resumed, or starts anew
     with `overwrite`. `offload`: the store in which the network rests, together with the run's checkpoint. `group`: the
     processes that train together (`ml.distributed.ranks`), with BatchNorm's statistics over all of them if
     `sync_batchnorm`. `settings`: more of `RunSettings`. Raises ValueError for impossible settings, and what
@@ -147,10 +150,13 @@ def compare(
     """Train a network with each rule from each seed; the other arguments are those of `train`.
 
     Returns the histories in one table with the columns rule and seed in front, and the trained rules by (rule, seed).
-    With a `folder`, each run has a folder of its own in it, RULE/seedSEED. Raises ValueError for what is not a list.
+    With a `folder`, each run has a folder of its own in it, RULE/seedSEED. Raises ValueError if `rules` or `seeds` is
+    empty or not a list.
     """
     if isinstance(rules, str) or not rules or not isinstance(seeds, Sequence) or not seeds:
-        raise ValueError(f"rules and seeds are lists, such as ['bp', 'memdfa'] and [0, 1], got {rules!r} and {seeds!r}")
+        raise ValueError(
+            f"rules and seeds must be lists, such as ['bp', 'memdfa'] and [0, 1], got {rules!r} and {seeds!r}"
+        )
     tables, trained = [], {}
     for rule in rules:
         for seed in seeds:
@@ -163,9 +169,9 @@ def compare(
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a rule from the table of `compare`: mean and spread over seeds in the last epoch, and total time.
+    """Return a row per rule from the table of `compare`: means over seeds in the last epoch, and the total time.
 
-    Accuracies are included if the table has them.
+    If the table has accuracies, their means and the standard deviation over seeds are included.
     """
     runs = table.groupby(["rule", "seed"], sort=False)
     rules = runs.last().assign(seconds=runs["seconds"].sum()).groupby("rule", sort=False)
@@ -215,7 +221,7 @@ def sizes(
     """Return the sizes of a rule that are known before it runs; the arguments are those of `profile`.
 
     "B": the bytes of all its matrices, kept or not. "s to draw B": the seconds that drawing them takes here, estimated
-    from a matrix of a million numbers. "largest batch": the largest that fits into the budget, 0 if not one example
+    from a matrix of a million numbers. "largest batch": the largest that fits in the budget, 0 if not one example
     does. Raises ValueError for unknown names and for a budget that is no size.
     """
     build, shape, how = _to_predict(network, optimizer, feedback_kind)
@@ -228,7 +234,7 @@ def sizes(
 def _to_predict(
     network: str, optimizer: str, feedback_kind: str | Feedback, seed: int = 0
 ) -> tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]:
-    """Return how to make a network, the shape of an example, and the other arguments of `memory.predict`."""
+    """Return a function that makes the network, the shape of an example, and further arguments of `memory.predict`."""
     how = {
         "optimizer": partial(lookup("optimizer", optimizer, OPTIMIZERS), lr=1e-6),
         "feedback": named_feedback(feedback_kind, seed),

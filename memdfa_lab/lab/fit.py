@@ -1,4 +1,4 @@
-"""Epochs over a data set: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
+"""Training over epochs: batches in a repeatable order, evaluation, history, checkpoints that resume bit for bit."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -49,12 +49,13 @@ def fit(
     """Train for `epochs` epochs and return the history.
 
     `data`: (x, y), tensors or arrays; a torch Dataset with items (x, y); a DataLoader; or what `ml.datasets.load`
-    returns. `test`: likewise, by default the test part of data from `ml.datasets`. The network trains in training mode,
-    on the device and in the dtype of its weights; inputs of whole numbers are not converted. Batches have `batch_size`
-    examples, 100 by default; the last one of an epoch may be shorter, and `drop_last` leaves it out. A DataLoader has
-    its own order and sizes. `augment`: a function of a batch x, such as `ml.datasets.flip_and_crop()`.
+    returns. `test`: data of these kinds, by default the test part of data from `ml.datasets`. The network trains in
+    training mode, on the device and in the dtype of its weights; inputs of whole numbers are not converted. Batches
+    have `batch_size` examples, 100 by default; the last one of an epoch may be shorter, and `drop_last` leaves it out.
+    A DataLoader has its own order and sizes. `augment`: a function of a batch x, such as
+    `ml.datasets.flip_and_crop()`.
 
-    `task`: one of `ml.tasks.TASKS`; default: taken from a loss of torch or `ml.losses`, and none for any other loss.
+    `task`: one of `ml.tasks.TASKS`; default: that of a loss of torch or `ml.losses`, and none for any other loss.
     `metrics`: a dict by name. A metric is an object with update(outputs, y), compute() and reset(), as in torchmetrics,
     which gets the classes in dimension 1 and labels as whole numbers; or a function of outputs and y that returns a
     mean over the batch, such as F.cross_entropy. Each adds the columns train_NAME and test_NAME to the history.
@@ -62,9 +63,10 @@ def fit(
     `scheduler` makes a learning-rate scheduler for an optimizer. It steps after each epoch, ReduceLROnPlateau by the
     epoch's loss, or with `scheduler_each="batch"` after each batch, as OneCycleLR and a warm-up do.
 
-    `stop_after`: end after this many epochs without a better value of `monitor`, a column of test data. For test_loss
-    the loss becomes a metric; any other function needs an attribute `higher_is_better`. The weights and buffers of the
-    best epoch are then restored from a copy. Data used in this way is no test any more: use `data.holdout()`.
+    `stop_after`: end after this many epochs without a better value of `monitor`, a test column of the history. For
+    test_loss the loss becomes a metric; any other metric needs an attribute `higher_is_better`. At the end, the weights
+    and buffers of the best epoch are restored from a copy. Data used in this way is no longer test data: use
+    `data.holdout()`.
 
     The order of the examples depends only on (seed, epoch). What the items of a Dataset, a DataLoader and `augment`
     draw from the generators of torch, numpy and Python depends on (seed, epoch, batch); a DataLoader's own generator,
@@ -72,23 +74,23 @@ def fit(
     `torch.manual_seed` before building the rule.
 
     `checkpoint`: a file that is written after each epoch, every `save_every_s` seconds within one, and on Ctrl-C after
-    the running step. If it exists, training goes on where it stopped, with the result of an uninterrupted run, bit for
-    bit; `overwrite=True` starts anew. A DataLoader reads the epoch again from its start to where it stopped. The result
-    may differ if batches depend on anything else, such as the state of persistent workers, a sampler with its own
-    generator of numpy, or a stream: a warning is given if the last batch differs from the first time. For a rule with
-    `offload`, `checkpoint` must be the store's folder, which then keeps the run together with the network.
+    the running step. If it exists, training resumes from it, with the result of an uninterrupted run, bit for bit;
+    `overwrite=True` starts anew. A DataLoader reads the epoch again from its start to where it stopped. The result may
+    differ if batches depend on anything else, such as the state of persistent workers, a sampler with its own
+    generator of numpy, or a stream. A warning is given if the last batch has changed. For a rule with `offload`,
+    `checkpoint` must be the store's folder, which then keeps the run together with the network.
     `on_epoch(rule, epoch)` is called after each epoch, from 1 on; the numbers that it returns by name, if any, become
     columns of the history.
 
     If `rule.group` has several ranks (`ml.distributed`), each calls this with the same arguments, reads the same
     batches and takes its part of each; `batch_size`, loss and metrics are of the whole batch. The first rank writes
-    the checkpoint and all read it; a run may go on with another number of ranks. Dropout is then drawn from (seed,
+    the checkpoint and all read it; a run may resume with another number of ranks. Dropout is then drawn from (seed,
     epoch, batch, rank), and evaluation uses the first rank's BatchNorm statistics.
 
     Raises, before the first step, TypeError for a rule, data, metric or function of another type, such as a generator,
-    read only once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of different
-    lengths, outputs or labels that are not the task's, a metric that does not take them, a last batch that is too short
-    for BatchNorm, a checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError
+    which can be read only once; ValueError for sizes below 1, a batch size beside a DataLoader's own, x and y of
+    different lengths, outputs or labels that do not fit the task or a metric, a last batch that is too short for
+    BatchNorm, a checkpoint that is damaged or belongs to another setting, or ranks that differ; FloatingPointError
     for NaN or inf in data in memory, or in the first batch of others. Later RankLost if another rank ends;
     KeyboardInterrupt on Ctrl-C, after the checkpoint; and whatever `rule.step` raises.
     """
@@ -144,7 +146,7 @@ def fit(
             except LoadingInterrupted:  # nothing has changed since the last step
                 if group.size > 1:
                     raise
-            # Ranks stop together: after a step, if one of them was asked to before it.
+            # Ranks stop together, after a step before which one of them was asked to stop.
             stop = bool(ctrl_c) if group.size == 1 else within_epoch and group.stop
             save = stop or not within_epoch or rule.store.due or time.monotonic() - saved_at > save_every_s
             if written is not None and save:

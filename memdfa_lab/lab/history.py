@@ -10,11 +10,11 @@ from memdfa_lab.lab.files import write_text
 
 @dataclass
 class History:
-    """The results of each epoch, a dict a row: epoch, loss (mean over the epoch), metrics, seconds of training.
+    """The results of each epoch, one dict per row: epoch, loss (mean over the epoch), metrics, seconds of training.
 
     Each metric has two columns, such as train_accuracy, on the first 10,000 training examples, and test_accuracy, which
-    is NaN without test data. Accuracy is included if the task has labels: it is the part of the labels that the network
-    predicts, whether there is one an example, position or pixel, or several an example.
+    is NaN without test data. Accuracy is included if the task has labels: it is the fraction of labels that the
+    network predicts. There may be one label per example, position or pixel, or several per example.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A store in the machine's memory; blocks are copied to and from a device, on a GPU during its computation."""
+"""A store in the machine's memory, for a device; a GPU computes while blocks are copied."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ class Host(Elsewhere):
     `device`: where blocks compute; default: the machine's accelerator. On "cpu" no memory is saved, and a prediction
     gives what a `Disk` with ahead=0 holds. `ahead`: how many blocks are copied before they are needed. On a device with
     streams, such as CUDA's, copies from and to pinned memory run on a stream of their own, during the computation. The
-    store ends with the process: save `state_dict()`. Written, not run on a GPU.
+    store ends with the process: save `state_dict()`. It has not been run on a GPU yet.
 
     Raises ValueError for a device that is not there.
     """
@@ -36,7 +36,7 @@ class Host(Elsewhere):
     def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         kept = self._kept.setdefault(i, {})
         if self._stream is not None and any(tensor.device.type == CPU for tensor in tensors.values()):
-            self._stream.synchronize()  # what the processor copies waits for no stream
+            self._stream.synchronize()  # copies by the CPU do not wait for the stream
         with self._copying():
             for name, tensor in tensors.items():
                 if name not in kept:
@@ -64,7 +64,7 @@ class Host(Elsewhere):
         return wait
 
     def _copying(self) -> Any:
-        """Return the context of copies, which begin when all that has been asked of the device is done."""
+        """Return the context of copies; they begin after all work that the device has been given so far."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(self._module.current_stream(self.device))

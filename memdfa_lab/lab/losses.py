@@ -1,6 +1,6 @@
 """Losses for whole-number labels: means over the batch, from the network's output (N, C) and y (N,).
 
-Weights of classes are a loss's own, partial(F.cross_entropy, weight=w). Weights of examples can be a column of y, as in
+Class weights are an option of the loss, partial(F.cross_entropy, weight=w). Example weights can be a column of y, as in
 `lambda out, y: (F.cross_entropy(out, y[:, 0].long(), reduction="none") * y[:, 1]).mean()`.
 
 `as_mean` knows which losses are weighted means over examples: the loss of a batch then follows from those of its parts.
@@ -22,7 +22,9 @@ def mse(output: Tensor, y: Tensor) -> Tensor:
 
 
 def bce(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the binary cross-entropy of each class's sigmoid (N, C) against one-hot labels y (N,), over both."""
+    """Return the binary cross-entropy of each class's sigmoid (N, C) against one-hot labels y (N,), over
+    batch and classes.
+    """
     return F.binary_cross_entropy_with_logits(logits, _one_hot(logits, y))
 
 
@@ -44,7 +46,7 @@ CROSS_ENTROPY = {"weight": None, "ignore_index": -100, "reduction": "mean", "lab
 
 
 class Mean(NamedTuple):
-    """A loss known as a weighted mean: its settings, and the total weight of examples, a function of their y."""
+    """A loss that is a weighted mean: its settings, and a function from the y of examples to their total weight."""
 
     settings: dict[str, Any]
     weight: Callable[[Tensor], float]
@@ -54,7 +56,7 @@ def as_mean(loss_fn: Callable[..., Tensor]) -> Mean | None:
     """Return the losses above, F.nll_loss and cross-entropy with a mean as a Mean; None for any other loss.
 
     Cross-entropy is F.cross_entropy, a partial of it by keywords, or nn.CrossEntropyLoss. Its mean is over the labels
-    that count, each with the weight of its class. With both class weights and label smoothing, None.
+    that count, each with the weight of its class. With both class weights and label smoothing the result is None.
     """
     if loss_fn is mse or loss_fn is bce:
         return Mean({"loss": loss_fn.__name__}, len)

@@ -1,13 +1,13 @@
-"""More than one machine: the memory and traffic of ranks, measured, and a pipeline of machines, simulated.
+"""Several machines: `measure` gives memory and traffic of ranks, `simulate` the schedule of a pipeline of machines.
 
-`measure`: bytes sent are those that the process hands to the system's write calls during the step (/proc/self/io, Linux
-only): the gradients, what gloo writes around them, and nothing else, since a step writes no file.
+`measure`: bytes sent are those that the process passes to the system's write calls during the step (/proc/self/io,
+Linux only). They are the gradients and gloo's headers, since a step writes no file.
 
 `simulate`: each machine has equally many consecutive blocks. The unit of time is the forward pass of one micro-batch on
 one machine. The gradient of its weights takes another unit; under BP and FA, the signal to the machine before takes one
 more. DFA and MEM-DFA form e B_i instead, which takes `signal`. A machine updates its weights after the gradients of all
 micro-batches, and then begins the next batch, so that each rule makes the same updates as on one machine. `wire` is the
-time that activations, signals and e travel, while machines go on computing. BP's schedule is GPipe's (Huang et al.
+time that activations, signals and e travel, during which machines compute. BP's schedule is GPipe's (Huang et al.
 2019): all forward passes, then all backward passes.
 """
 
@@ -30,7 +30,7 @@ from memdfa_lab.lab.distributed import Group, ranks
 from memdfa_lab.lab.example import example_step
 
 COUNTS = Path("/proc/self/io")
-# What a machine does in a batch: one part after the other, in each part the same tasks for every micro-batch
+# The tasks of a machine in a batch: parts in this order, in each part the same tasks for every micro-batch
 ORDERS = {
     "bp": [["forward"], ["backward"]],
     "fa": [["forward"], ["backward"]],
@@ -40,9 +40,9 @@ ORDERS = {
 
 
 def measure(sizes: Sequence[int], cases: Sequence[tuple[str, str]], batch: int, optimizer: str = "sgd") -> pd.DataFrame:
-    """Return a row a number of ranks and a case (rule, network): a step on a batch that the ranks share.
+    """Return a row for each number of ranks and each case (rule, network): a step on a batch that the ranks share.
 
-    Columns: ranks, rule, network, batch; peak_bytes and sent_bytes, of the rank that has most (sent_bytes is -1 where
+    Columns: ranks, rule, network, batch; peak_bytes and sent_bytes, the largest of all ranks (sent_bytes is -1 where
     it cannot be measured); resting_bytes; gradient_bytes, of all blocks together. Ranks are processes of this machine,
     one thread each. Raises ValueError for fewer examples than ranks, RuntimeError if a rank fails.
     """
@@ -106,7 +106,7 @@ def _sent_bytes() -> int:
 def simulate(
     rule: str, machines: int, micro_batches: int, batches: int = 3, *, wire: float = 0.0, signal: float = 0.0
 ) -> pd.DataFrame:
-    """Return a row a task: machine, task, batch, micro_batch, start and end, in units of a machine's forward pass.
+    """Return a row per task: machine, task, batch, micro_batch, start and end, in units of a machine's forward pass.
 
     Raises ValueError for an unknown rule, numbers below 1, and times below 0.
     """
@@ -119,7 +119,7 @@ def simulate(
     one_batch = [(task, micro) for part in order for micro in range(micro_batches) for task in part]
     rows = []
     free_at = [0.0] * machines
-    of_error: dict[int, tuple[int, float]] = {}  # micro-batch -> on which machine e is made, and when
+    of_error: dict[int, tuple[int, float]] = {}  # micro-batch -> the machine that computes e, and when
     for batch in range(batches):
         for task, micro in one_batch:
             sender, sent = (0, 0.0) if task == "forward" else of_error[micro]  # of what the task needs
@@ -127,7 +127,7 @@ def simulate(
                 start = max(free_at[machine], sent + (wire if sender != machine else 0.0))
                 free_at[machine] = end = start + takes[task]
                 rows.append((machine, task, batch, micro, start, end))
-                if task != "local gradient":  # which needs e alone
+                if task != "local gradient":  # a local gradient needs e alone
                     sender, sent = machine, end
             if task == "forward":
                 of_error[micro] = sender, sent
@@ -135,14 +135,15 @@ def simulate(
 
 
 def steady(table: pd.DataFrame) -> dict[str, float]:
-    """Return what a simulation of two batches or more settles to: `busy`, `rate` and `held`.
+    """Return the steady state of a simulation of two batches or more: `busy`, `rate` and `held`.
 
-    `busy`: the fraction of the time in which machines compute. `rate`: micro-batches per unit of time. `held`: the most
-    micro-batches for whose gradients a machine holds activations at once. Raises ValueError for fewer than two batches.
+    `busy`: the fraction of the time in which machines compute. `rate`: micro-batches per unit of time. `held`: the
+    largest number of micro-batches whose activations a machine holds for their gradients. Raises ValueError for
+    fewer than two batches.
     """
     first = table[table["machine"] == 0].groupby("batch")["start"].min()
     if len(first) < 2:
-        raise ValueError("how a pipeline settles takes two batches or more to see")
+        raise ValueError("the steady state of a pipeline needs two batches or more: simulate with batches=2 or more")
     period = first.iloc[-1] - first.iloc[-2]
     last = table[table["batch"] == table["batch"].max()]
     work = (last["end"] - last["start"]).sum() / (table["machine"].max() + 1)

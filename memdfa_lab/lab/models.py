@@ -1,4 +1,4 @@
-"""The networks of the experiments, by name, with the setting that their source trained them in.
+"""The networks of the experiments, by name, with the settings of training in their source.
 
 Networks and settings are data: networks.csv beside this file, `ml.models.table()`, or `ml.models.get` for one of them.
 Settings are overridden where they are used (`ml.experiments.train`, `memdfa train`). "Chu et al." is the authors'
@@ -43,7 +43,7 @@ class Network:
     """A network and its setting; `lr` and `initialisation` have one value for each rule.
 
     `layers` is written as in `lab.architectures`. `ours` names the settings that are not from the source. `function`
-    makes a network that is not in the table, which may have no input shape, (), and no initialisation.
+    makes a network that is not in the table; its input shape may be unknown, (), and its initialisation None.
     """
 
     layers: str
@@ -86,26 +86,26 @@ with TABLE.open(encoding="utf-8", newline="") as _file:
 def names() -> list[str]:
     """Return the names that `build` takes.
 
-    It also takes 784-[800]x32-10 for any ReLU MLP, reversible- and residual- before that, text such as
-    "[800 tanh]x2 classes", and MODULE:FUNCTION.
+    It also takes names of ReLU MLPs such as 784-[800]x32-10, the same with reversible- or residual- before it, layers
+    such as "[800 tanh]x2 classes", and MODULE:FUNCTION.
     """
     return list(NETWORKS)
 
 
 def table() -> pd.DataFrame:
-    """Return networks.csv as it is, a row a network."""
+    """Return networks.csv as it is, a row per network."""
     return pd.read_csv(TABLE, dtype=str, keep_default_na=False)
 
 
 def get(name: str) -> Network:
-    """Return the network of that name, or of that text as in `lab.architectures`, which may end in @CxHxW.
+    """Return the network of that name, or of layers as in `lab.architectures`, which may end in @CxHxW.
 
     Raises ValueError, with the nearest name, if there is none.
     """
     if " " in str(name):
         text, _, size = str(name).partition("@")
         shape = own_models.shape_of(size)
-        with torch.device("meta"):  # raises an error if it is no network
+        with torch.device("meta"):  # raises an error if the layers are wrong
             layers(text, check_shape(shape) if shape else LARGE, 10)
         return Network(text, shape)
     if ":" in str(name):
@@ -125,7 +125,7 @@ def input_shape(name: str) -> tuple[int, ...]:
     """Return the shape of one example that a network takes. Raises ValueError if that is not known."""
     shape: tuple[int, ...] = get(name).input_shape
     if not shape:
-        raise ValueError(f"the shape of {name}'s input is not known: end it in @3x32x32 (or --input)")
+        raise ValueError(f"the shape of {name}'s input is not known: write {name}@3x32x32, or give --input")
     return shape
 
 
@@ -141,8 +141,8 @@ def build(
 ) -> nn.Sequential:
     """Return a new network of that name as blocks, for images of `input_shape` (C, H, W), its own if not given.
 
-    `initialisation` is one of INITIALISATIONS, the network's own for BP if not given. `seed` gives the weights,
-    whatever the state of the global generator. What MODULE:FUNCTION returns has its own shape, classes and weights.
+    `initialisation` is one of INITIALISATIONS, the network's own for BP if not given. The weights
+    depend on `seed`, not on the global generator. What MODULE:FUNCTION returns has its own shape, classes and weights.
     Raises ValueError for an unknown name, another shape, and numbers below 1.
     """
     network = get(name)
@@ -164,7 +164,7 @@ def from_layers(
 
 
 def _blocks(make: Callable[[], Any], seed: int, initialisation: str | None) -> nn.Sequential:
-    """Return what `make` returns as blocks; the weights are its own if there is no `initialisation`."""
+    """Return what `make` returns, as blocks; without `initialisation`, with the weights that it has."""
     initialise = None if initialisation is None else lookup("initialisation", initialisation, INITIALISATIONS)
     with seeded(seed):
         blocks = as_blocks(make())
@@ -187,7 +187,7 @@ def mlp(
 ) -> nn.Sequential:
     """Return a multilayer perceptron as blocks: Linear (+ BatchNorm) + activation for each of `hidden`, then Linear.
 
-    It takes (N, in_features), or anything that flattens to it. `activation` and `output`, behind the last layer, are
+    It takes (N, in_features), or anything that flattens to it. `activation`, and `output` after the last layer, are
     names in ACTIVATIONS. Raises TypeError if hidden is not a list, ValueError for unknown names and widths below 1.
     """
     lookup("activation", output, ACTIVATIONS)
@@ -214,7 +214,7 @@ def convnet(
 
 
 def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> pd.DataFrame:
-    """Return a row a block: its layers, its output (C, H, W) or (n,), and how many numbers its parts have.
+    """Return a row per block: its layers, its output (C, H, W) or (n,), and how many numbers its parts have.
 
     `outputs` is n_i, the numbers in its output for one example; `feedback` is C n_i, those of DFA's B_i, 0 for the last
     block. The arguments are those of `build`.

@@ -1,11 +1,11 @@
-"""Weights that rest outside of memory: `Disk` keeps each block in a file, and brings in one block at a time.
+"""Stores for weights outside of memory: `Disk` keeps each block in a file, and loads one block at a time.
 
 `Host` does the same for a GPU, with the machine's memory in place of files.
 
 Files. A block's file, in the safetensors format, has its weights and buffers under the names of
 `rule.blocks.state_dict()`, the state of its optimizer as `optimizer.BLOCK.PARAMETER.NAME`, and a B that learns. A
 stored B has a file of its own, which is not committed, since it follows from its seed. In memory are the block in use,
-the `ahead` blocks that are read ahead, those that are being written, and what does not grow with the network:
+the `ahead` blocks that are read ahead, the blocks that are being written, and what does not grow with depth:
 activations, e, the loss with its parameters, one shared B.
 
 Commits. Each block has two files, a and b, and is written to the one that is not committed. A commit syncs these files
@@ -34,25 +34,25 @@ from memdfa_lab.lab.host_memory import Host as Host
 from memdfa_lab.lab.resting import FEEDBACK, give_back, kept_of, state_bytes
 
 MANIFEST = "network.pt"
-MOST_WAITING = 2  # blocks to be written: they are in memory
+MOST_WAITING = 2  # blocks in memory that wait to be written
 
 
 class Disk(Elsewhere):
     """A folder in which the blocks of a network rest: `MemDFA(store.build(make), optimizer, offload=store)`.
 
-    `folder`: is made if it does not exist. `ahead`: how many blocks a thread reads before they are needed; it also
-    writes finished blocks. With 0, the step waits for all reading and writing. `commit_every`: every so many steps the
-    network is committed, and a later crash cannot damage it; a commit waits for the disk. With None the disk holds the
+    `folder`: is created if it does not exist. `ahead`: how many blocks a thread reads before they are needed; it also
+    writes finished blocks. With 0, the step waits for all reading and writing. `commit_every`: the number of steps
+    between commits. A committed network survives a crash; a commit waits for the disk. With None the disk holds the
     network once, complete only after `commit` and `close`. Under glibc, opening a Disk makes this process return freed
     memory of 64 KiB and more to the system at once.
 
     The model's tensors have data only while their block is in use. A model in memory may be given to MemDFA as well: it
-    is written to the folder, which must not have a network yet, and its memory is given back.
+    is written to the folder, which must not have a network yet, and its memory is freed.
 
     Attributes:
         steps: How many steps the network was trained for, over all processes that used it.
 
-    Raises ValueError for a folder that is in use, cannot be written to, or holds no whole network.
+    Raises ValueError for a folder that is in use, cannot be written to, or holds an incomplete network.
     """
 
     def __init__(self, folder: str | Path, *, ahead: int = 1, commit_every: int | None = 1):
@@ -114,7 +114,7 @@ class Disk(Elsewhere):
         elif self._committed["network"] != network:
             theirs, ours = first_difference(self._committed["network"], network)
             raise ValueError(
-                f"{self.folder} holds another network: it has {theirs!r}, this one {ours!r}; choose another folder"
+                f"{self.folder} holds another network: it has {theirs!r}, this one {ours!r}: choose another folder"
             )
         for name in self._newest:
             tensor_files.check(self.folder / name)
@@ -123,7 +123,8 @@ class Disk(Elsewhere):
         for name, value in _facts(rule).items():
             if self._committed.get(name, value) != value:
                 raise ValueError(
-                    f"{self.folder} was trained with {name} {self._committed[name]}, and this rule has {value}"
+                    f"{self.folder} was trained with {name} {self._committed[name]}, and this rule has {value}: "
+                    "use the same, or choose another folder"
                 )
         if not self.steps:
             self._check_space(state_bytes(rule), "the optimizer's state takes")
@@ -144,7 +145,7 @@ class Disk(Elsewhere):
         return self.commit_every is not None and self.steps % self.commit_every == 0
 
     def commit(self, progress: object = None) -> None:
-        """Save the network as it is now in the folder, and `progress`, which is what else a run needs to resume."""
+        """Save the present network in the folder, with `progress`: what else a run needs to resume."""
         rule, loss = self._network().rule, None
         if rule is not None and rule.loss_optimizer is not None:
             loss = {"module": rule.loss_fn.state_dict(), "optimizer": rule.loss_optimizer.state_dict()}
@@ -167,7 +168,7 @@ class Disk(Elsewhere):
         """Commit the steps since the last commit, unless one was interrupted, and release the folder."""
         if not self._broken and self.commits_by_itself and self._committed.get("steps", self.steps) != self.steps:
             self.commit()
-        self._broken = self._broken or f"the store of {self.folder} is closed: make another"
+        self._broken = self._broken or f"the store of {self.folder} is closed: open another Disk"
         self._thread.shutdown()
         self._lock.close()
 
@@ -183,26 +184,26 @@ class Disk(Elsewhere):
 
     @contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Name, in errors of reading and writing within, the step to go on from; nothing more is written then."""
+        """After an error of reading or writing, write nothing more, and name the step from which to resume."""
         try:
             yield
         except OSError as problem:
             why, where = problem.strerror or problem, problem.filename or self.folder
-            self._broken = f"{where} cannot be read or written ({why}): mend that, then go on from {self.whole()}"
+            self._broken = f"{where} cannot be read or written ({why}): correct this, then resume from {self.whole()}"
             raise OSError(problem.errno or 0, self._broken) from problem
 
     def _check_space(self, needed: int, what: str) -> None:
-        times, twice = (1, "") if self.commit_every is None else (2, ", twice (with commit_every=None once)")
+        times, twice = (1, "") if self.commit_every is None else (2, ", twice (once with commit_every=None)")
         if needed * times > self.free_bytes:
             raise ValueError(
                 f"the disk of {self.folder} has {self.free_bytes:,} bytes free, and {what} {needed:,}{twice}: choose "
-                "another"
+                "another disk"
             )
 
     def _start(self, job: Callable[[], Any]) -> Future[Any]:
         if self.ahead:
             return self._thread.submit(job)
-        done: Future[Any] = Future()  # here and now, where profilers see it
+        done: Future[Any] = Future()  # run it in this thread, where profilers see it
         try:
             done.set_result(job())
         except Exception as problem:
@@ -213,7 +214,7 @@ class Disk(Elsewhere):
         return self.folder / f"feedback_{i:05d}.safetensors"
 
     def _next_path(self, i: int) -> Path:
-        """Return the file to which block i is written next, and note it as its newest."""
+        """Return the file to which block i is written next, and record it as the newest."""
         counts = self._committed["blocks"][i] if self._committed and self.commit_every is not None else ""
         if self._committed and self.commit_every is None and not self._to_sync:
             self._write_manifest({**self._committed, "whole": False})
@@ -231,8 +232,8 @@ class Disk(Elsewhere):
         found = read_saved(path, "choose another folder") if path.exists() else {}
         if not found.get("whole", True):
             raise ValueError(
-                f"{self.folder} was left in the middle of a step that had no commits: delete it and begin anew (with "
-                "commit_every=1 the last step is kept whole)"
+                f"{self.folder} was left in the middle of a step, without a commit: delete it and start anew (with "
+                "commit_every=1 the last step is always complete)"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Networks that are not in the package's table: those that a function named MODULE:FUNCTION returns."""
+"""Networks of the user: those that a function returns, which is named MODULE:FUNCTION."""
 
 import difflib
 import importlib
@@ -38,7 +38,7 @@ def find(name: str) -> tuple[Callable[[], Any], tuple[int, ...]]:
         inspect.signature(found[function]).bind()
     except (TypeError, ValueError) as problem:
         why = f"{problem}; write a function without arguments that returns the model"
-        raise ValueError(f"{name}: {function} cannot be called as it is: {why}") from problem
+        raise ValueError(f"{name}: {function} cannot be called without arguments: {why}") from problem
     return found[function], shape_of(shape)
 
 

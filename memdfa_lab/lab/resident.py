@@ -1,4 +1,4 @@
-"""The resident set: by how much a step raises the memory of its process, as the system counts it."""
+"""The resident set: by how much a step raises the memory of its process, as counted by the system."""
 
 import ctypes
 import gc
@@ -30,9 +30,9 @@ def resident_peak(
     """Return by how many bytes a step raises the resident set of a fresh process with one thread: a median of 3 steps.
 
     `network`: a name of `ml.models`, or the widths of a ReLU MLP, [784, 800, 10]. In that process glibc's malloc
-    returns freed memory to the system, and Linux records the peak (VmHWM, reset before each step). Two steps before let
-    libraries and optimizers allocate what they allocate once. Raises RuntimeError except on Linux with glibc,
-    ValueError for unknown names.
+    returns freed memory to the system, and Linux records the peak (VmHWM, reset before each step). Two steps come
+    before, so that libraries and optimizers have made their first allocations. Raises RuntimeError except on Linux with
+    glibc, ValueError for unknown names.
     """
     if platform.libc_ver()[0] != "glibc" or not os.access("/proc/self/clear_refs", os.W_OK):
         raise RuntimeError("the resident set is measured on Linux with glibc only: use measure or allocator_peak here")

@@ -1,6 +1,6 @@
 """The tensors of a network's blocks that rest in a store: their names there, and checks that they can rest.
 
-A resting tensor is the same object with the same shape, and has no data.
+A resting tensor is the same object, with its shape but without its data.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,10 +18,10 @@ from memdfa_lab.lab.checkpoints import without_addresses
 from memdfa_lab.lab.tensor_files import NAMES
 from memdfa_lab.memory.shapes import ShapesAlone
 
-OPTIMIZER, LEARNED = "optimizer", "learned"  # how the names of its state begin, and those of a B that learns
+OPTIMIZER, LEARNED = "optimizer", "learned"  # prefixes of the names of optimizer state, and of a B that learns
 FEEDBACK = "feedback"  # the name of a B that does not change
 KINDS = {OPTIMIZER: "optimizer state", LEARNED: "feedback", FEEDBACK: "feedback"}  # of other names: weights or buffers
-WHERE = "this tensor rests in {}: only MemDFA(..., offload=store) and what is given that rule bring it in"
+WHERE = "this tensor rests in {}: use it through the rule, MemDFA(..., offload=store), which loads it"
 
 
 class Saved(Mapping[str, Tensor]):
@@ -48,7 +48,7 @@ class Saved(Mapping[str, Tensor]):
 
 
 def weights(i: int, block: nn.Module) -> dict[str, Tensor]:
-    """Return block i's parameters and buffers, by their names in the network, without what holds no numbers."""
+    """Return block i's parameters and buffers by their names in the network, except those without numbers."""
     named = [*block.named_parameters(), *block.named_buffers()]
     return {f"{i}.{name}": tensor for name, tensor in named if tensor.numel() and 0 not in tensor.stride()}
 
@@ -63,7 +63,7 @@ def learning(i: int, block: nn.Module, rule: Any) -> Iterator[tuple[str, Tensor,
 
 
 def kept_of(i: int, block: nn.Module, rule: Any) -> dict[str, Any]:
-    """Return what optimizers keep of block i, and a B that learns, by name."""
+    """Return the optimizers' state of block i, and its B if that learns, by name."""
     found: dict[str, Any] = {}
     for begin, tensor, states in learning(i, block, rule):
         found |= {f"{begin}B": tensor} if begin.startswith(LEARNED) else {}
@@ -72,13 +72,13 @@ def kept_of(i: int, block: nn.Module, rule: Any) -> dict[str, Any]:
 
 
 def tensors_of(i: int, block: nn.Module, rule: Any) -> dict[str, Tensor]:
-    """Return the tensors of block i that change: weights and buffers, what optimizers keep, and a B that learns."""
+    """Return the tensors of block i that change: weights, buffers, optimizer state, and a B that learns."""
     kept = kept_of(i, block, rule).items()
     return weights(i, block) | {name: value for name, value in kept if isinstance(value, Tensor)}
 
 
 def give_back(i: int, block: nn.Module, rule: Any, kept: dict[str, Any], where: str) -> None:
-    """Give block i's optimizers the state of `kept_of`, as tensors without data, which rest in the place `where`."""
+    """Give block i's optimizers the state of `kept_of`, as tensors without data that rest in the place `where`."""
     kept = tree_map_only(Tensor, lambda t: absent(t.shape, t.stride(), t.dtype, "cpu", where), kept)
     B = kept.pop(f"{LEARNED}.{i}.B", None)
     if B is not None:
@@ -109,7 +109,7 @@ def described(chain: Iterable[nn.Module]) -> str:
 
 
 def values_of(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[int, dict[str, Tensor]], dict[str, Tensor]]:
-    """Return a function that looks up a block's tensors in a state_dict. Raises ValueError for another model's."""
+    """Return a function that looks up a block's tensors in a state_dict. Raises ValueError if it is another model's."""
     named = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     ours, theirs = ("\n".join(f"{k} {tuple(v.shape)}" for k, v in each.items()) for each in (named, state))
     if ours != theirs:
@@ -120,7 +120,7 @@ def values_of(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[int, d
     def values(i: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         unsaved = [name for name, tensor in tensors.items() if id(tensor) not in names]
         if unsaved:
-            raise ValueError(f"{unsaved[0]} is a buffer that is in no state_dict: register it as persistent")
+            raise ValueError(f"{unsaved[0]} is a buffer that no state_dict has: register it as persistent")
         return {name: state[names[id(t)]].detach().to("cpu", t.dtype) for name, t in tensors.items()}
 
     return values
@@ -147,15 +147,17 @@ def check_block(i: int, block: nn.Module, device: str) -> None:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in NAMES
         if not plain or tensor.device.type not in ("cpu", torch.device(device).type):
             kind = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name} is {kind}, but plain tensors on the CPU alone rest in a store: leave offload out")
+            raise ValueError(
+                f"{name} is {kind}, but only plain tensors on the CPU can rest in a store: leave offload out"
+            )
         if held.setdefault(storage_id(tensor), name) != name:
             raise ValueError(
-                f"{held[storage_id(tensor)]} and {name} share memory, which they do not in a store: make them one"
+                f"{held[storage_id(tensor)]} and {name} share memory, which a store separates: make them one tensor"
             )
     for part in block.modules():
         for name, value in vars(part).items():
             if isinstance(value, Tensor) and storage_id(value) in held:
                 raise ValueError(
-                    f"{name} of {type(part).__name__} is a view of {held[storage_id(value)]}, and would stay as it is "
-                    "now: make it in forward"
+                    f"{name} of {type(part).__name__} is a view of {held[storage_id(value)]}, and would not follow "
+                    "its changes: make it in forward"
                 )

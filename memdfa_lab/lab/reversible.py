@@ -33,17 +33,17 @@ def reversible(
     coupled: bool = True,
     seed: int | None = 0,
 ) -> nn.Sequential:
-    """Return a reversible network as blocks: a first layer, `depth` couplings for each of `widths`, Linear.
+    """Return a reversible network as blocks: a first layer, `depth` couplings for each of `widths`, and Linear.
 
     For an `input_shape` (n,), with x (N, n), F and G of each coupling are an activation and a Linear layer; for images
     (C, H, W) they are an activation and a 3x3 convolution. With `batch_norm` BatchNorm comes first. A layer before each
     further width changes the width, for images with stride 2. `ml.Reversible` keeps the inputs of these layers and of
-    the first: one a width. The head is Linear on the mean over pixels.
+    the first: one for each width. The head is Linear on the mean over pixels.
 
     With `coupled=False` the network is a chain of residual units with the same weights and arithmetic that cannot be
     reversed, to train by BP in comparison. Weights are He's; those of F and G are divided by the square root of the
-    number of couplings, so that the output does not grow with depth. `seed` gives them, whatever the state of the
-    global generator. Raises ValueError for an unknown activation, odd widths, and numbers below 1.
+    number of couplings, so that the output does not grow with depth. They depend on `seed`, not on the global
+    generator. Raises ValueError for an unknown activation, odd widths, and numbers below 1.
     """
     widths = [widths] if isinstance(widths, int) else widths
     images = not isinstance(input_shape, int)
@@ -52,7 +52,7 @@ def reversible(
     for name, size in {"depth": depth, "classes": classes, **{f"width {w}": w for w in widths}}.items():
         check_int(name, size)
     if any(width % 2 for width in widths):
-        raise ValueError(f"a coupling works on halves: give even widths, got {list(widths)}")
+        raise ValueError(f"a coupling splits its input into halves: give even widths, got {list(widths)}")
 
     def layer(before: int, width: int, stride: int = 1, scale: float = 1.0) -> Any:
         made: Any = nn.Conv2d(before, width, 3, stride, 1) if images else nn.Linear(before, width)

@@ -22,7 +22,7 @@ from memdfa_lab.lab.examples import Batches, Examples
 from memdfa_lab.lab.schedules import step_all
 from memdfa_lab.lab.tasks import Task
 
-TRAIN_ACCURACY_ON = 10_000  # this many training examples, the first ones, give the metrics of training
+TRAIN_ACCURACY_ON = 10_000  # metrics of training are on this many examples, the first ones
 
 
 class Run:
@@ -36,19 +36,19 @@ class Run:
         self.batches = train.batches_in_epoch
         self.coming: Batches | None = None  # the rest of this epoch's batches
         self.losses: Generator[Tensor, None, None] | None = None  # of the steps on them
-        self.taken: deque[tuple[int, str]] = deque()  # length and fingerprint of each batch taken for a step
+        self.taken: deque[tuple[int, str]] = deque()  # size and fingerprint of each batch that was read for a step
         self.last = ""  # fingerprint of the last step's batch
         self.task: Task | None = None
         self.metrics: dict[str, Any] = {}
         self.best: Best | None = None
         self.schedulers: list[Scheduler] = []
-        self.each_batch = False  # whether the schedulers step so
+        self.each_batch = False  # whether the schedulers step after each batch
         self.epoch = self.batch = self.examples = 0
         self.loss_sum = self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
     def step(self) -> bool:
-        """Take the next batch of this epoch; return False if there is none."""
+        """Train on the next batch of this epoch; return False if there is none."""
         started = time.perf_counter()
         if self.losses is None:
             self.coming = self.train.batches(self.epoch, self.batch)
@@ -67,7 +67,7 @@ class Run:
         return True
 
     def _parts(self, batches: Batches) -> Batches:
-        """Yield this rank's part of each batch; of several, the first must be the same on all ranks."""
+        """Yield this rank's part of each batch. With several ranks, the first batch must be the same on all of them."""
         group, like = self.group, next(self.rule.blocks.parameters())
         for batch, (x, y) in enumerate(batches, self.batch):
             self.taken.append((len(x), self.train.last))
@@ -87,7 +87,7 @@ class Run:
         self.losses = self.coming = None
 
     def finish_epoch(self, on_epoch: Callable[[Rule, int], Mapping[str, float] | None] | None) -> None:
-        """Evaluate, which may be interrupted; then step the schedulers and add a row to the history."""
+        """Evaluate, then step the schedulers and add a row to the history; only the evaluation may be interrupted."""
         loss = self.loss_sum / self.examples
         self.group.share_buffers(self.rule.blocks)
         row = {"epoch": self.epoch + 1, "loss": loss}
@@ -123,7 +123,7 @@ class Run:
 
 
 def _losses(rule: Rule, batches: Batches) -> Generator[Tensor, None, None]:
-    """Learn from each batch, and yield its loss; with a store, by `sweep`, which moves the weights once a step."""
+    """Learn from each batch, and yield its loss. With a store, `sweep` loads the weights only once per step."""
     if isinstance(rule, MemDFA) and rule.store.offloads and rule.clip_global_norm is None:
         yield from rule.sweep(batches)
     else:

