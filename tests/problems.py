@@ -300,7 +300,9 @@ def params(wanted: Callable[[Problem], bool] = lambda problem: True) -> list[Any
     return [pytest.param(p, id=p.name, marks=p.marks) for p in PROBLEMS if wanted(p)]
 
 
-def rotated(names: str, items: Iterable[Any], *factors: Iterable[Any], turns: int = 1) -> pytest.MarkDecorator:
+def rotated(
+    names: str, items: Iterable[Any], *factors: Iterable[Any], turns: int = 1, quick: int | None = None
+) -> pytest.MarkDecorator:
     """Parametrise a test over items, such as params(), each with some combinations of the factors' levels.
 
     Instead of the full product each item is met `turns` times, with another level of the first factor each time, so
@@ -312,6 +314,7 @@ def rotated(names: str, items: Iterable[Any], *factors: Iterable[Any], turns: in
         items: Values, or pytest parameters of one value with their marks.
         *factors: The levels of each factor.
         turns: How often each item is met.
+        quick: In so many of the turns; the others are slow tests. None: in all of them.
     """
     given = [item if hasattr(item, "marks") else pytest.param(item, id=_label(item)) for item in items]
     levels, rows = list(product(*factors)), []
@@ -319,7 +322,8 @@ def rotated(names: str, items: Iterable[Any], *factors: Iterable[Any], turns: in
         for turn in range(turns):
             row = levels[(place + turn * len(levels) // turns) % len(levels)]
             label = "-".join([str(item.id), *map(_label, row)])
-            rows.append(pytest.param(*item.values, *row, id=label, marks=item.marks))
+            slow = [pytest.mark.slow] * (quick is not None and turn >= quick)
+            rows.append(pytest.param(*item.values, *row, id=label, marks=(*item.marks, *slow)))
     assert {row.values[1:] for row in rows} == set(levels), "some combinations are not met: take more turns"
     return pytest.mark.parametrize(names.split(), rows)
 

@@ -48,7 +48,7 @@ def test_memdfa_is_dfa_bit_for_bit_in_memory_and_from_a_disk(problem, optimizer,
 
 
 @pytest.mark.filterwarnings("ignore:no test has shown")  # of readouts on volumes, until now
-@rotated("problem rule optimizer", params(lambda problem: not problem.random), EVERY, OPTIMIZERS, turns=2)
+@rotated("problem rule optimizer", params(lambda problem: not problem.random), EVERY, OPTIMIZERS, turns=2, quick=1)
 def test_what_it_holds_is_predicted_to_the_byte(problem, rule, optimizer):
     optimizer, feedback = ml.standardised(OPTIMIZERS[optimizer]), ml.feedback.Stored(3)
     made = make_rule(EVERY[rule], problem, optimizer, feedback)

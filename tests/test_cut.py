@@ -201,7 +201,7 @@ def test_memdfa_makes_dfas_step_and_prediction_is_what_is_measured(name):
     assert predicted.peak_bytes == measured.peak_bytes
 
 
-@rotated("name rule", ["convolutional", "words", "vit", "gpt"], EVERY_RULE, turns=len(EVERY_RULE))
+@rotated("name rule", ["convolutional", "words", "vit", "gpt"], EVERY_RULE, turns=len(EVERY_RULE), quick=5)
 def test_every_rule_trains_a_traced_model_or_refuses_it(name, rule):
     model, x, y = made(name)
     before = copy.deepcopy(model.state_dict())

@@ -95,6 +95,7 @@ def test_a_step_that_is_run_holds_what_is_shown(rule, family):
     assert found.resting_by_category == measured.resting_by_category
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fa", "memdfa", "checkpoint_step_in_backward"])
 def test_a_deep_one_is_the_whole_networks(rule):
     assert_the_same(rule, widgets.Setting(depth=200, width=20, optimizer="adam", feedback="stored", batch_norm=True))
@@ -105,6 +106,7 @@ PAIRS = list(product(["mlp", "convnet"], [1, 4, 12]))
 FITTED = [(rule, *PAIRS[(i + k) % 6]) for i, rule in enumerate(ALL_RULES) for k in (0, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "family", "depth"), FITTED)
 def test_one_more_example_or_layer_does_not_fit(rule, family, depth):
     """What the explorer shows as the largest batch and depth, against predictions of whole networks."""

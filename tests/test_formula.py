@@ -117,7 +117,7 @@ FORMS |= {"learned B": ("memdfa", LEARNED), "learned B, DFA": ("dfa", LEARNED), 
 FORMS["learned B, offloaded"] = ("memdfa", LEARNED | OFFLOADED)
 
 
-@rotated("form how batch", FORMS, HOW, [2, 200], turns=3)
+@rotated("form how batch", FORMS, HOW, [2, 200], turns=3, quick=1)
 def test_the_peak_is_the_largest_of_the_moments(form, how, batch):
     rule, how = FORMS[form][0], HOW[how] | FORMS[form][1]
     for widths in EQUAL if batch == 2 else [EQUAL[-1], *UNEQUAL, [20, 900, 5, 100]]:

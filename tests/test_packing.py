@@ -33,7 +33,7 @@ def check_equals_dfa(rule, problem, optimizer="sgd", pack="int8", **options):
     assert torch.equal(problem.x, x)
 
 
-@rotated("problem budget optimizer pack", FLOAT32, [0, 300, 1500, math.inf], OPTIMIZERS, PACKS, turns=2)
+@rotated("problem budget optimizer pack", FLOAT32, [0, 300, 1500, math.inf], OPTIMIZERS, PACKS, turns=2, quick=1)
 def test_every_budget_trains_as_dfa_bit_for_bit(problem, budget, optimizer, pack):
     check_equals_dfa("memdfa", problem, optimizer, pack, keep_bytes=budget)
 

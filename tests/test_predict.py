@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import memdfa_lab as ml
 from memdfa_lab.memory import Trace, measure, predict
 
-LARGE = {"epic_long_fc", "mobilenet", "resnet_34", "resnet_50", "vgg_16", "vgg_16_bn"}
+LARGE = {"epic_long_fc", "mobilenet", "nokland_100x240", "resnet_18", "resnet_34", "resnet_50", "vgg_16", "vgg_16_bn"}
 
 
 def assert_same_account(predicted: Trace, measured: Trace) -> None:
@@ -40,7 +40,7 @@ NETWORKS = [
 ]
 
 
-@rotated("name rule optimizer storage", NETWORKS, EVERY_RULE, STEADY, STORAGES.values(), turns=5)
+@rotated("name rule optimizer storage", NETWORKS, EVERY_RULE, STEADY, STORAGES.values(), turns=5, quick=2)
 def test_predicted_equals_measured_for_the_packages_networks(name, rule, optimizer, storage):
     shape, loss = ml.models.get(name).input_shape, ml.losses.LOSSES[ml.models.get(name).loss]
     make = STEADY[optimizer]

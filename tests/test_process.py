@@ -229,7 +229,7 @@ def test_compare_agrees_for_an_mlp_and_says_what_is_scratch_in_a_convnet():
 NETWORKS = ["fc_relu", "mnist_conv", "784-[100]x8-10", "liao_mnist", "liao_cifar", "liao_cifar_bn"]
 
 
-@rotated("rule network", EVERY_RULE, NETWORKS, turns=3)
+@rotated("rule network", EVERY_RULE, NETWORKS, turns=3, quick=1)
 def test_all_agree_within_two_percent_for_mlps_and_ten_for_convnets_or_the_reason_is_given(rule, network):
     batch = learner_and_batch(rule, network, 32)
     table = compare(*batch)

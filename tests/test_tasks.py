@@ -500,7 +500,7 @@ REAL = {
 }
 
 
-@rotated("name rule", REAL, ["bp", "memdfa"], turns=2)
+@rotated("name rule", REAL, ["bp", "memdfa"], turns=2, quick=1)
 def test_real_data_of_each_task_are_learned(name, rule):
     layers, loss, (column, least) = REAL[name]
     (x, y), test = split(getattr(small_data, name)())
