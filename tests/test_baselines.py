@@ -42,6 +42,7 @@ def test_it_trains_as_bp_bit_for_bit(problem, rule, optimizer):
     check_equals_bp(rule, problem, optimizer)
 
 
+@pytest.mark.slow
 @rotated("problem rule", params(), IN_SEGMENTS)
 def test_it_trains_as_bp_with_any_number_of_segments(problem, rule):
     for segments in range(1, len(make_rule(rule, problem).chain) + 2):

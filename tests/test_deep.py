@@ -47,7 +47,7 @@ def test_so_it_is_with_a_b_that_learns(rule):
     assert_the_same(rule, widgets.Setting(depth=7, width=30, batch=7, inputs=20, classes=5, feedback="learned"))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 1)) for seed in range(8)])
 def test_any_setting_is_the_whole_networks(seed):
     choose = random.Random(seed).choice
     for rule in ALL_RULES:

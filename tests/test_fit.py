@@ -124,6 +124,7 @@ ml.fit(learner(), ml.datasets.load("mnist5k").subset(300, 100), 60, 32, checkpoi
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_checkpoint_that_resumes_to_the_same_weights(data, tmp_path):
     path, never_killed, resumed = tmp_path / "run.pt", learner(), learner()
     code = CHILD.format(tests=os.path.dirname(__file__), path=str(path))

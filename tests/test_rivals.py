@@ -84,6 +84,7 @@ def test_the_default_is_the_fewest_snapshots_that_run_no_block_again_more_than_t
     assert make_rule("binomial", DEEP).snapshots == 2
 
 
+@pytest.mark.slow
 @rotated("problem optimizer", params(), OPTIMIZERS)
 def test_it_trains_as_bp_with_any_number_of_snapshots(problem, optimizer):
     for snapshots in range(1, len(make_rule("bp", problem).chain) + 2):
