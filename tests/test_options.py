@@ -12,10 +12,18 @@ import torch
 import memdfa_lab as ml
 
 COMMITTED = Path(__file__).parents[1] / "reports" / "options.csv"
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")]
+IGNORED = ["Detected call of `lr_scheduler.step", "autograd runs"]  # the second: blocks that cannot be packed
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in IGNORED]
 
 
-@pytest.mark.filterwarnings("ignore:autograd runs")  # blocks that cannot be packed
+def test_a_message_that_was_changed_is_changed_in_the_table_too():
+    """One pair of each outcome."""
+    committed = pd.read_csv(COMMITTED)
+    for pair in committed[committed["other"] != options.RANKS].drop_duplicates("outcome").itertuples():
+        assert options.outcome(pair.one, pair.other) == pair.outcome
+
+
+@pytest.mark.slow
 def test_the_committed_table_is_what_each_pair_does():
     torch.set_num_threads(1)
     found, committed = options.table(), pd.read_csv(COMMITTED)
@@ -30,6 +38,7 @@ def test_all_rules_and_kinds_of_feedback_are_in_the_table():
     assert kinds | {options.Run().feedback} == {*ml.feedback.KINDS, "learned"}
 
 
+@pytest.mark.slow
 def test_an_option_that_does_not_do_what_it_is_for_would_be_noticed(monkeypatch):
     monkeypatch.setitem(options.OPTIONS, "keep_bytes", options.Option("keep", {"of_rule": {"clip_norm": 0.01}}, {}))
     with pytest.raises(AssertionError, match="keep_bytes with MEM-DFA has other results"):
