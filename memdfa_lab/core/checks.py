@@ -45,8 +45,8 @@ def of_an_extra() -> Iterator[None]:
 
 def check_int(what: str, value: object, least: int = 1, most: int | None = None) -> int:
     """Return the value as an int. Raises ValueError if it is not a whole number from `least` to `most`."""
-    above = isinstance(value, Integral) and most is not None and int(value) > most
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or above:
+    limit = math.inf if most is None else most
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= limit:
         upper = "on" if most is None else f"to {most:,}"
         raise ValueError(f"{what} must be a whole number from {least} {upper}, got {value!r}")
     return int(value)

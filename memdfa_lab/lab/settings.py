@@ -105,6 +105,8 @@ RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
 
 
 OWN = "default: the network's setting"
+# A setting that came after the first runs: a run without it keeps the name of its folder.
+later = partial(Field, exclude_if=operator.not_)
 
 
 class RunSettings(Checked):
@@ -126,12 +128,8 @@ class RunSettings(Checked):
     )
     epochs: Count | None = Field(None, description=f"passes over the training data; {OWN}")
     batch_size: Count | None = Field(None, description=f"examples per step; {OWN}")
-    drop_last: bool = Field(
-        False,
-        description="leave out the last batch of an epoch if it is shorter than the others",
-        exclude_if=operator.not_,  # runs without it keep the names that they had before this setting existed
-    )
-    augment: bool = Field(False, description="flip and crop training images at random", exclude_if=operator.not_)
+    drop_last: bool = later(False, description="leave out the last batch of an epoch if it is shorter than the others")
+    augment: bool = later(False, description="flip and crop training images at random")
     lr: NotNegative | None = Field(
         None, description=f"learning rate, 0 or more; {OWN}, for the network's own optimizer"
     )
@@ -152,48 +150,33 @@ class RunSettings(Checked):
     )
     initialisation: InitialisationName | None = Field(None, description=f"initial values of the weights; {OWN}")
     scale: Positive = Field(1.0, description="factor on the random matrices B, above 0")
-    feedback_lr: Positive | None = Field(
-        None,
-        description="DFA and MEM-DFA: train B, by Adam with this learning rate, above 0; default: B is fixed",
-        exclude_if=operator.not_,
+    feedback_lr: Positive | None = later(
+        None, description="DFA and MEM-DFA: train B, by Adam with this learning rate, above 0; default: B is fixed"
     )
-    standardise: bool = Field(
-        False,
-        description="after each step, subtract each filter's mean and set its norm, for ReLUs without BatchNorm",
-        exclude_if=operator.not_,
+    standardise: bool = later(
+        False, description="after each step, subtract each filter's mean and set its norm, for ReLUs without BatchNorm"
     )
-    readout_positions: Count | None = Field(
-        None,
-        description="local_readout: positions per image dimension that a readout gets, 1 or more; default: 4",
-        exclude_if=operator.not_,
+    readout_positions: Count | None = later(
+        None, description="local_readout: positions per image dimension that a readout gets, 1 or more; default: 4"
     )
-    readout_similarity: Fraction | None = Field(
-        None,
-        description="local_readout: weight of the similarity loss, from 0 to 1; default: 0",
-        exclude_if=operator.not_,
+    readout_similarity: Fraction | None = later(
+        None, description="local_readout: weight of the similarity loss, from 0 to 1; default: 0"
     )
     clip_norm: Positive | None = Field(
         None, description="largest norm of each block's gradient, above 0; default: no clipping"
     )
-    clip_global_norm: Positive | None = Field(
-        None,
-        description="largest norm of the whole network's gradient, above 0; default: no clipping",
-        exclude_if=operator.not_,
+    clip_global_norm: Positive | None = later(
+        None, description="largest norm of the whole network's gradient, above 0; default: no clipping"
     )
-    precision: PrecisionName | None = Field(
+    precision: PrecisionName | None = later(
         None,
         description="number format of the step, under autocast; float16 on a GPU only; default: that of the weights",
-        exclude_if=operator.not_,
     )
-    pass1: Pass1Name | None = Field(
-        None,
-        description="DFA and MEM-DFA: number format of the first forward pass; default: that of the second",
-        exclude_if=operator.not_,
+    pass1: Pass1Name | None = later(
+        None, description="DFA and MEM-DFA: number format of the first forward pass; default: that of the second"
     )
-    pack: PackName | None = Field(
-        None,
-        description="DFA and MEM-DFA: number format in which blocks keep activations; default: unpacked",
-        exclude_if=operator.not_,
+    pack: PackName | None = later(
+        None, description="DFA and MEM-DFA: number format in which blocks keep activations; default: unpacked"
     )
     seed: int = Field(
         0,

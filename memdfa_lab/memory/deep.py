@@ -71,9 +71,11 @@ def _repeated(events: list[Event], sizes: list[int]) -> list[Event]:
 
     The second block of each segment is repeated or left out, and so is the middle segment.
     """
-    blocks: list[int | None] = []  # of each event; memory freed between two blocks belongs to the first of them
+    # The block of each event. Memory freed between two blocks belongs to the first of them. There torch 2.6 frees the
+    # gradient of a weight, in the backward pass.
+    blocks: list[int | None] = []
     for event in events:
-        between = bool(blocks) and event.block is None and event.phase in ("", "backward")  # the second in torch 2.6
+        between = bool(blocks) and event.block is None and event.phase in ("", "backward")
         blocks.append(blocks[-1] if between else event.block)
     copies = {None: [EACH], 0: sizes[:1], 1: sizes[1:-1], 2: sizes[-1:]}  # by segment of the shallow chain
     deep: list[Event] = []
