@@ -44,7 +44,7 @@ test: $(READY) ## run the quick tests, then notebooks 01 to 07
 # Every cell is run and its output compared with the committed one; a cell that depends on the machine says so by the
 # tag nbval-ignore-output. loadscope keeps a notebook's cells on one worker, in order. nbval wants the notebooks below
 # pytest's root folder: elsewhere their cells have the same names, and xdist drops all but one.
-NOTEBOOKS ?= notebooks
+NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/notebooks.sanitize
 test-notebooks: $(READY) ## run the notebooks, outputs compared with those committed
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(NBVAL) $(NOTEBOOKS) $(ARGS)
@@ -79,7 +79,6 @@ tables: $(READY) ## make the tables in README, the book and reports anew
 	OMP_NUM_THREADS=1 $(PY) -W ignore tests/options.py reports/options.csv
 	$(PY) $(COG) README.md reports/index.md notebooks/book/memory.md notebooks/book/teaching.md
 
-NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 notebooks: $(READY) ## run the notebooks and keep what they put out, to be committed
 	$(PY) .ci/refresh_notebooks.py $(NOTEBOOKS)
 

@@ -250,6 +250,8 @@ def test_make_lists_every_target_and_uses_the_python_that_is_named():
     quick, slow = (make("--dry-run", target, "PY=python").stdout for target in ("test", "test-slow"))
     assert "-m 'not slow'" in quick
     assert "-m slow" in slow
+    for target in ("notebooks", "student", "test-notebooks"):
+        assert " notebooks/01_memory_theory.ipynb" in make("--dry-run", target, "PY=python").stdout
 
 
 FAKE_PYTHON = """#!/bin/sh
