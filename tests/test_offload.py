@@ -608,7 +608,7 @@ def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_
     def run(*more: str) -> str:
         common = [
             "--network",
-            "784-[8]x2-10",
+            "[8 relu]x2 classes",
             "--dataset",
             "mnist5k",
             "--batch-size",
@@ -621,7 +621,7 @@ def test_the_command_goes_on_from_its_folder_and_refuses_what_is_not_for_it(tmp_
         return text.err if status else text.out
 
     begun = run("--epochs", "1")
-    takes = 2 * sum(4 * p.numel() for p in models.build("784-[8]x2-10").parameters()) / 2**10
+    takes = 2 * sum(4 * p.numel() for p in models.build("[8 relu]x2 classes", (1, 28, 28)).parameters()) / 2**10
     found = re.search(r"training begins; it takes about ([\d.]+) KiB of \S+ GiB free", begun)
     assert takes <= float(found[1]) < 1.2 * takes, begun  # with B
     assert "resumes from step 4;" in run("--epochs", "2", "--commit-every", "1")

@@ -17,7 +17,8 @@ from memdfa_lab.cli.command import (
     chosen_rules,
     named_network,
 )
-from memdfa_lab.lab import distributed, experiments
+from memdfa_lab.lab import distributed, experiments, models
+from memdfa_lab.lab.datasets import Data
 from memdfa_lab.lab.files import file_name
 from memdfa_lab.lab.offload import Disk, Host
 from memdfa_lab.lab.settings import RunSettings
@@ -78,7 +79,7 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
     how = {"overwrite": options.overwrite, "group": group, "sync_batchnorm": options.sync_batchnorm}
     rows = []
     for run in runs:
-        with nullcontext() if options.offload is None else _store(options, run) as store:
+        with nullcontext() if options.offload is None else _store(options, run, data) as store:
             more = how if store is None else how | {"offload": store}
             _, history = experiments.train(data=data, folder=out / run.rule, **dict(run), **more)
         rows.append({"rule": run.rule, **history.table.iloc[-1], "seconds": history.table["seconds"].sum()})
@@ -87,10 +88,11 @@ def _train_in(group: distributed.Group, options: argparse.Namespace) -> None:
         print(f"histories and checkpoints are in {out}/")
 
 
-def _store(options: argparse.Namespace, run: RunSettings) -> Disk:
+def _store(options: argparse.Namespace, run: RunSettings, data: Data) -> Disk:
     run = run.completed()
     how = str(run.optimizer), experiments.feedback_of(run)
-    trace = experiments.profile("memdfa", run.network, 2, *how, offload=Host("cpu", ahead=0))
+    shape = "" if models.get(run.network).input_shape else "@" + "x".join(map(str, data.input_shape))
+    trace = experiments.profile("memdfa", run.network + shape, 2, *how, offload=Host("cpu", ahead=0))
     takes = trace.offloaded_bytes * (2 if options.commit_every else 1)
     store = Disk(options.offload, commit_every=options.commit_every or None)
     where = f"resumes from step {store.steps}" if store.steps else "begins"
