@@ -105,3 +105,9 @@ def test_a_profile_is_that_of_the_networks_own_loss(measured):
     expected = ml.memory.measure(rule, torch.rand(10, 1, 28, 28), torch.zeros(10, dtype=torch.long), warm_up=1)
     profile = ml.experiments.profile("memdfa", "fc_sigmoid", 10, measured=measured)
     assert profile.peak_bytes == expected.peak_bytes
+
+
+def test_a_device_is_refused_where_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(ml.experiments, "check_device", str)  # this machine may have no other device
+    with pytest.raises(ValueError, match="device is for a measured step: leave it out"):
+        ml.experiments.profile("memdfa", "fc_relu", 10, measured=False, device="cuda")

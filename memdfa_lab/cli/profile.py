@@ -16,7 +16,6 @@ from memdfa_lab.cli.command import (
     given,
     named_network,
 )
-from memdfa_lab.core.devices import CPU, check_device
 from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import experiments
@@ -58,8 +57,6 @@ def _profile(options: argparse.Namespace) -> None:
     how = (options.optimizer, KINDS[options.feedback](grid=options.grid))
     budget = None if options.budget is None else memory.bytes_of(options.budget)
     rules, measured = chosen_rules(options.rules, list(ALL_RULES)), not options.predict and budget is None
-    if check_device(options.device) != CPU and not measured:
-        raise ValueError("--device is for a measured step: leave it out with --predict and --budget")
     traces = {
         rule: experiments.profile(rule, network, options.batch, *how, measured, device=options.device, **set_to)
         for rule in rules

@@ -200,9 +200,11 @@ def profile(
     """Return the memory of a step in the steady state, from names: predicted or, if `measured`, on random data.
 
     The loss is the network's own; a prediction also takes `loss_fn`. `feedback_kind` may be a Feedback; `options` go to
-    the rule. Raises ValueError for unknown names and a batch size below 1.
+    the rule. Raises ValueError for unknown names, a batch size below 1, and a device for a prediction.
     """
     check_int("the batch size", batch_size)
+    if check_device(device) != CPU and not measured:
+        raise ValueError("device is for a measured step: leave it out with --predict, --budget or measured=False")
     if measured:
         step = example_step(rule, network, batch_size, optimizer, feedback_kind, seed, device=device, **options)
         return memory.measure(*step, warm_up=1)
