@@ -162,7 +162,7 @@ def test_a_network_is_written_as_text_wherever_its_name_is_taken(capsys, monkeyp
         f"{TEXT.replace('/', '_')}-{data.name}-seed0"
     ]
     for text, message in {
-        TEXT: "@3x32x32, or give --input",
+        TEXT: "@3x32x32, with its own shape",
         "nonsense here": "'nonsense' is not a part of a network",
         f"{TEXT}@3y2": "a shape is written as in 3x224x224",
     }.items():

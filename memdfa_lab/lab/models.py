@@ -9,7 +9,7 @@ import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,7 @@ def get(name: str) -> Network:
     Raises ValueError, with the nearest name, if there is none.
     """
     if " " in str(name):
-        text, _, size = str(name).partition("@")
-        shape = own_models.shape_of(size)
-        with torch.device("meta"):  # raises an error if the layers are wrong
-            layers(text, check_shape(shape) if shape else LARGE, 10)
-        return Network(text, shape)
+        return _of_layers(str(name))
     if ":" in str(name):
         function, shape = own_models.find(name)
         return Network(name, shape, initialisation=dict.fromkeys(RULES), function=function)
@@ -121,11 +117,20 @@ def get(name: str) -> Network:
     return Network(f"[{width} relu]x{depth} classes", (1, 1, inputs))
 
 
+@cache
+def _of_layers(name: str) -> Network:
+    text, _, size = name.partition("@")
+    shape = own_models.shape_of(size)
+    with torch.device("meta"):  # raises an error if the layers are wrong
+        layers(text, check_shape(shape) if shape else LARGE, 10)
+    return Network(text, shape)
+
+
 def input_shape(name: str) -> tuple[int, ...]:
     """Return the shape of one example that a network takes. Raises ValueError if that is not known."""
     shape: tuple[int, ...] = get(name).input_shape
     if not shape:
-        raise ValueError(f"the shape of {name}'s input is not known: write {name}@3x32x32, or give --input")
+        raise ValueError(f"the shape of {name}'s input is not known: write {name}@3x32x32, with its own shape")
     return shape
 
 
