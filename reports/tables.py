@@ -289,7 +289,7 @@ def learned_by_rivals() -> None:
 
 def missing() -> None:
     """What of the plan has not been run: seeds by rule."""
-    table = paper.missing(histories()).fillna("")
+    table = paper.missing(histories())
     show([LABELS.get(name, name) for name in table], table.to_numpy())
 
 

@@ -77,6 +77,7 @@ def test_the_plan_can_be_read_and_all_it_names_is_known():
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"epoch": 3}, "did you mean 'epochs'?"),
         ({"epochs": 0}, "epochs must be greater than or equal to 1"),
+        ({"search_images": 100}, "search_images needs images for mnist5k"),
     ],
 )
 def test_a_wrong_experiment_is_refused_in_one_line(changes, message):
@@ -197,6 +198,16 @@ def test_a_choice_is_recorded_and_not_repeated_and_dfas_is_memdfas(data, monkeyp
     assert paper.runs.choose(ONE, "memdfa", data, tmp_path) == first
     with pytest.raises(AssertionError, match="done before"):  # other epochs, another search
         paper.runs.choose(ONE.changed(search_epochs=2), "memdfa", data, tmp_path)
+    with pytest.raises(AssertionError, match="done before"):  # trials on fewer images
+        paper.runs.choose(ONE.changed(images=600, search_images=100), "memdfa", data, tmp_path)
+
+
+def test_augment_and_drop_last_are_used_wherever_the_plan_has_them(data, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(paper.runs, "fit", lambda *_, **how: seen.append(how) or FIT(*_, **how))
+    one = ONE.changed(settings={**ONE.settings, "drop_last": True}, search={"augment": [False, True]})
+    paper.runs.choose(one, "bp", data, tmp_path, say=lambda _: None)
+    assert [(how["augment"] is None, how["drop_last"]) for how in seen] == [(True, True), (False, True)]
 
 
 def test_a_rule_that_runs_away_is_the_worst_choice(data, monkeypatch, tmp_path):

@@ -55,6 +55,8 @@ class Experiment(Checked):
 
     @model_validator(mode="after")
     def _settings_are_known(self) -> Self:
+        if self.search_images is not None and self.images is None and self.dataset not in SIZES:
+            raise ValueError(f"search_images needs images for {self.dataset}, whose size is not known: set images, too")
         for rule in self.seeds:
             for chosen in self.tried(rule):
                 self.complete(rule, self.options(chosen))
@@ -75,7 +77,7 @@ class Experiment(Checked):
     def seconds(self) -> float:
         """About how many seconds the whole experiment takes."""
         trials = sum(len(self.tried(rule)) for rule in {searched_as(rule) for rule in self.seeds})
-        part = 1.0 if self.search_images is None else self.search_images / SIZES[self.dataset][0][0]
+        part = 1.0 if self.search_images is None else self.search_images / (self.images or SIZES[self.dataset][0][0])
         return self.epoch_s * (trials * self.search_epochs * part + len(self.runs) * self.epochs)
 
     def tried(self, rule: str) -> list[Settings]:

@@ -30,7 +30,7 @@ PROBE = 500  # the first training images, on which angles are measured
 # table -> the files in OUT/runs that it is made of, and the columns that identify a row
 TABLES = {
     "histories": ("*/*/seed*/history.csv", ["experiment", "rule", "seed", "epochs", "settings", "epoch"]),
-    "choices": ("*/*/search.csv", ["experiment", "rule", "settings", "epochs"]),
+    "choices": ("*/*/search.csv", ["experiment", "rule", "settings", "epochs", "images"]),
 }
 
 
@@ -103,7 +103,8 @@ def choose(
         return {}
     rule, out, epochs = plan.searched_as(rule), Path(out), one.search_epochs
     before = read(out, "choices")
-    before = before[(before["experiment"] == one.name) & (before["rule"] == rule) & (before["epochs"] == epochs)]
+    key = {"experiment": one.name, "rule": rule, "epochs": epochs, "images": one.search_images or 0}  # 0: all
+    before = before[(before[list(key)] == pd.Series(key)).all(axis=1)]
     accuracies = dict(zip(before["settings"], before["held_out_accuracy"], strict=True))
     trials = {one.described(settings): settings for settings in one.tried(rule)}
     rows: list[dict[str, Any]] = []
@@ -112,8 +113,7 @@ def choose(
             accuracies[described] = _held_out_accuracy(one, rule, settings, data)
             of = "of held-out training images"
             say(f"  {rule} with {settings}: {accuracies[described]:.2%} {of} after {epochs} epochs")
-        columns = {"experiment": one.name, "rule": rule, "settings": described, "epochs": epochs}
-        rows.append({**columns, "held_out_accuracy": accuracies[described]})
+        rows.append({**key, "settings": described, "held_out_accuracy": accuracies[described]})
         write_text(out / "runs" / one.name / rule / "search.csv", pd.DataFrame(rows).to_csv(index=False))
     return trials[max(trials, key=accuracies.__getitem__)]
 
@@ -131,10 +131,11 @@ def _held_out_accuracy(one: Experiment, rule: str, settings: dict[str, Any], dat
 def _fit(
     one: Experiment, rule: str, chosen: dict[str, Any], data: Data, epochs: int, seed: int = 0, **how: Any
 ) -> pd.DataFrame:
-    learner = experiments.make_rule(rule, one.network, data, seed=seed, **one.options(chosen))
+    options = one.options(chosen)
+    learner = experiments.make_rule(rule, one.network, data, seed=seed, **options)
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs) if one.schedule == "cosine" else None
-    augment = flip_and_crop() if one.settings.get("augment") else None
-    return fit(learner, data, epochs, one.batch, seed=seed, scheduler=cosine, augment=augment, **how).table
+    how |= {"augment": flip_and_crop() if options.get("augment") else None, "drop_last": bool(options.get("drop_last"))}
+    return fit(learner, data, epochs, one.batch, seed=seed, scheduler=cosine, **how).table
 
 
 def train(one: Experiment, rule: str, seed: int, chosen: dict[str, Any], data: Data, out: str | Path) -> pd.DataFrame:

@@ -139,7 +139,7 @@ def missing(histories: pd.DataFrame) -> pd.DataFrame:
         | {"about (min)": round(one.seconds / 60)}
         for one in plan.unfinished(plan.experiments(), histories)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("")
 
 
 def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
