@@ -7,6 +7,7 @@ import pickle
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchvision_models import row
 
 import memdfa_lab as ml
+from memdfa_lab.core.generators import drawn, states
 
 CLASSES, SLOWLY = 5, partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
 
@@ -309,6 +311,11 @@ class Draws(Asks):
         return self.layer(x) + torch.rand(1)
 
 
+class DrawsByNumpy(Asks):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * np.random.rand()  # noqa: NPY002  (what a user may write)
+
+
 class Tied(Asks):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(torch.tanh(self.layer(x)))
@@ -324,6 +331,7 @@ class Tied(Asks):
         (Tied, None, ValueError, ["share a tensor"]),
         (lambda: GPT(tied=True), None, ValueError, ["share a tensor (word.weight and head.weight)"]),
         (Draws, None, TypeError, ["random numbers"]),
+        (DrawsByNumpy, None, TypeError, ["random numbers"]),
         (Convolutional, ["nowhere"], ValueError, ["no module 'nowhere'"]),
         (Convolutional, ["conv"], ValueError, ["no weight layer"]),
         (lambda: torch.fx.symbolic_trace(Tied()), None, TypeError, ["untraced"]),
@@ -331,9 +339,10 @@ class Tied(Asks):
 )
 def test_what_cannot_be_cut_is_refused_in_a_line_and_left_as_it_was(make, cut, error, hints):
     model = make()
-    before = [set(vars(part)) for part in model.modules()]
+    before, generators = [set(vars(part)) for part in model.modules()], states("cpu")
     with refuses(error, *hints):
         ml.as_blocks(model, cut)
+    assert not drawn(generators, states("cpu"))
     assert [set(vars(part)) for part in model.modules()] == before
 
 

@@ -255,8 +255,8 @@ def test_what_does_not_fit_is_refused_in_a_line():
             Learned(**wrong)
     with refuses(TypeError, "lr"):
         Learned()
-    for wrong in (torch.nn.Linear, "adam"):
-        with refuses(TypeError, ""):
+    for wrong, hint in ((torch.nn.Linear, "unexpected keyword"), ("adam", "must be a class of optimizers")):
+        with refuses(TypeError, hint):
             Learned(lr=0.1, optimizer=wrong)
     one, other = (make_rule("memdfa", MLP, SGD, learned(kind)) for kind in KINDS)
     one.step(MLP.x, MLP.y)

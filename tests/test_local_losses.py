@@ -174,6 +174,14 @@ def test_readouts_follow_the_blocks_learning_rate_and_clip_norm():
     assert 0 < (rule.readouts[0].weight - before).norm() < 1.1e-7
 
 
+def test_a_batch_that_gives_a_readout_other_inputs_is_refused_in_a_line():
+    pooled = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    rule = LocalReadout(nn.Sequential(nn.Conv2d(1, 2, 3), pooled, nn.Linear(2, 3)), SGD)
+    rule.step(torch.randn(4, 1, 8, 8), torch.arange(4) % 3)
+    with refuses(ValueError, "made for 32 inputs", "now gives 2;", "MemDFA"):
+        rule.step(torch.randn(4, 1, 3, 3), torch.arange(4) % 3)
+
+
 def test_what_is_not_finite_in_a_readout_is_refused():
     rule = LocalReadout(MLP.build(), SGD)
     rule.step(MLP.x, MLP.y)

@@ -175,10 +175,11 @@ def test_a_sweep_and_a_run_from_disk_make_the_same_updates(name, tmp_path):
     assert torch.equal(*ends)
 
 
-def test_a_block_that_autograd_runs_stays_exact_and_is_named_once():
+@pytest.mark.parametrize("make", [ml.DFA, ml.MemDFA, partial(ml.MemDFA, keep_bytes=1000)])
+def test_a_block_that_autograd_runs_stays_exact_and_is_named_once(make):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8), nn.Softplus()), nn.Linear(8, 4))
-    rule = ml.DFA(net, SGD, pack="int8")
+    rule = make(net, SGD, pack="int8")
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         for _ in range(2):

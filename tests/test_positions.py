@@ -260,6 +260,14 @@ def test_the_matrices_have_the_grids_columns(net):
         ml.feedback.Stored(grid=0)
 
 
+def test_a_grid_is_not_advised_for_feedback_that_learns(monkeypatch):
+    monkeypatch.setattr("memdfa_lab.core.matrices.LARGE_BYTES", 0)
+    rule = ml.MemDFA(COARSE["images"][0](), SGD, feedback=ml.feedback.Learned(lr=0.1))
+    with pytest.warns(UserWarning, match="B has") as caught:
+        rule.step(*labelled("images", 6))
+    assert not any("grid" in str(one.message) for one in caught)
+
+
 @rotated("net storage grid", COARSE, ["stored", "regenerated", "shared"], [None, 2], turns=6)
 def test_a_large_b_is_warned_of_before_it_is_drawn(net, storage, grid, monkeypatch):
     stored = coarse(net, "dfa", "shared" if storage == "shared" else "stored", grid)

@@ -23,7 +23,7 @@ from memdfa_lab.core.signal import SMALL_BYTES, split
 
 ROUNDING = {"nearest": Tensor.round_, "stochastic": Tensor.floor_}  # stochastic: floor(number + uniform noise)
 LARGE_BYTES = {torch.bfloat16: 2**20, torch.int8: 2**21}  # weights up to this size are faster narrowed in one piece
-LEAST_EXPONENT = -100  # a row whose largest number is below 2**-100 becomes zeros
+LEAST_EXPONENT = -100  # a row of smaller numbers keeps fewer bits, and none where all are below 2**(-100 - bits)
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -77,6 +77,9 @@ class BlockFloat:
         """Return the nearest numbers of this format to t, in float32."""
         whole, power = self.parts(t, torch.float32, noise)
         return whole.mul_(power)
+
+
+BY_BITS = {f"{bits}bit": BlockFloat(bits) for bits in range(2, 9)}
 
 
 class Products(TorchFunctionMode):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core.checks import check_number
+from memdfa_lab.core.checks import check_number, check_type
 from memdfa_lab.core.distributions import DISTRIBUTIONS as DISTRIBUTIONS
 from memdfa_lab.core.group import Group
 from memdfa_lab.core.matrices import POSITIONS as POSITIONS
@@ -63,6 +63,7 @@ class Learned(Stored):
             raise ValueError("a signal on a grid is interpolated, and B on it is not learned: leave grid out")
         check_number("lr", lr, or_more=False)
         check_number("decay", decay)
+        check_type("optimizer", optimizer, Callable, "a class of optimizers, such as torch.optim.Adam")
         self.lr, self.decay, self._make = lr, decay, optimizer
         self.optimizers: dict[Key, torch.optim.Optimizer] = {}
         make_optimizer(self._made, [nn.Parameter(torch.zeros(1))])

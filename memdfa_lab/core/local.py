@@ -8,6 +8,7 @@ Autograd does this for any block: `ByAutograd` below. For common blocks `by_hand
 memory.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from memdfa_lab.core import by_hand
 from memdfa_lab.core.blocks import run_block
+from memdfa_lab.core.by_hand import ByHand
 from memdfa_lab.core.signal import Signal
 
 
@@ -35,13 +37,15 @@ class BlockGradient(Protocol):
         """Return the block's output; a block that has not run is run, and keeps nothing."""
 
 
-def block_gradient(block: nn.Module, h: Tensor, during: AbstractContextManager[Any] | None = None) -> BlockGradient:
+def block_gradient(
+    block: nn.Module, h: Tensor, during: AbstractContextManager[Any] | None = None, make: Callable[..., ByHand] = ByHand
+) -> BlockGradient:
     """Return the gradient of a block on h (N, ...), by hand where possible; nothing has run yet.
 
-    `during` is entered around each forward pass.
+    `during` is entered around each forward pass. `make` makes the gradient by hand.
     """
     during = during or nullcontext()
-    return by_hand.block_gradient(block, h, during) or ByAutograd(block, h, during)
+    return by_hand.block_gradient(block, h, during, make) or ByAutograd(block, h, during)
 
 
 class ByAutograd:

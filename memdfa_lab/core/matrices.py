@@ -120,7 +120,7 @@ class Feedback(ABC):
             return
         second = seconds_a_number(self.distribution, min(math.prod(logits[1:]), 1000))
         size, less = (f"{n:,} numbers ({n / 2**28:.2f} GiB, about {n * second:.2g} s here)" for n in (numbers, fewer))
-        ways = [f"feedback with grid=4 has {less}"] if fewer < numbers else []
+        ways = [f"feedback with grid=4 has {less}"] if fewer < numbers and not self.learns else []
         ways += ['positions="shared" has fewer where logits have positions'] if self.positions == "dense" else []
         ways += ["Stored draws it once" if again else "Regenerated keeps none of it, and draws it in every step"]
         kept = "draws in every step" if again else "draws once and keeps"

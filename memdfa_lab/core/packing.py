@@ -5,15 +5,13 @@ taught from the same packed numbers, so that DFA and MEM-DFA stay equal bit for 
 """
 
 import warnings
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from memdfa_lab.core import by_hand
-from memdfa_lab.core.block_float import BlockFloat
+from memdfa_lab.core.block_float import BY_BITS, BlockFloat
 from memdfa_lab.core.blocks import describe
 from memdfa_lab.core.by_hand import ByHand, Optimizer, Ran
 from memdfa_lab.core.checks import check_type, lookup
@@ -22,7 +20,7 @@ from memdfa_lab.core.local import BlockGradient, ByAutograd, block_gradient
 from memdfa_lab.core.phases import label, phase
 from memdfa_lab.core.signal import Signal
 
-PACKS = {"int8": BlockFloat(8), **{f"{bits}bit": BlockFloat(bits) for bits in range(2, 8)}}
+PACKS = {"int8": BlockFloat(8), **BY_BITS}
 
 
 class Held:
@@ -85,13 +83,11 @@ class Packing:
 
     def block(self, block: nn.Module, h: Tensor, during: Any = None, is_last: bool = False) -> BlockGradient:
         """Return the gradient of a block on h (N, ...), packed if by hand; by autograd otherwise, with a warning."""
-        source = self.source(h)
-        during = during or nullcontext()
-        made = by_hand.block_gradient(block, h, during, partial(PackedByHand, self, source, is_last))
-        if made is None and not self._has_warned:
+        made = block_gradient(block, h, during, partial(PackedByHand, self, self.source(h), is_last))
+        if isinstance(made, ByAutograd) and not self._has_warned:
             self._has_warned = True
             warnings.warn(f"autograd runs {describe(block)}: what it keeps is exact, and not packed", stacklevel=6)
-        return made or ByAutograd(block, h, during)
+        return made
 
 
 class PackedByHand(ByHand):

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from memdfa_lab.core.block_float import BY_BITS, Products
 from memdfa_lab.core.block_float import BlockFloat as BlockFloat
-from memdfa_lab.core.block_float import Products
 from memdfa_lab.core.checks import lookup
 from memdfa_lab.core.compat import has_fast_product
 from memdfa_lab.core.recompute import generators_restored, state_restored
@@ -29,7 +29,7 @@ from memdfa_lab.core.watcher import has_data
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # The formats of pass 1 by name; any other BlockFloat is allowed, too
 PASS1: dict[str, torch.dtype | BlockFloat] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
-PASS1 |= {f"{bits}bit": BlockFloat(bits) for bits in range(2, 9)}
+PASS1 |= BY_BITS
 FAR = math.cos(math.radians(10))
 Step = Callable[[Any, Tensor, Any], Tensor]
 

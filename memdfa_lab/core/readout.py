@@ -34,10 +34,17 @@ class Readout(nn.Linear):
         return inputs, (shape[0], shape[0], *[3] * (len(shape) - 1)) if on_map else (prod(shape),) * 2
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the logits, (N, classes)."""
+        """Return the logits, (N, classes).
+
+        Raises ValueError if h gives another number of inputs than that of the first batch.
+        """
         size = _grid(h.shape[1:], self.positions)
         pool: Any = POOLS.get(h.dim())
-        return super().forward((h if pool is None else pool(h, size if len(size) > 1 else size[0])).flatten(1))
+        seen = (h if pool is None else pool(h, size if len(size) > 1 else size[0])).flatten(1)
+        if seen.shape[1] != self.in_features:
+            was = f"a readout was made for {self.in_features} inputs, and a block's output now gives {seen.shape[1]}"
+            raise ValueError(f"{was}; earlier blocks have learned: keep to one size of x, or take MemDFA")
+        return super().forward(seen)
 
     def features(self, h: Tensor) -> Tensor:
         """Return the second layer's features of each example: on images, each channel's standard deviation."""

@@ -2,7 +2,6 @@
 
 import operator
 import os
-import random
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,8 @@ import torch
 from torch import fx, nn
 
 from memdfa_lab.core.compat import ANY_BATCH_NORM, has_hooks, is_causal_mask
-from memdfa_lab.core.watcher import unwatched
+from memdfa_lab.core.devices import CPU
+from memdfa_lab.core.generators import drawn, hold, states
 
 WAYS_OUT = (
     "pass a list of modules, or put that code into a module of an nn.ModuleList, which then stays whole, or into a "
@@ -42,7 +42,9 @@ def operations(model: nn.Module, closed: Callable[[nn.Module], bool]) -> list[fx
     """
     root = nn.Sequential(model)  # it has one input
     tracer = _Tracer(lambda m: m is not model and (closed(m) or has_hooks(m)))
-    before, drawn = [(vars(m), dict(vars(m))) for m in model.modules()], _generators()
+    before = [(vars(m), dict(vars(m))) for m in model.modules()]
+    device = next((parameter.device for parameter in model.parameters()), torch.device(CPU))
+    restore_generators, generators = hold(device), states(device)
     try:
         with _traced_creations():
             graph = tracer.trace(root)
@@ -53,10 +55,9 @@ def operations(model: nn.Module, closed: Callable[[nn.Module], bool]) -> list[fx
         for held, old in before:
             held.clear()
             held.update(old)
-        if drawn != _generators():
+        if drawn(generators, states(device)):
             changed.append("random numbers that do not depend on x")
-            torch.random.set_rng_state(torch.tensor(drawn[0], dtype=torch.uint8))
-            random.setstate(drawn[1])
+            restore_generators()
     graph.owning_module, nodes = root, list(graph.nodes)  # type: ignore[assignment]  # its targets are in any module
     changed += [str(node.args[0]) for node in nodes if in_place(node) and node.all_input_nodes[0].op == "get_attr"]
     if changed:
@@ -145,11 +146,6 @@ def _encode(m: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_paddin
     for layer in m.layers:
         src = layer(src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
     return src if m.norm is None else m.norm(src)
-
-
-def _generators() -> tuple[list[int], Any]:
-    with unwatched():
-        return torch.get_rng_state().tolist(), random.getstate()
 
 
 def _where(problem: Exception) -> str:

@@ -80,7 +80,8 @@ def accelerator_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
     kind = accelerator()
     module: Any = kind and module_of(kind)
     if not hasattr(module, "max_memory_allocated"):
-        raise RuntimeError(f"{kind or 'no accelerator'} here keeps no peak: use allocator_peak, which sees the CPU")
+        why = f"the allocator of {kind} keeps no peak" if kind else "there is no accelerator"
+        raise RuntimeError(f"{why}: use allocator_peak, which sees the CPU")
     run = as_function(step)
     for _ in range(warm_up):
         run(*batch)
@@ -94,7 +95,7 @@ def accelerator_peak(step: Any, *batch: Tensor, warm_up: int = 1) -> int:
 
 
 def compare(step: Any, *batch: Tensor, resident_bytes: int | None = None) -> pd.DataFrame:
-    """Return a step's peak as the ledger, torch's allocators and the system see it; this runs four to six steps.
+    """Return a step's peak as the ledger, torch's allocators and the system see it; this runs four steps.
 
     Columns: what, bytes, difference_bytes and difference_percent (to the ledger), explanation. `resident_bytes`: what
     `ml.experiments.resident_peak` returned for the same rule, network and batch; None leaves that row out.

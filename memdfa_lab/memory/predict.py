@@ -1,7 +1,7 @@
 """The memory of a step without computing it: the same step runs on tensors that have a shape and no data.
 
 The rule, the blocks and the optimizer are the real ones, under the same ledger as a real step, so that prediction and
-measurement cannot drift apart. (torch's FakeTensorMode gives the same events and takes seven times as long.)
+measurement cannot drift apart.
 """
 
 import copy
@@ -86,7 +86,7 @@ def kept_bytes(blocks: nn.Sequential, x: Tensor, packing: Packing | None = None)
     """
     sizes: list[int] = []
     shapes, kept, seen = ShapesAlone(), [], 0
-    gradient = Packing(packing.numbers).block if packing else block_gradient
+    gradient = packing.block if packing else block_gradient
     with unwatched():
         alike = without_data(blocks)
         with shapes:
