@@ -148,7 +148,7 @@ def pass1() -> None:
         peaks = found.set_index("setting")["peak_bytes"]
         row += [f"{own[name]:.2f}" if len(own) else "" for name in names]
         rows.append([*row, ", ".join(f"{peaks[setting] / 2**20:.2f}" for setting in passes)])
-    head = [f"{name}, {threads} threads" for threads in (1, 2) for name in passes.values()]
+    head = [f"{name}, {threads}" for threads in ("1 thread", "2 threads") for name in passes.values()]
     show(["network, batch", *head, "all bfloat16", "and pass 1 int8", "peaks, MiB"], rows)
 
 
@@ -285,6 +285,18 @@ def learned_by_rivals() -> None:
         error, held = f"{row['error']:.2f} ± {row['spread']:.2f} ({row['seeds']})", f"{row['held_bytes'] / 2**20:.2f}"
         rows.append([names[row["learner"]], row["network"].partition("@")[0], error, held, f"{row['peak_bytes'] / 2**20:.2f}"])
     show(["way", "network", "test error, %", "held, MiB", "of it above rest"], rows)
+
+
+def largest_rates() -> None:
+    """Print, as a sentence, the searches that chose the largest of several rates, for the weights or for B."""
+    ended: dict[str, list[str]] = {}
+    for (experiment, rule), of in paper.load(REPORTS / "paper")["choices"].groupby(["experiment", "rule"], sort=False):
+        tried = pd.DataFrame(json.loads(settings) for settings in of["settings"])
+        best = tried.iloc[of["held_out_accuracy"].to_numpy().argmax()]
+        rates = [name for name in ("lr", "feedback_lr") if name in tried and tried[name].nunique() > 1]
+        if any(best[name] == tried[name].max() for name in rates):
+            ended.setdefault(LABELS[rule], []).append(f"`{experiment}`")
+    print("; ".join(f"{rule} on {', '.join(experiments)}" for rule, experiments in ended.items()) + ".")
 
 
 def missing() -> None:
