@@ -1,9 +1,12 @@
 """Standardised weights: what a step leaves, for every rule, also where the network rests on a disk or is predicted."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
-from problems import OPTIMIZERS, make_rule, params, rotated, train
+from problems import BY_NAME, OPTIMIZERS, make_rule, params, rotated, train
 from reference import assert_identical, assert_same_training, refuses
 from torch import nn
 
@@ -14,6 +17,7 @@ from memdfa_lab.rivals import BASELINES
 
 EVERY = {**RULES, **LOCAL_RULES, **BASELINES}
 EVERY.pop("last_layer")  # refuses a frozen last block
+NOT_COPIED = "activation_offload", "reversible"  # the first has a file open, the second needs a network of its own
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -32,6 +36,21 @@ def test_a_step_is_the_optimizers_and_then_filters_lose_their_mean_and_get_the_l
         filters = filters - filters.mean(1, keepdims=True)
         expected = (1.5 * filters / np.linalg.norm(filters, axis=1, keepdims=True)).reshape(shape)
     np.testing.assert_allclose(other.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda rule: pickle.loads(pickle.dumps(rule))])
+@rotated("rule optimizer", [name for name in EVERY if name not in NOT_COPIED], OPTIMIZERS)
+def test_a_copy_of_a_rule_goes_on_with_the_projection(rule, optimizer, again):
+    problem = BY_NAME["mlp_relu"]
+    one = make_rule(EVERY[rule], problem, ml.standardised(OPTIMIZERS[optimizer]))
+    one.step(problem.x, problem.y)
+    other = again(one)
+    torch.manual_seed(0)  # of MeZO's z
+    one.step(problem.x, problem.y)
+    torch.manual_seed(0)
+    other.step(problem.x, problem.y)
+    assert_identical(one.blocks.state_dict(), other.blocks.state_dict())
+    assert other.blocks[0][0].weight.mean(1).abs().max() < 1e-6
 
 
 @rotated("problem optimizer", params(), OPTIMIZERS)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +56,34 @@ def _after_steps(
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must make optimizers: pass partial(torch.optim.Adam, lr=0.001), not a {kind}")
+    return partial(_make, optimizer, project, last, name)
 
-    def make(*parameters: Any, **settings: Any) -> Optimizer:
-        made: Any = optimizer(*parameters, **settings)
-        made.constraint = name  # by which a resumed run recognises it
-        made.register_step_post_hook(lambda *_: _project(made, project, last))
-        return cast(Optimizer, made)
 
-    return make
+def _make(
+    optimizer: Callable[..., Optimizer],
+    project: Callable[[Tensor], Tensor],
+    last: int | None,
+    name: str,
+    /,
+    *parameters: Any,
+    **settings: Any,
+) -> Optimizer:
+    return _constrained(optimizer(*parameters, **settings), project, last, name)
+
+
+def _constrained(optimizer: Optimizer, project: Callable[[Tensor], Tensor], last: int | None, name: str) -> Optimizer:
+    made: Any = optimizer
+    made.constraint = name  # by which a resumed run recognises it
+    made.register_step_post_hook(lambda *_: _project(made, project, last))
+    # Copies and pickles of torch's optimizers have no hooks: one that is restored gets it again.
+    made.__reduce_ex__ = lambda _: (_restored, (type(made), made.__getstate__(), project, last, name))
+    return optimizer
+
+
+def _restored(kind: type[Optimizer], state: dict[str, Any], *constraint: Any) -> Optimizer:
+    optimizer = kind.__new__(kind)
+    optimizer.__setstate__(state)
+    return _constrained(optimizer, *constraint)
 
 
 @torch.no_grad()
