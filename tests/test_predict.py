@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from functools import lru_cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from problems import BY_NAME, EVERY_RULE, OPTIMIZERS, STORAGES, Problem, make_rule, params, rotated
 from reference import refuses
 from test_ledger import STEADY, assert_torch_is_clean, fails
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 import memdfa_lab as ml
 from memdfa_lab.memory import Trace, measure, predict
+from memdfa_lab.memory.shapes import ShapesAlone
 
 LARGE = {"epic_long_fc", "mobilenet", "nokland_100x240", "resnet_18", "resnet_34", "resnet_50", "vgg_16", "vgg_16_bn"}
 
@@ -317,3 +320,60 @@ def test_predictions_in_several_threads_are_each_right_and_leave_nothing_patched
     finally:
         sys.setswitchinterval(interval)
     assert_torch_is_clean()
+
+
+# Layouts: where images have one channel or one pixel, they lie with channels first and last at once
+
+LAYOUTS = {
+    "batchnorm": lambda channels: nn.BatchNorm2d(channels),
+    "batchnorm in eval mode": lambda channels: nn.BatchNorm2d(channels).eval(),
+    "groupnorm": lambda channels: nn.GroupNorm(1, channels),
+    "relu": lambda channels: nn.ReLU(),
+    "hardswish": lambda channels: nn.Hardswish(),
+    "elu": lambda channels: nn.ELU(),
+    "leaky relu": lambda channels: nn.LeakyReLU(),
+    "softplus": lambda channels: nn.Softplus(),
+    "prelu": lambda channels: nn.PReLU(channels),
+    "softmax": lambda channels: nn.Softmax(1),
+    "max pool": lambda channels: nn.MaxPool2d(3, 1, 1),
+    "adaptive pool": lambda channels: nn.AdaptiveAvgPool2d(1),
+    "convolution": lambda channels: nn.Conv2d(channels, 5, 3, padding=1),
+    "convolution of one pixel": lambda channels: nn.Conv2d(channels, 5, 1),
+    "transposed": lambda channels: nn.ConvTranspose2d(channels, 5, 3, padding=1),
+    "upsample": lambda channels: nn.Upsample(scale_factor=2),
+}
+FORMATS = torch.contiguous_format, torch.channels_last
+
+
+SIZES = [(3, 4, 1, 1), (3, 1, 2, 2), (1, 4, 1, 1), (3, 1, 1, 1), (3, 4, 2, 2)]
+NO_VARIANCE = ("batchnorm", (1, 4, 1, 1))  # which BatchNorm refuses
+
+
+@pytest.mark.parametrize(("name", "shape"), [pair for pair in itertools.product(LAYOUTS, SIZES) if pair != NO_VARIANCE])
+def test_outputs_and_gradients_have_the_strides_of_the_cpu(name, shape):
+    def laid_out(shape, layout, make):
+        n, c, h, w = shape
+        strides = (c * h * w, h * w, w, 1) if layout is torch.contiguous_format else (h * w * c, 1, w * c, c)
+        return make(n * c * h * w).as_strided(shape, strides)
+
+    def run(make, layout, of_error):
+        net = LAYOUTS[name](shape[1])
+        x = laid_out(shape, layout, make).requires_grad_()
+        out = net(x)
+        gradients = torch.autograd.grad(out, [x, *net.parameters()], laid_out(out.shape, of_error, make))
+        return [tensor.stride() for tensor in (out, *gradients)]
+
+    for layout, of_error in itertools.product(FORMATS, FORMATS):
+        expected = run(torch.randn, layout, of_error)
+        with ShapesAlone():
+            assert run(torch.empty, layout, of_error) == expected, (layout, of_error)
+
+
+def test_a_model_whose_images_shrink_to_one_pixel_is_predicted_to_the_byte():
+    model = torchvision.models.resnet18(num_classes=10)
+    shape = (6, 3, 32, 32)
+    for rule in (ml.BP, ml.DFA, ml.MemDFA):
+        learner = rule(copy.deepcopy(model), STEADY["sgd"], feedback=ml.feedback.Regenerated(1))
+        measured = measure(learner, torch.randn(shape), torch.arange(6) % 10, warm_up=1)
+        predicted = predict(rule, copy.deepcopy(model), shape, STEADY["sgd"], ml.feedback.Regenerated(1))
+        assert predicted.peak_bytes == measured.peak_bytes, rule

@@ -6,6 +6,7 @@ on torch's meta device.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,12 +29,15 @@ META = torch.device("meta")
 # The operations whose memory is predicted to the byte, as tests/test_proved.py shows; it also tests the list itself.
 PROVED = frozenset(f"aten::{name}" for name in Path(__file__).with_name("proved.txt").read_text("ascii").split())
 MOST_SEEN = 2_000  # the largest number of operations whose output is remembered
+FEW = 2**20  # numbers that an operation may be given to be tried on zeros
 REDUCED = (  # for these sums the CPU allocates all terms, and shrinks that memory to a scalar
     aten.mse_loss.default,
     aten.smooth_l1_loss.default,
     aten.soft_margin_loss.default,
     aten.binary_cross_entropy.default,
 )
+NORM_BACKWARD = aten.native_batch_norm_backward.default, aten.native_group_norm_backward.default
+AS_THE_ERROR = aten.elu_backward.default, aten.hardswish_backward.default, aten.softplus_backward.default  # its layout
 MakeAgain = Callable[[Any, Any], Any]  # makes an operation's output, from its args and kwargs
 
 
@@ -114,7 +118,10 @@ def _without_running(operation: Any, args: Any, kwargs: Any) -> Any:
     there, options = tree_map_only(Tensor, on_meta, (args, kwargs))
     if "device" in kwargs or (not twins and takes_device(operation)):
         options["device"] = META
-    return tree_map_only(Tensor, on_cpu, _on_meta(operation, there, options, args))
+    out = _on_meta(operation, there, options, args)
+    if any(_is_ambiguous(tensor) and storage_id(tensor) not in twins for tensor in tensors_in(out)):
+        out = _with_the_cpus_strides(operation, args, kwargs, out)
+    return tree_map_only(Tensor, on_cpu, out)
 
 
 def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
@@ -135,16 +142,45 @@ def _on_meta(operation: Any, args: Any, kwargs: Any, on_cpu: Any) -> Any:
         return out[0], *[value[: None if args[5] else 0].to(dtype, copy=True) for value in out[1:]]
     if operation is aten.native_layer_norm.default:  # likewise
         return out[0], *[value.to((args[0] if args[2] is None else args[2]).dtype, copy=True) for value in out[1:]]
-    if operation is aten.native_group_norm.default and args[1] is not None:
-        return out[0], *[value.to(args[1].dtype) for value in out[1:]]
-    if operation is aten.native_group_norm_backward.default and out[0] is not None:
-        return out[0].to(args[1].dtype), *out[1:]
-    if operation is aten.native_batch_norm_backward.default:  # no gradients that were not asked for
+    if operation is aten.native_group_norm.default:
+        dtype = (args[0] if args[1] is None else args[1]).dtype
+        return torch.empty_like(args[0]), *[value.to(dtype) for value in out[1:]]
+    if operation in NORM_BACKWARD:  # in the input's layout, and no gradients that were not asked for
+        out = torch.empty_like(args[1]), *out[1:]
         return tuple(part if wanted else None for part, wanted in zip(out, args[-1], strict=True))
+    if operation in AS_THE_ERROR:
+        return torch.empty_like(args[0])
     pointwise = torch.Tag.pointwise in operation.tags and operation is not aten.clone.default
     if pointwise and _are_plain(tensors_in([args, kwargs]), out):
         return torch.empty_like(out, memory_format=torch.contiguous_format)  # one pixel has several layouts
     return out
+
+
+def _is_ambiguous(tensor: Tensor) -> bool:
+    """Tell whether images (N, C, H, W) have one channel or one pixel, so that they lie with channels first and last."""
+    return tensor.dim() == 4 and tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _with_the_cpus_strides(operation: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    """Return outputs on the meta device with the strides that the CPU gives them, from a run on zeros if they are few.
+
+    For one channel or one pixel the meta device often has other strides. A convolution chooses its layout by them.
+    """
+    few = sum(tensor.numel() for tensor in tensors_in([args, kwargs])) <= FEW
+    if not few or torch.Tag.nondeterministic_seeded in operation.tags:
+        return out
+    zeros = partial(
+        tree_map_only, Tensor, lambda value: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
+    )
+    ran = iter(tensors_in(operation(*zeros(args), **zeros(kwargs))))
+
+    def restrided(tensor: Tensor) -> Tensor:
+        real = next(ran)
+        if not _is_ambiguous(tensor):
+            return tensor
+        return torch.empty_strided(real.shape, real.stride(), dtype=tensor.dtype, device=META)
+
+    return tree_map_only(Tensor, restrided, out)
 
 
 def _are_plain(given: list[Tensor], out: Any) -> bool:
