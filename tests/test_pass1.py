@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from functools import partial
@@ -15,8 +16,9 @@ from reference import assert_identical, refuses
 from torch import nn
 
 import memdfa_lab as ml
-from memdfa_lab.core import precision
+from memdfa_lab.core import block_float, compat, precision
 from memdfa_lab.core.block_float import LARGE_BYTES, BlockFloat, Products
+from memdfa_lab.core.signal import SMALL_BYTES
 from memdfa_lab.memory import measure, predict
 
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -108,6 +110,7 @@ def test_memory_is_predicted_to_the_byte(problem, rule, pass1, optimizer):
 
 
 NETWORKS = {"784-[800]x3-10": 128, "784-[256]x3-10": 2048, "784-[512]x3-10": 512, "784-[2048]x3-10": 512}
+NETWORKS |= {"784-[64]x8-10": 2048, "3072-[64]x2-10": 2048, "784-[64]x9-10": 128}  # the input is wide
 NETWORKS |= {"mnist_conv": 100, "liao_cifar": 100, "vgg_16": 32}
 
 
@@ -118,8 +121,8 @@ def test_the_peak_is_that_of_an_exact_pass_and_one_narrowed_layer_at_most(networ
     feedback = ml.feedback.Regenerated()
     peaks = [predict("memdfa", net, shape, feedback=feedback, pass1=kind).peak_bytes for kind in (None, pass1)]
     layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
-    largest = max(layer.weight.numel() + batch * layer.in_features for layer in layers)
-    assert peaks[1] - peaks[0] <= size * (largest / 4 if network == "vgg_16" else largest)
+    largest = max(layer.weight.numel() + batch * min(layer.in_features, layer.out_features) for layer in layers)
+    assert peaks[1] - peaks[0] <= size * (largest / 4 if network == "vgg_16" else largest) + SMALL_BYTES
 
 
 @pytest.mark.parametrize("pass1", ["bfloat16", "int8"])
@@ -160,6 +163,48 @@ def test_an_e_that_is_far_from_the_exact_one_is_told_once(rule):
         warnings.filterwarnings("ignore", "this processor multiplies")
         learner.step(x, y)  # it has been said
         ml.RULES[rule](ml.models.mlp(20, [64] * 4, 5, seed=1), MOMENTUM, pass1="int8").step(x, y)
+
+
+def test_rows_of_int8_that_are_too_long_for_a_sum_in_int32_are_multiplied_in_bfloat16():
+    size = block_float.LONGEST + 1
+    net, h = nn.Linear(size, 2, bias=False), torch.full((3, size), 1.99)
+    nn.init.constant_(net.weight, 1.99)
+    with torch.no_grad(), precision.first_pass("int8", h)():
+        torch.testing.assert_close(net(h).float(), torch.full((3, 2), 1.99**2 * size), rtol=0.01, atol=0)
+
+
+def no_product(*matrices):
+    raise NotImplementedError("not on this device")
+
+
+def test_where_torch_multiplies_no_int8_pass1_runs_in_bfloat16_and_says_so(monkeypatch):
+    x, y, states = torch.randn(6, 8), torch.arange(6) % 5, []
+    for pass1, missing in (("bfloat16", False), ("int8", True)):
+        rule = ml.MemDFA(ml.models.mlp(8, [12], 5, seed=1), MOMENTUM, pass1=pass1)
+        if missing:
+            monkeypatch.setattr(torch, "_int_mm", no_product)
+            compat.has_int8_product.cache_clear()
+            with pytest.warns(UserWarning, match="multiplies no int8 on cpu: pass1='int8' runs in bfloat16"):
+                rule = ml.MemDFA(ml.models.mlp(8, [12], 5, seed=1), MOMENTUM, pass1=pass1)
+        rule.step(x, y)
+        states.append(rule.blocks.state_dict())
+    compat.has_int8_product.cache_clear()
+    assert_identical(*states)
+
+
+@pytest.mark.parametrize(("told", "warned"), [({"arm_i8mm": True}, False), ({"arm_i8mm": False}, True), ({}, False)])
+def test_arm_processors_are_asked_by_their_own_names(told, warned, monkeypatch):
+    monkeypatch.setattr(compat.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert compat.has_fast_product(torch.int8, "cpu") != warned
+
+
+def test_the_angle_of_e_is_that_of_the_same_network_in_memory(tmp_path):
+    net, x, y = ml.models.mlp(8, [12, 12], 5), torch.randn(9, 8), torch.arange(9) % 5
+    angle = ml.alignment.error_angle(ml.MemDFA(copy.deepcopy(net), MOMENTUM, pass1="int8"), x, y)
+    with ml.offload.Disk(tmp_path) as disk:
+        rule = ml.MemDFA(net, MOMENTUM, pass1="int8", offload=disk)
+        assert ml.alignment.error_angle(rule, x, y) == angle > 0
 
 
 @pytest.mark.parametrize("pass1", ["bfloat16", "int8", "8bit"])

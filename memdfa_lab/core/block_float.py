@@ -23,6 +23,7 @@ from memdfa_lab.core.signal import SMALL_BYTES, split
 
 ROUNDING = {"nearest": Tensor.round_, "stochastic": Tensor.floor_}  # stochastic: floor(number + uniform noise)
 LARGE_BYTES = {torch.bfloat16: 2**20, torch.int8: 2**21}  # weights up to this size are faster narrowed in one piece
+LONGEST = (2**31 - 1) // 127**2  # the inputs of which a sum of int8 products surely fits into int32
 LEAST_EXPONENT = -100  # a row of smaller numbers keeps fewer bits, and none where all are below 2**(-100 - bits)
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -116,21 +117,32 @@ class Products(TorchFunctionMode):
 
 def _linear(kind: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
-    if kind is torch.bfloat16:
-        product, dtype = partial(F.linear, rows.bfloat16()), torch.bfloat16
+    if kind is torch.int8 and rows.shape[1] > LONGEST:
+        kind = torch.bfloat16
+    narrow, product, dtype = KERNELS[kind]
+    N, M = len(rows), len(weight)
+    if weight.numel() > max(rows.numel(), LARGE_BYTES[kind] / kind.itemsize):
+        narrowed, out = narrow(rows), rows.new_empty(N, M, dtype=dtype)
+        for part in split(M, 4, 1, 16):
+            out[:, part] = product(narrowed, narrow(weight[part]), None if bias is None else bias[part])
+    elif rows.numel() > max(weight.numel(), N * M) and rows.dtype != kind:  # in parts no larger than the output
+        narrowed, out = narrow(weight), rows.new_empty(N, M, dtype=dtype)
+        for part in split(N, math.ceil(rows.shape[1] / M), SMALL_BYTES / (kind.itemsize * rows.shape[1])):
+            out[part] = product(narrow(rows[part]), narrowed, bias)
     else:
-        product, dtype = partial(_int8, *BlockFloat(8).parts(rows, torch.int8)), torch.float32
-    if weight.numel() <= max(rows.numel(), LARGE_BYTES[kind] / kind.itemsize):
-        return product(weight, bias).view(*input.shape[:-1], -1)
-    out = rows.new_empty(len(rows), len(weight), dtype=dtype)
-    for part in split(len(weight), 4, 1, 16):
-        out[:, part] = product(weight[part], None if bias is None else bias[part])
+        out = product(narrow(rows), narrow(weight), bias)
     return out.view(*input.shape[:-1], -1)
 
 
-def _int8(h: Tensor, h_power: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    W, W_power = BlockFloat(8).parts(weight, torch.int8)
+def _int8(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    (h, h_power), (W, W_power) = one, other
     sums = int8_product(h, W.t())
-    del W
     out = sums.view(torch.float32).copy_(sums).mul_(h_power).mul_(W_power.view(-1))  # in the memory of the sums
     return out if bias is None else out.add_(bias)
+
+
+# how numbers of a type are made, how matrices of them are multiplied, and the type of the product
+KERNELS: dict[Any, tuple[Any, Any, torch.dtype]] = {
+    torch.bfloat16: (Tensor.bfloat16, F.linear, torch.bfloat16),
+    torch.int8: (partial(BlockFloat(8).parts, dtype=torch.int8), _int8, torch.float32),
+}

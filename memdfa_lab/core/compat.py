@@ -5,6 +5,7 @@ uses further private names.
 """
 
 import inspect
+import platform
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -49,6 +50,16 @@ def int8_product(one: Tensor, other: Tensor) -> Tensor:
     return torch._int_mm(one, other) if one.device.type in ("cpu", "meta") else _filled_up(one, other)
 
 
+@cache
+def has_int8_product(device: str) -> bool:
+    """Tell whether this release of torch multiplies int8 on this kind of device."""
+    ones = torch.ones(32, 32, dtype=torch.int8, device=device)
+    try:
+        return bool((int8_product(ones, ones) == 32).all())
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
 def _filled_up(one: Tensor, other: Tensor) -> Tensor:
     """Return the product of matrices padded by zeros: CUDA takes sizes in multiples of 8, and more than 16 rows."""
     (N, K), M = one.shape, other.shape[1]
@@ -60,6 +71,10 @@ def has_fast_product(dtype: torch.dtype, device: str) -> bool:
     """Tell whether products of bfloat16, or of int8, are faster here than those of float32; on a GPU they are."""
     if device != "cpu":
         return True
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        told = [has for name, has in known.items() if ("bf16" if dtype == torch.bfloat16 else "i8mm") in name]
+        return any(told) or not told  # older releases do not tell
     bfloat16: Any = torch.cpu._is_avx512_bf16_supported
     int8: Any = torch.cpu._is_vnni_supported
     return torch.cpu._is_amx_tile_supported() or bool((bfloat16 if dtype == torch.bfloat16 else int8)())

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from memdfa_lab.core.block_float import BY_BITS, Products
 from memdfa_lab.core.block_float import BlockFloat as BlockFloat
 from memdfa_lab.core.checks import lookup
-from memdfa_lab.core.compat import has_fast_product
+from memdfa_lab.core.compat import has_fast_product, has_int8_product
 from memdfa_lab.core.recompute import generators_restored, state_restored
-from memdfa_lab.core.watcher import has_data
+from memdfa_lab.core.watcher import has_data, unwatched
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # The formats of pass 1 by name; any other BlockFloat is allowed, too
@@ -60,17 +60,24 @@ def first_pass(pass1: Any, x: Tensor) -> Callable[[], AbstractContextManager[Any
     """Return a function that makes the context of each block in pass 1 on x (N, ...); None if pass 1 runs as pass 2.
 
     bfloat16 is torch's autocast, in which linear layers narrow large weights in parts. With int8, linear layers
-    multiply int8 numbers, and everything else runs in bfloat16.
+    multiply int8 numbers, and everything else runs in bfloat16; where torch multiplies no int8, all does.
     """
     if pass1 is None:
         return None
     kind = PASS1[pass1] if isinstance(pass1, str) else pass1
+    if kind is torch.int8 and not _multiplies_int8(x.device.type):
+        kind = torch.bfloat16
     if isinstance(kind, BlockFloat):
         key = hash(x.sum().item()) if kind.rounding == "stochastic" else 0  # as in DFA, and in a resumed run
         products = Products(kind, key)
         return lambda: products
     cast = partial(torch.autocast, x.device.type, torch.bfloat16, cache_enabled=False)
     return partial(_both, cast, Products(kind))
+
+
+def _multiplies_int8(device: str) -> bool:
+    with unwatched():
+        return has_int8_product(device)
 
 
 @contextmanager
@@ -121,7 +128,12 @@ class InPrecision:
         if dtypes:
             raise ValueError(f"pass1 narrows weights of float32, and the network has {dtypes.pop()}: leave it out")
         kind = PASS1.get(pass1)
-        if first and isinstance(kind, torch.dtype) and not has_fast_product(kind, self.device.type):
+        if first and kind is torch.int8 and not _multiplies_int8(self.device.type):
+            warnings.warn(
+                f"torch {torch.__version__} multiplies no int8 on {self.device.type}: pass1='int8' runs in bfloat16",
+                stacklevel=4,
+            )
+        elif first and isinstance(kind, torch.dtype) and not has_fast_product(kind, self.device.type):
             warnings.warn(
                 f"this processor multiplies {pass1} no faster than float32: pass1={pass1!r} saves no time here",
                 stacklevel=4,

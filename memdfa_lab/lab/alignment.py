@@ -65,7 +65,8 @@ def error_angle(rule: Rule, x: Tensor, y: Tensor) -> float:
     check_type("rule", rule, Rule, RULE)
     check_batch(x)
     with rule.autocast():
-        passes = [forward_without_trace(rule.chain, x, narrow=narrow) for narrow in (first_pass(rule.pass1, x), None)]
+        ways = first_pass(rule.pass1, x), None
+        passes = [forward_without_trace(rule.chain, x, narrow=narrow, store=rule.store) for narrow in ways]
     return _angle(*([rule.error_of(logits.float(), y)] for logits in passes))
 
 
