@@ -97,10 +97,13 @@ def three_numbers() -> None:
     kept = steps["bp"].peak_by_category["activations"] / 2**20
     errors = paper.errors(histories()).set_index(["experiment", "rule"])["error"]
     mnist, dense, normalised, plain = (errors[name] for name in ("mnist_conv", "mnist_7x240", "cifar10_liao_bn", "cifar10_liao"))
-    learned, standardised = errors["cifar10_liao_bn_near"], errors["cifar10_liao_near"]
+    names = "mnist_conv_near", "cifar10_liao_bn_near", "cifar10_liao_near"
+    conv, learned, standardised = (errors[name] for name in names)
     table = pd.read_csv(REPORTS / "bench" / "bench.csv", keep_default_na=False)
     ratios = table[(table["rule"] == "memdfa") & (table["feedback"] == "regenerated")]["ratio"]
     checkpointing = table[table["rule"] == "checkpoint_step_in_backward"]["ratio"]
+    narrowed = pd.read_csv(REPORTS / "bench" / "pass1" / "float32" / "bench.csv", keep_default_na=False)
+    cheap = narrowed[(narrowed["setting"] == "pass1=bfloat16") & (narrowed["threads"] == 2)]["ratio"]
     print(
         f"- **Memory: {mib['memdfa']:.1f} MiB instead of {mib['bp']:.0f}.** This is the peak of one step of an MLP with 64 hidden layers of\n"
         f"  width 256 at batch {batch:,}, above what rests between steps. {kept:.0f} of BP's {mib['bp']:.0f} MiB are activations. DFA takes {mib['dfa']:.0f},\n"
@@ -108,11 +111,12 @@ def three_numbers() -> None:
         "  rest besides and grow with depth, unless they [rest on disk](reports/index.md#weights-on-disk).\n"
         f"- **Test error: {mnist['memdfa']:.2f} % instead of {mnist['bp']:.2f} %** on MNIST with convolutions ({dense['memdfa']:.2f} instead of {dense['bp']:.2f} % with seven dense\n"
         f"  layers), {normalised['memdfa']:.1f} instead of {normalised['bp']:.1f} % on CIFAR-10 with BatchNorm, and {plain['memdfa']:.1f} instead of {plain['bp']:.1f} %\n"
-        f"  without it. [A matrix that learns](reports/index.md#nearer-to-bp-block-by-block) gives {learned['memdfa']:.1f} % with BatchNorm, and\n"
-        f"  {standardised['memdfa']:.1f} % without it on standardised weights; there local readouts, which need no matrix but nearly BP's memory,\n"
-        f"  give {standardised['local_readout']:.1f} %, and BP {standardised['bp']:.1f} %. *Limit:* CIFAR-10 has fewer than three seeds.\n"
+        f"  without it. [A matrix that learns](reports/index.md#nearer-to-bp-block-by-block) gives {conv['memdfa']:.2f} % on MNIST, {learned['memdfa']:.1f} % with BatchNorm, and\n"
+        f"  {standardised['memdfa']:.1f} % without it on standardised weights; there local readouts, with nearly BP's memory,\n"
+        f"  give {standardised['local_readout']:.1f} %, and BP {standardised['bp']:.1f} %. *Limit:* CIFAR-10 mostly has one seed.\n"
         f"- **Time: {ratios.min():.2f} to {ratios.max():.2f} times BP's step** on [six networks](reports/index.md#time). It runs forward twice, but does not\n"
-        f"  send the error back through the layers. Checkpointing with a step in backward takes {checkpointing.min():.2f} to {checkpointing.max():.2f}."
+        f"  send the error back through the layers. Checkpointing with a step in backward takes {checkpointing.min():.2f} to {checkpointing.max():.2f}.\n"
+        f"  [A first pass in bfloat16](reports/index.md#a-cheap-first-pass), on a processor that has it: {cheap.min():.2f} to {cheap.max():.2f}."
     )
 
 
@@ -138,15 +142,19 @@ def pass1() -> None:
     runs = pd.concat([pd.read_csv(folder / name / "bench.csv", keep_default_na=False) for name in ("float32", "wide")])
     alike = pd.read_csv(folder / "all_bfloat16" / "bench.csv", keep_default_na=False)
     passes = {"": "exact", "pass1=bfloat16": "bfloat16", "pass1=int8": "int8"}
+
+    def ratio(row: pd.Series, name: str = "ratio") -> str:
+        return f"{row[name]:.2f}" + "*" * (str(row["noisy"]) == "True")
+
     rows = []
     for (network, batch), of in runs[runs["rule"] == "memdfa"].groupby(["network", "batch_size"], sort=False):
         row = [f"{network}, {batch}"]
         for _, found in of.groupby("threads"):
-            row += [f"{found.set_index('setting')['ratio'][setting]:.2f}" for setting in passes]
-        own = alike[(alike["network"] == network) & (alike["rule"] == "memdfa")].set_index("setting")["ratio_alike"]
+            row += [ratio(found.set_index("setting").loc[setting]) for setting in passes]
+        own = alike[(alike["network"] == network) & (alike["rule"] == "memdfa")].set_index("setting")
         names = "precision=bfloat16", "precision=bfloat16, pass1=int8"
         peaks = found.set_index("setting")["peak_bytes"]
-        row += [f"{own[name]:.2f}" if len(own) else "" for name in names]
+        row += [ratio(own.loc[name], "ratio_alike") if len(own) else "" for name in names]
         rows.append([*row, ", ".join(f"{peaks[setting] / 2**20:.2f}" for setting in passes)])
     head = [f"{name}, {threads}" for threads in ("1 thread", "2 threads") for name in passes.values()]
     show(["network, batch", *head, "all bfloat16", "and pass 1 int8", "peaks, MiB"], rows)
@@ -285,6 +293,17 @@ def learned_by_rivals() -> None:
         error, held = f"{row['error']:.2f} ± {row['spread']:.2f} ({row['seeds']})", f"{row['held_bytes'] / 2**20:.2f}"
         rows.append([names[row["learner"]], row["network"].partition("@")[0], error, held, f"{row['peak_bytes'] / 2**20:.2f}"])
     show(["way", "network", "test error, %", "held, MiB", "of it above rest"], rows)
+
+
+def readouts_memory() -> None:
+    """All that a step with Adam holds at its peak, in MiB: local readouts with and without the similarity loss."""
+    rows = []
+    for network, batch in (("liao_cifar", 100), ("mnist_conv", 128), ("[800 tanh dropout0.2]x2 classes@1x28x28", 32)):
+        ways = {"BP": ("bp", {}), "MEM-DFA, B fixed": ("memdfa", {})}
+        ways |= {f"local readouts, similarity {weight}": ("local_readout", {"similarity": weight}) for weight in (0.0, 0.9)}
+        steps = [ml.experiments.profile(rule, network, batch, "adam", **options) for rule, options in ways.values()]
+        rows.append([network.partition("@")[0], *(f"{(s.peak_bytes + s.resting_bytes) / 2**20:.1f}" for s in steps)])
+    show(["network", *ways], rows)
 
 
 def largest_rates() -> None:
