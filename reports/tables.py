@@ -336,6 +336,13 @@ def growth() -> None:
     show(["rule", "weights", "settings", "error (%)", "growth"], rows)
 
 
+def bilateral() -> None:
+    """The error of mnist_conv on 2,000 images of CIFAR-10, plain and noisy, as they are and filtered."""
+    table = pd.read_csv(REPORTS / "neighbours" / "bilateral.csv").pivot(index="images", columns="rule", values="error")
+    order = ["as they are", "as they are, filtered", "noisy", "noisy, filtered"]
+    show(["images", "BP, error (%)", "DFA, error (%)"], [[name, *(f"{table[rule][name]:.1f}" for rule in ("bp", "dfa"))] for name in order])
+
+
 def superseded() -> None:
     """Runs that others replaced: their last test errors in percent, mean over seeds."""
     table = pd.read_csv(REPORTS / "paper" / "superseded.csv")

@@ -77,12 +77,27 @@ def test_a_level_image_stays_an_edge_stays_and_noise_beside_it_goes():
     assert (clean - edge).norm() < 0.5 * (noisy - edge).norm()
 
 
-def test_where_weights_vanish_pixels_stay():
-    """With terms for differences of 1, values that differ by more meet a cosine that is below 0."""
-    f = images(6, 6) * 40
-    filtered = Bilateral(radius=2, sigma=0.3, terms=5)(f)
-    assert torch.isfinite(filtered).all()
-    assert (filtered == f).any()
+@pytest.mark.parametrize("sigma", [0.1, 0.2, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("top", [1.0, 2.0, 255.0])
+def test_values_as_wide_as_the_spread_are_filtered_and_wider_ones_refused(sigma, top):
+    """Two pixels at the ends of the range: neither has a negative weight for the other, so that the mean is between."""
+    spread, sigma = top, sigma * top
+    f = images(9, 9) * spread
+    f[4, 4:6] = torch.tensor([0.0, spread])
+    chosen = Bilateral(2, sigma, spread=spread)
+    out = chosen(f)
+    assert 0 <= out.min() <= out.max() <= spread
+    assert (out - chosen.direct(f)).abs().max() < 0.1 * spread
+    with refuses(ValueError, "values of a channel differ by", f"{3 * spread:.4g}", "a larger spread"):
+        chosen(torch.stack([f, 3 * f]))
+    assert torch.isfinite(Bilateral(2, sigma, spread=3 * spread)(3 * f)).all()
+
+
+def test_a_pixel_unlike_its_many_neighbours_is_filtered_in_any_window():
+    f = torch.zeros(150, 150, dtype=torch.float64)
+    f[75, 75], f[10, 10] = 1, 0.99
+    filtered = Bilateral(150, 0.1)
+    torch.testing.assert_close(filtered(f)[75, 75].item(), filtered.direct(f)[75, 75].item(), rtol=0, atol=1e-3)
 
 
 def test_bad_input_is_refused_in_one_line():
@@ -101,3 +116,16 @@ def test_bad_input_is_refused_in_one_line():
             method([[1.0]])
         with refuses(ValueError, "(..., H, W)", "(3,)"):
             method(torch.ones(3))
+        for bad in (torch.nan, torch.inf):
+            with refuses(ValueError, "NaN or inf", "nan_to_num"):
+                method(images(5, 5).index_fill(0, torch.tensor([2]), bad))
+    with refuses(ValueError, "differ by 255"):
+        Bilateral()(torch.tensor([[0.0, 255.0]]))
+    with refuses(ValueError, "sigma must be"):
+        terms_for(0)
+    with refuses(ValueError, "spread must be"):
+        terms_for(0.1, -1)
+    with refuses(ValueError, "radius must be"):
+        box(torch.ones(3, 3), -1)
+    with refuses(ValueError, "dimensions of t (..., H, W)"):
+        box(torch.ones(3), 1)

@@ -32,6 +32,7 @@ from memdfa_lab.lab.offload import Host
 from memdfa_lab.memory import Trace, accelerator_peak, measure
 from memdfa_lab.memory.crosscheck import allocator_trace, handed_on_bytes, scratch_at_peak
 from memdfa_lab.memory.events import Event
+from memdfa_lab.neighbours.hbfp import InBlockFloat
 
 ASKED = os.environ.get("MEMDFA_TEST_DEVICE")
 DEVICE = ASKED or accelerator() or "cpu"
@@ -194,6 +195,13 @@ def test_training_from_the_machines_memory_is_that_in_the_devices(optimizer, fee
     there = trained("memdfa", DENSE, optimizer, feedback=feedback)[1]
     ours = {name: value.cpu() for name, value in rule.store.state_dict().items()}
     assert_identical([losses, ours], there[:2])
+
+
+def test_stochastic_errors_of_block_floating_point_draw_new_noise_in_each_step():
+    layer = InBlockFloat(torch.nn.Linear(20, 30), ml.precision.BlockFloat(4, "stochastic")).to(DEVICE)
+    h, s = torch.randn(50, 20, device=DEVICE), torch.randn(50, 30, device=DEVICE)
+    found = [torch.autograd.grad(layer(h), layer.layer.bias, s)[0] for _ in range(2)]
+    assert not torch.equal(*found)
 
 
 @has_streams

@@ -8,8 +8,10 @@ import torch
 from reference import assert_identical, refuses
 from test_pass1 import by_numpy
 from torch import nn
+from torch.nn.utils import parametrize
 
 import memdfa_lab as ml
+from memdfa_lab.neighbours import hbfp, oni
 from memdfa_lab.neighbours.hbfp import InBlockFloat, Tiles, in_block_float
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -102,6 +104,57 @@ def test_memdfa_is_dfa_bit_for_bit_weights_stay_in_sixteen_bits_and_bytes_are_pr
     assert (measured.peak_bytes, measured.resting_bytes) == (predicted.peak_bytes, predicted.resting_bytes)
 
 
+class Residual(nn.Sequential):
+    """A chain with a forward method of its own."""
+
+    def forward(self, h):
+        return h + super().forward(h)
+
+
+def residual_net():
+    torch.manual_seed(0)
+    shared = nn.Linear(5, 5)
+    return nn.Sequential(Residual(nn.Linear(5, 5), nn.ReLU(), shared), nn.BatchNorm1d(5), Residual(shared, shared))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "count"),
+    [(residual_net, (6, 5), 4), (partial(ml.models.build, "resnet_18"), (2, 3, 32, 32), 21)],
+    ids=["residual", "resnet_18"],
+)
+def test_layers_at_any_depth_are_wrapped_and_everything_else_stays(build, shape, count):
+    model, x = build(), draw(*shape)
+    fine, coarse = (in_block_float(model, ml.precision.BlockFloat(bits)) for bits in (24, 4))
+    for wrapped in (fine, in_block_float(fine, ml.precision.BlockFloat(4))):  # a wrapped layer stays as it is
+        parts = [part for _, part in wrapped.named_modules(remove_duplicate=False)]
+        assert sum(isinstance(part, InBlockFloat) for part in parts) == count
+        kinds = (nn.Linear, nn.Conv2d)
+        assert sum(isinstance(part, kinds) for part in parts) == count  # each within one that is wrapped
+    assert not any(isinstance(part, InBlockFloat) for part in model.modules())
+    for one, other in ((model.parameters(), fine.parameters()), (model.buffers(), fine.buffers())):
+        assert [t.data_ptr() for t in one] == [t.data_ptr() for t in other]
+    exact, near, far = (net.eval()(x).detach() for net in (model, fine, coarse))
+    torch.testing.assert_close(near, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+    assert (far - exact).norm() > 1e-2 * exact.norm()
+
+
+def test_noise_of_errors_follows_the_generator_of_their_device(monkeypatch):
+    """On a GPU numbers are drawn by its generator, and that of the CPU stays as it is."""
+    here = torch.Generator()
+    states = {"cpu": (torch.get_rng_state, None), "cuda": (here.get_state, None)}
+    monkeypatch.setattr(hbfp, "of_torch", lambda device: states)
+
+    def rounded_errors():
+        t = torch.zeros(40, 30, requires_grad=True)
+        hbfp._Errors.apply(t, ml.precision.BlockFloat(4, "stochastic")).backward(draw(40, 30))
+        return t.grad
+
+    one, same = rounded_errors(), rounded_errors()
+    torch.rand(1, generator=here)
+    assert_identical(one, same)
+    assert not torch.equal(one, rounded_errors())
+
+
 def test_bad_input_is_refused_in_one_line():
     numbers = ml.precision.BlockFloat(8)
     with refuses(TypeError, "numbers must be a BlockFloat"):
@@ -112,3 +165,12 @@ def test_bad_input_is_refused_in_one_line():
         InBlockFloat(nn.ReLU(), numbers)
     with refuses(TypeError, "model must be"):
         in_block_float(nn.Linear(2, 2), numbers)
+    with refuses(ValueError, "0.1 is an nn.MultiheadAttention", "nn.Linear"):
+        in_block_float(nn.Sequential(nn.Sequential(nn.ReLU(), nn.MultiheadAttention(4, 2))), numbers)
+    with refuses(ValueError, "(3,)", "leave biases out"):
+        Tiles(numbers)(torch.ones(3))
+    by_oni = parametrize.register_parametrization(nn.Linear(4, 4), "weight", oni.ONI())
+    with refuses(ValueError, "a parametrisation computes", "ml.projected"):
+        InBlockFloat(by_oni, numbers)
+    with refuses(ValueError, "FA"):
+        ml.FA(in_block_float(conv_net(), numbers), SGD).step(torch.randn(6, 1, 5, 5), torch.arange(6) % 3)

@@ -188,6 +188,13 @@ def test_what_a_step_with_it_holds_is_predicted_and_regenerated_is_never_whole()
     assert regenerated.peak_bytes < stored.peak_bytes + B
 
 
+@pytest.mark.parametrize("kind", [StoredOrthogonal, RegeneratedOrthogonal])
+def test_its_repr_makes_it_again(kind):
+    feedback = kind(3, 0.5, "dense", 2)
+    again = eval(repr(feedback), {kind.__name__: kind})
+    assert again.settings() == feedback.settings()
+
+
 def test_bad_input_is_refused_in_one_line():
     with refuses(ValueError, "steps must be"):
         ONI(-1)
@@ -195,6 +202,8 @@ def test_bad_input_is_refused_in_one_line():
         ONI(scale=0)
     with refuses(ValueError, "(3,)", "leave biases out"):
         ONI()(torch.ones(3))
+    with refuses(ValueError, "(3,)", "leave biases out"):
+        distance(torch.ones(3))
     with refuses(TypeError, "project must be a function"):
         ml.projected(torch.optim.SGD, 3)
     with refuses(ValueError, "seed must be"):

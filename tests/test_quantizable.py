@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_identical, refuses
+from reference import assert_identical, refuses, refuses_and_keeps
 from torch import nn
 
 import memdfa_lab as ml
@@ -95,6 +95,35 @@ def test_modes_in_turn_are_steps_of_autograd_one_after_another():
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("modes", [(2,), (4, 2)], ids=str)
+def test_without_32_bits_no_mode_learns_from_that_prediction(modes):
+    """A network of one mode is the baseline of a network of many: its steps are those of the cross-entropy alone."""
+    rule, losses = trained(ml.BP, modes)
+    plain = ml.BP(network(SIZES, (2, 4, FULL)), SGD)
+    for found in losses:
+        for bits, loss in zip(modes, found, strict=True):
+            use(plain.blocks, bits)
+            assert_identical(loss, plain.step(X, Y))
+    assert_identical(rule.blocks.state_dict(), plain.blocks.state_dict())
+
+
+def test_weights_that_are_all_zero_stay_so():
+    for bits, dtype in product((2, 8, FULL), (torch.float32, torch.float64)):
+        w = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
+        out = weights(w, bits)
+        assert_identical(out.detach(), torch.zeros(3, 4, dtype=dtype))
+        out.sum().backward()
+        assert torch.isfinite(w.grad).all()
+
+
+def test_it_learns_with_weights_on_a_disk(tmp_path):
+    _, losses = trained(ml.MemDFA, (FULL, 4, 2))
+    with ml.offload.Disk(tmp_path) as disk:
+        rule = ml.MemDFA(network(SIZES, (2, 4, FULL)), SGD, ConsistentLoss(0.5), offload=disk)
+        for expected in losses:
+            assert_identical(learn(rule, X, Y, (FULL, 4, 2)), expected)
+
+
 def test_memdfa_is_dfa_and_more_modes_hold_no_more():
     assert_identical(*(trained(kind, (FULL, 4, 2))[0].blocks.state_dict() for kind in (ml.DFA, ml.MemDFA)))
     peaks = {}
@@ -111,15 +140,26 @@ def test_memdfa_is_dfa_and_more_modes_hold_no_more():
 
 
 def test_bad_input_is_refused_in_one_line():
-    with refuses(ValueError, "sizes are"):
-        network((3,))
-    with refuses(ValueError, "a size must be"):
-        network((3, 0))
-    for modes in ((2, 4), (1, FULL), (24, FULL)):
-        with refuses(ValueError, "modes are"):
-            network(SIZES, modes)
+    for sizes in ((3,), (4, 2), 5):  # without a hidden layer there is nothing to round
+        with refuses(ValueError, "sizes are", repr(sizes)):
+            network(sizes)
+    with refuses(ValueError, "a size must be", "0"):
+        network((3, 0, 2))
+    for modes in ((2, 4), (1, FULL), (24, FULL), 32, (2.0, FULL), "2", (None, FULL)):
+        for build in (partial(network, SIZES), partial(quantizable.QuantizableLayer, 3, 2)):
+            with refuses(ValueError, "modes are", repr(modes)):
+                build(modes)
     with refuses(ValueError, "no mode of 3 bits", "2, 32"):
         use(network(SIZES, (2, FULL)), 3)
+    for bits in ("2", 2.0, None):
+        with refuses(ValueError, "bits must be a whole number from 2 to 32", repr(bits)):
+            use(network(SIZES, (2, FULL)), bits)
+    rule = ml.BP(network(SIZES, (2, FULL)), SGD, ConsistentLoss())
+    for modes, hint in ((FULL, "modes are"), ((FULL, 2, 4), "no mode of 4 bits"), ((2, "4"), "modes are")):
+        with refuses_and_keeps(rule, ValueError, hint):
+            learn(rule, X, Y, modes)
+    with refuses(ValueError, "FA"):
+        learn(ml.FA(network(SIZES, (2, FULL)), SGD, ConsistentLoss()), X, Y, (FULL, 2))
     with refuses(ValueError, "there are: none"):
         use(nn.Linear(2, 2), 3)
     with refuses(ValueError, "weight must be"):

@@ -64,11 +64,10 @@ class Network:
 
 
 def _read(row: dict[str, str]) -> Network:
-    channels, height, width = map(int, row["input"].split("x"))
     names = ("layers", "dataset", "optimizer", "loss", "distribution", "source", "notes")
     texts: dict[str, Any] = {name: row[name] for name in names}
     return Network(
-        input_shape=(channels, height, width),
+        input_shape=tuple(map(int, row["input"].split("x"))),
         lr={rule: float(lr) for rule, lr in _by_rule(row["lr"]).items()},
         weight_decay=float(row["weight_decay"]) if row["weight_decay"] else None,
         batch_size=int(row["batch_size"]),
@@ -196,7 +195,7 @@ def mlp(
     names in ACTIVATIONS. Raises TypeError if hidden is not a list, ValueError for unknown names and widths below 1.
     """
     lookup("activation", output, ACTIVATIONS)
-    parts = [f"{width} {_behind(activation, batch_norm)}" for width in _sizes("hidden", hidden)]
+    parts = _hidden("{}", "hidden", hidden, activation, batch_norm)
     parts += ["classes", *([] if output == "none" else [output])]
     return from_layers(" ".join(parts), (1, 1, check_int("a width", in_features)), classes, seed)
 
@@ -214,7 +213,7 @@ def convnet(
     It takes (N, *input_shape); height and width stay. Raises TypeError if filters is not a list, ValueError for an
     unknown activation, an input shape that is not (C, H, W), and numbers below 1.
     """
-    parts = [f"conv3x3({count}) {_behind(activation, batch_norm)}" for count in _sizes("filters", filters)]
+    parts = _hidden("conv3x3({})", "filters", filters, activation, batch_norm)
     return from_layers(" ".join([*parts, "classes"]), check_shape(input_shape), classes, seed)
 
 
@@ -242,12 +241,9 @@ def sizes(name: str, input_shape: Shape | None = None, classes: int = 10) -> pd.
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="block")).reset_index()
 
 
-def _behind(activation: str, batch_norm: bool) -> str:
-    lookup("activation", activation, ACTIVATIONS)
-    return f"bn {activation}" if batch_norm else activation
-
-
-def _sizes(name: str, given: object) -> list[int]:
+def _hidden(layer: str, name: str, given: object, activation: str, batch_norm: bool) -> list[str]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"{name} must be a list of sizes, such as [800, 800], got {given!r}")
-    return [check_int(f"each size in {name}", size) for size in given]
+    lookup("activation", activation, ACTIVATIONS)
+    behind = f"bn {activation}" if batch_norm else activation
+    return [f"{layer.format(check_int(f'each size in {name}', size))} {behind}" for size in given]

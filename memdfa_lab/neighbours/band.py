@@ -55,7 +55,10 @@ def symmetric(n: int, width: int, mean: float = 0.0, spread: float = 0.0, seed: 
 
 
 def semicircle(x: Tensor, radius: float) -> Tensor:
-    """Return the density of the semicircle law at x: 2 / (pi radius^2) sqrt(radius^2 - x^2)."""
+    """Return the density of the semicircle law at x: 2 / (pi radius^2) sqrt(radius^2 - x^2), and 0 beyond the radius.
+
+    Raises ValueError for a radius that is not a positive number.
+    """
     check_number("radius", radius, or_more=False)
     return 2 / (math.pi * radius**2) * (radius**2 - x**2).clamp_min(0).sqrt()
 

@@ -8,7 +8,8 @@ with y in a window of (2 r + 1)^2 pixels. For values that differ by at most T, g
 
     g(s) = cos(c s)^N = sum_k w_k cos((2 k - N) c s),    c = 1 / (sigma sqrt(N)),    w_k = binomial(N, k) / 2^N,
 
-for N >= 0.405 (T / sigma)^2. For a smaller N, c s can pass the first zero of the cosine, where the approximation fails.
+for N >= 0.405 (T / sigma)^2. For a smaller N, c s can pass the first zero of the cosine, where the approximation fails:
+a power of an odd N is then negative, and one of an even N rises again.
 Since cos(u - v) = cos u cos v + sin u sin v, each term needs four plain averages over the window. A plain average needs
 a running sum, whose cost does not depend on the window. There are N + 1 terms, so the cost grows as sigma falls.
 """
@@ -22,14 +23,15 @@ from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, check_number
 
-LEAST = 1e-4  # the smallest sum of weights, relative to equal neighbours, for which a pixel is filtered
-
 
 def box(t: Tensor, radius: int) -> Tensor:
     """Return, for each pixel of t (..., H, W), the sum over all pixels within `radius` in both directions; t's shape.
 
-    It uses running sums along rows and columns, whose cost does not depend on the radius.
+    It uses running sums along rows and columns, whose cost does not depend on the radius. Raises ValueError for fewer
+    than two dimensions and a radius below 0.
     """
+    check_int("radius", radius, 0)
+    check_int("the number of dimensions of t (..., H, W)", t.dim(), 2)
     for dim in (-2, -1):
         size, reach = t.shape[dim], min(radius, t.shape[dim] - 1)
         ends = torch.arange(size, device=t.device)
@@ -40,7 +42,12 @@ def box(t: Tensor, radius: int) -> Tensor:
 
 
 def terms_for(sigma: float, spread: float = 1.0) -> int:
-    """Return the least N for values that differ by up to `spread`: 0.405 (spread / sigma)^2, and at least 1."""
+    """Return the least N for values that differ by up to `spread`: 0.405 (spread / sigma)^2, and at least 1.
+
+    Raises ValueError for a sigma that is not a positive number, and a spread that is not a number from 0 on.
+    """
+    check_number("sigma", sigma, or_more=False)
+    check_number("spread", spread)
     return max(1, math.ceil(0.405 * (spread / sigma) ** 2))
 
 
@@ -49,8 +56,8 @@ class Bilateral:
     """Filter images (..., H, W), each channel by itself; a transform of inputs, on any device.
 
     `radius`: of the window, in pixels. `sigma`: the width of the Gaussian g, in units of the images' values. `terms`:
-    N, by default the larger of `terms_for(sigma, spread)` and 4. `spread`: T, the largest difference of values. A pixel
-    stays unchanged where the sum of weights is nearly 0.
+    N, by default the least even number from `terms_for(sigma, spread)` and 4 on. `spread`: T, the largest difference of
+    values within a channel of an image.
 
     Raises ValueError for a radius or terms below 1, and a sigma or spread that is not a positive number.
     """
@@ -70,11 +77,18 @@ class Bilateral:
     def __call__(self, images: Tensor) -> Tensor:
         """Return the filtered images, of the same shape and dtype.
 
-        Raises TypeError for what is no tensor of floats, ValueError for fewer than two dimensions or an empty one.
+        Raises TypeError for what is no tensor of floats; ValueError for fewer than two dimensions or an empty one, for
+        NaN and inf, and for a channel whose values differ by more than N terms allow.
         """
         self._check(images)
         f = images.double()  # running sums of many pixels lose digits
-        N = int(self.terms or max(4, terms_for(self.sigma, self.spread)))
+        N = int(self.terms or max(4, 2 * math.ceil(terms_for(self.sigma, self.spread) / 2)))
+        differ = (f.amax((-2, -1)) - f.amin((-2, -1))).max().item()
+        if terms_for(self.sigma, differ) > N:
+            raise ValueError(
+                f"values of a channel differ by {differ:.4g}, which needs {terms_for(self.sigma, differ)} terms, and "
+                f"there are {N}: give a larger spread or more terms, or scale the images"
+            )
         c = 1 / (self.sigma * math.sqrt(N))
         above, below = torch.zeros_like(f), torch.zeros_like(f)
         for k in range(N // 2 + 1):  # the terms k and N - k are equal
@@ -83,11 +97,13 @@ class Bilateral:
             for wave in (angle.cos(), angle.sin()):
                 above += weight * wave * box(wave * f, self.radius)
                 below += weight * wave * box(wave, self.radius)
-        full = box(torch.ones_like(f), self.radius)
-        return torch.where(below > LEAST * full, above / below, f).to(images.dtype)
+        return (above / below).to(images.dtype)  # the pixel itself weighs 1
 
     def direct(self, images: Tensor) -> Tensor:
-        """Return the result of the exact Gaussian filter, by a sum over the (2 r + 1)^2 neighbours of each pixel."""
+        """Return the result of the exact Gaussian filter, by a sum over the (2 r + 1)^2 neighbours of each pixel.
+
+        It takes values that differ by any amount. Otherwise it raises what a call of the filter raises.
+        """
         self._check(images)
         f, r = images.double(), self.radius
         padded, inside = F.pad(f, (r, r, r, r)), F.pad(torch.ones_like(f), (r, r, r, r))
@@ -109,3 +125,5 @@ class Bilateral:
             )
         if images.dim() < 2 or 0 in images.shape:
             raise ValueError(f"images must be (..., H, W), not of shape {tuple(images.shape)}")
+        if not torch.isfinite(images).all():
+            raise ValueError("images hold NaN or inf, which would spread: fill these pixels in, by torch.nan_to_num")

@@ -7,12 +7,14 @@ multiply such numbers,
     a = q(h) q(W)^T,    dL/dh = q(s) q(W),    dW = q(s)^T q(h),    s = dL/da,
 
 and everything else is in floating point. Inputs h and errors s have one exponent for each example, weights one for each
-tile of 24 x 24. Weights are kept in 16 bits and rounded further for each product.
+tile of 24 x 24. Weights are kept in 16 bits and rounded further for each product. The source's exponent is
+ceil(log2 max|t|). It is xi, except where max|t| is a power of two: there xi is larger by 1, and max|t| is not clipped.
 
 The values are those of the format, but they are stored and multiplied in float32: the module shows how training behaves
 in few bits, and saves neither memory nor time.
 """
 
+import copy
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from memdfa_lab.core.block_float import BlockFloat
 from memdfa_lab.core.checks import check_int, check_type
 from memdfa_lab.core.compat import ANY_CONVOLUTION
+from memdfa_lab.core.generators import of_torch
 
 TILE = 24
+LAYERS = (nn.Linear, ANY_CONVOLUTION)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -44,17 +49,20 @@ class StraightThrough(torch.autograd.Function):
 
 
 class _Errors(torch.autograd.Function):
-    """Pass t unchanged; round its gradient, with noise seeded by the generator's state in the forward pass.
+    """Pass t unchanged; round its gradient, with noise seeded by the generators' states in the forward pass.
 
-    Noise drawn in the backward pass would change the next block's draws from those of a forward pass alone.
+    Noise drawn in the backward pass would change the next block's draws from those of a forward pass alone. The states
+    are those of the CPU and of t's device: rounding t on a GPU advances the second alone.
     """
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, numbers: BlockFloat) -> Tensor:
         ctx.numbers, ctx.generator = numbers, None
         if numbers.rounding == "stochastic":
-            state = torch.get_rng_state()
-            ctx.generator = torch.Generator().manual_seed(zlib.crc32(state.numpy().tobytes()))
+            seed = 0
+            for get, _ in of_torch(t.device).values():
+                seed = zlib.crc32(get().numpy().tobytes(), seed)
+            ctx.generator = torch.Generator().manual_seed(seed)
         return t.view_as(t)
 
     @staticmethod
@@ -78,7 +86,9 @@ class Tiles:
 
     @torch.no_grad()
     def __call__(self, weight: Tensor) -> Tensor:
-        """Return the rounded weight, in its shape and dtype."""
+        """Return the rounded weight, in its shape and dtype. Raises ValueError for a vector."""
+        if weight.dim() < 2:
+            raise ValueError(f"weight must be (out, in, ...), got shape {tuple(weight.shape)}: leave biases out")
         flat, n = weight.flatten(1), self.tile
         rows, columns = flat.shape
         padded = F.pad(flat, (0, -columns % n, 0, -rows % n)).unflatten(1, (-1, n)).unflatten(0, (-1, n)).movedim(1, 2)
@@ -93,14 +103,17 @@ class InBlockFloat(nn.Module):
     """A linear layer or convolution whose three products multiply BlockFloat numbers.
 
     `numbers`: the format. Its seed is not used: stochastic rounding draws from torch's generator, as dropout does, so
-    that MEM-DFA's second pass draws the same. `tile`: the size of the weights' tiles. Raises TypeError for any other
-    layer.
+    that MEM-DFA's second pass draws the same. `tile`: the size of the weights' tiles. BP, DFA and MEM-DFA can train it;
+    FA refuses it, since it replaces the gradient of plain layers only.
+
+    Raises TypeError for any other layer, ValueError for one whose weight a parametrisation computes.
     """
 
     def __init__(self, layer: nn.Module, numbers: BlockFloat, tile: int = TILE):
         super().__init__()
-        kinds = (nn.Linear, ANY_CONVOLUTION)
-        check_type("layer", layer, kinds, "a linear layer or a convolution")
+        check_type("layer", layer, LAYERS, "a linear layer or a convolution")
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError("a parametrisation computes the layer's weight: take ml.projected(optimizer, ...) for it")
         self.layer, self.narrow = layer, Tiles(numbers, tile)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -112,11 +125,21 @@ class InBlockFloat(nn.Module):
 
 
 def in_block_float(model: nn.Sequential, numbers: BlockFloat, tile: int = TILE) -> nn.Sequential:
-    """Return the chain with each linear layer and convolution wrapped in `InBlockFloat`; it shares the model's weights.
+    """Return a copy of the model with each linear layer and convolution, at any depth, wrapped in `InBlockFloat`.
 
-    Raises TypeError for a model that is no nn.Sequential.
+    The copy shares the model's parameters and buffers. Everything else of it stays, such as the forward methods of its
+    parts. Raises TypeError for a model that is no nn.Sequential, and ValueError for an nn.MultiheadAttention, which
+    multiplies by its weights itself, and for a layer that `InBlockFloat` refuses.
     """
     check_type("model", model, nn.Sequential, "an nn.Sequential")
-    kinds = (nn.Linear, ANY_CONVOLUTION)
-    parts = [in_block_float(part, numbers, tile) if isinstance(part, nn.Sequential) else part for part in model]
-    return nn.Sequential(*(InBlockFloat(part, numbers, tile) if isinstance(part, kinds) else part for part in parts))
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared)
+    wrapped: dict[nn.Module, InBlockFloat] = {}
+    for name, part in [*model.named_modules(remove_duplicate=False)]:
+        parent, _, own = name.rpartition(".")
+        if isinstance(part, nn.MultiheadAttention):
+            raise ValueError(f"{name} is an nn.MultiheadAttention, which has products of its own: use nn.Linear layers")
+        if isinstance(part, LAYERS) and not isinstance(model.get_submodule(parent), InBlockFloat):
+            wrapped[part] = wrapped.get(part) or InBlockFloat(part, numbers, tile)
+            setattr(model.get_submodule(parent), own, wrapped[part])
+    return model

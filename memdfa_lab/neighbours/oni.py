@@ -51,8 +51,10 @@ def distance(W: Tensor, scale: float = 1.0) -> Tensor:
     """Return |W W^T / scale^2 - I| of a weight (out, ...), which is 0 if its rows are orthogonal.
 
     With fewer columns than rows W^T W takes the place of W W^T. The norm is Frobenius's: for n rows it is sqrt(n) if W
-    is nearly 0.
+    is nearly 0. Raises ValueError for a vector.
     """
+    if W.dim() < 2:
+        raise ValueError(f"distance takes a weight (out, in, ...), got one of shape {tuple(W.shape)}: leave biases out")
     flat = W.flatten(1) / scale
     wide = flat if len(flat) <= flat.shape[1] else flat.t()
     return (wide @ wide.t() - torch.eye(len(wide), dtype=W.dtype, device=W.device)).norm()
@@ -92,6 +94,9 @@ class _Orthogonal(Feedback):
 
     def __init__(self, seed: int = 0, scale: float = 1.0, positions: str = POSITIONS[0], grid: int | None = None):
         super().__init__(seed, "normal", scale, positions, grid)
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("distribution='normal', ", "")  # it is no argument
 
     def _factor(self, fan_in: int, fan_out: int) -> float:
         return self.scale

@@ -15,7 +15,7 @@ from memdfa_lab.neighbours.bilateral import Bilateral
 
 TABLE = Path(__file__).with_suffix(".csv")
 NETWORK, IMAGES, HELD_OUT, EPOCHS = "mnist_conv", 2_000, 2_000, 6
-CLEAN = Bilateral(radius=2, sigma=0.25, spread=1.3)
+CLEAN = Bilateral(radius=2, sigma=0.25, spread=1.8)
 
 
 def main() -> None:
