@@ -2,9 +2,10 @@
 
 import contextlib
 import difflib
+import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,9 +24,21 @@ def lookup(what: str, name: object, table: Mapping[str, T]) -> T:
     """Return table[name]. Raises ValueError, with the nearest name and all names, if there is no such name."""
     if isinstance(name, str) and name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name).lower(), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{hint} (there are: {', '.join(table)})")
+    raise ValueError(f"unknown {what} {name!r}{_hint(name, table)} (there are: {', '.join(table)})")
+
+
+def _hint(name: object, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_options(kind: type, unknown: Iterable[str]) -> None:
+    """Raise TypeError, with the nearest name and all names, if there is an option that the class does not take."""
+    for name in unknown:
+        own = [inspect.signature(one.__dict__["__init__"]) for one in kind.__mro__ if "__init__" in one.__dict__]
+        taken = [parameter for one in own for parameter in list(one.parameters.values())[1:]]  # without self
+        names = list(dict.fromkeys(one.name for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)))
+        raise TypeError(f"{kind.__name__} has no option {name!r}{_hint(name, names)} (there are: {', '.join(names)})")
 
 
 @contextlib.contextmanager
@@ -54,7 +67,7 @@ def check_int(what: str, value: object, least: int = 1, most: int | None = None)
 
 def check_number(what: str, value: object, least: float = 0, or_more: bool = True, most: float = math.inf) -> None:
     """Raise ValueError if the value is not a finite number from `least` to `most`; without `or_more`, above it."""
-    given = float(value) if isinstance(value, Real) else math.nan
+    given = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(given) or given < least or given > most or (given == least and not or_more):
         upper = "on" if most == math.inf else f"to {most}"
         kind = f"from {least} {upper}" if or_more else f"above {least}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memdfa_lab.core import contract, state, terms
 from memdfa_lab.core import precision as precisions
 from memdfa_lab.core.blocks import as_blocks, run_block
-from memdfa_lab.core.checks import check_batch, check_finite, check_type
+from memdfa_lab.core.checks import check_batch, check_finite, check_options, check_type
 from memdfa_lab.core.compat import autocast_is_on
 from memdfa_lab.core.feedback import Feedback, Stored
 from memdfa_lab.core.local import BlockGradient
@@ -50,8 +50,9 @@ class Rule(Updates, Packs, precisions.InPrecision, ABC):
     Each step updates the weights: gradients are not summed over batches, since all of them would have to be kept. Use a
     larger batch, for which MEM-DFA leaves room. Parameters may be frozen and unfrozen between steps.
 
-    Raises TypeError if the model cannot be cut into blocks or an argument has the wrong type; ValueError for an
-    optimizer that needs the whole network at once (LBFGS), and what `as_blocks` raises.
+    Raises TypeError if the model cannot be cut into blocks, for an argument of the wrong type, and for an option that
+    the rule does not have; ValueError for an optimizer that needs the whole network at once (LBFGS), and what
+    `as_blocks` raises.
     """
 
     teaches_blocks: ClassVar[bool] = False  # each block by a signal at its output; else autograd carries the error
@@ -71,7 +72,9 @@ class Rule(Updates, Packs, precisions.InPrecision, ABC):
         pass1: str | precisions.BlockFloat | None = None,
         offload: Store | None = None,
         pack: str | precisions.BlockFloat | None = None,
+        **unknown: Any,
     ):
+        check_options(type(self), unknown)
         super().__init__(clip_norm, clip_global_norm, offload)
         feedback = Stored() if feedback is None else feedback
         check_type("feedback", feedback, Feedback, "a Feedback, such as ml.feedback.Stored(seed=0)")

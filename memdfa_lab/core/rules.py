@@ -131,9 +131,10 @@ class MemDFA(Rule):
         offload: Store | None = None,
         pack: str | BlockFloat | None = None,
         keep_bytes: float = 0,
+        **unknown: Any,
     ):
         options: Any = {"clip_global_norm": clip_global_norm, "precision": precision, "pass1": pass1, "pack": pack}
-        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, offload=offload, **options)
+        super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, offload=offload, **options, **unknown)
         if keep_bytes and offload is not None:
             raise ValueError("keep_bytes keeps blocks in memory, and offload takes them out: give one of them")
         if keep_bytes and clip_global_norm is not None:
