@@ -371,6 +371,20 @@ def rivals(*networks: str) -> None:
     show(["", *networks], [[way, *wide.loc[(way, place), list(networks)]] for way, place in order])
 
 
+def beside_memdfa() -> None:
+    """Peak and time over those of MEM-DFA that keeps nothing, of the methods that hold nearly as little."""
+    table = pd.read_csv(REPORTS / "bench" / "frontier" / "bench.csv", keep_default_na=False)
+    mine = table[(table["setting"] == "keeps 0%") & (table["pass1"] == "")].set_index("network")
+    rivals = table[table["rule"].isin(["binomial", "activation_offload", "reversible"])]
+    fewest = rivals.drop_duplicates(["network", "rule"]).copy()  # the fewest snapshots come first
+    for name in ("peak_bytes", "ratio"):
+        fewest[name] /= fewest["network"].map(mine[name])
+    fewest["cell"] = fewest["peak_bytes"].map("{:.1f}, ".format) + fewest["ratio"].map("{:.2f}".format)
+    wide = fewest.pivot(index="network", columns="rule", values="cell").fillna("")
+    ways = {"binomial": "BP, binomial, fewest snapshots", "activation_offload": "BP, activations on disk", "reversible": "BP, reversible"}
+    show(["", *ways.values()], [[network, *wide.loc[network, list(ways)]] for network in table["network"].unique()])
+
+
 def packages() -> None:
     """Allocator's peak and time of reversible networks: ours, and the packages'."""
     table = pd.read_csv(REPORTS / "rivals" / "packages.csv")

@@ -33,6 +33,9 @@ def test_the_frontier_goes_from_the_papers_memdfa_to_dfas_cost():
     segments = {one.options["segments"] for one in found if one.rule == "checkpoint"}
     assert segments == {1, 2, 3, 6, 9}
     assert [one.options["snapshots"] for one in found if one.rule == "binomial"] == [2, 3, 8]
+    assert [one.setting for one in found if one.rule == "checkpoint"][:2] == ["1 segment", "2 segments"]
+    snapshots = [one.setting for one in frontier("liao_cifar", 4) if one.rule == "binomial"]
+    assert snapshots[:2] == ["1 snapshot", "2 snapshots"]
     others = {f"{kind}{NETWORK}": [one.rule for one in frontier(f"{kind}{NETWORK}", 64)[-3:]] for kind in KINDS}
     assert [rules.count("reversible") for rules in others.values()] == [0, 1, 0]
     assert all(rules[-2:] == ["activation_offload", "mezo"] for rules in others.values())

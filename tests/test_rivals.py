@@ -84,6 +84,16 @@ def test_the_default_is_the_fewest_snapshots_that_run_no_block_again_more_than_t
     assert make_rule("binomial", DEEP).snapshots == 2
 
 
+def test_schedules_of_no_blocks_or_without_snapshots_are_refused():
+    for function in (runs_again, recomputations, schedule):
+        for length, snapshots, hint in ((10, 0, "snapshots"), (0, 3, "length"), (10, True, "snapshots")):
+            with refuses(ValueError, hint, "from 1 on"):
+                function(length, snapshots)
+    for length, most, hint in ((5, 0, "most"), (0, 3, "length"), (2.0, 3, "length")):
+        with refuses(ValueError, hint, "from 1 on"):
+            fewest_snapshots(length, most)
+
+
 @pytest.mark.slow
 @rotated("problem optimizer", params(), OPTIMIZERS)
 def test_it_trains_as_bp_with_any_number_of_snapshots(problem, optimizer):
@@ -261,6 +271,9 @@ def test_reversible_networks_have_names_and_run_by_them():
     [
         ("even widths", {"widths": 7}),
         ("even widths", {"widths": [8, 5]}),
+        ("empty list", {"widths": []}),
+        ("width 0", {"widths": [8, 0]}),
+        ("width True", {"widths": True}),
         ("depth", {"depth": 0}),
         ("did you mean 'relu'", {"activation": "rellu"}),
         ("(C, H, W)", {"input_shape": (3, 3)}),
@@ -270,6 +283,13 @@ def test_reversible_networks_have_names_and_run_by_them():
 def test_what_makes_no_reversible_network_is_refused(hint, how):
     with refuses(ValueError, hint):
         ml.models.reversible(**{"input_shape": 8, "widths": 8, "depth": 2, "classes": 5, **how})
+
+
+@pytest.mark.parametrize("widths", [8.0, None, "88"])
+def test_widths_are_a_number_or_a_list(widths):
+    with refuses(TypeError, "a list of them such as [8, 16]", repr(widths)):
+        ml.models.reversible(8, widths, 2, 5)
+    assert len(ml.models.reversible(8, np.array([8, 4]), 2, 5)) == len(ml.models.reversible(8, [np.int64(8), 4], 2, 5))
 
 
 def test_a_coupling_of_an_odd_number_of_channels_and_one_in_place_are_refused_before_anything_changes():
@@ -354,6 +374,8 @@ def test_no_file_is_left_by_a_step_that_fails_and_a_full_disk_changes_nothing(tm
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with refuses(ValueError, "folder", "nowhere"):
         make_rule("activation_offload", DEEP, folder=tmp_path / "nowhere")
+    with refuses(TypeError, "folder must be the path of a folder", "int"):
+        make_rule("activation_offload", DEEP, folder=5)
 
 
 # ----------------------------------------------------------------------------------------------------------------- MeZO
@@ -456,6 +478,7 @@ def test_weights_are_moved_back_when_a_pass_is_stopped():
 
 REFUSED = [
     ("mezo", {"eps": 0}, "eps"),
+    ("mezo", {"eps": True}, "eps"),
     ("mezo", {"seed": -1}, "seed"),
     *[(rule, {"clip_global_norm": 1.0}, "use clip_norm") for rule in WITHOUT_GLOBAL_NORM],
     *[(rule, {"pass1": "int8"}, "pass1") for rule in ("mezo", "binomial", "reversible", "activation_offload")],

@@ -54,7 +54,7 @@ def check_int(what: str, value: object, least: int = 1, most: int | None = None)
 
 def check_number(what: str, value: object, least: float = 0, or_more: bool = True, most: float = math.inf) -> None:
     """Raise ValueError if the value is not a finite number from `least` to `most`; without `or_more`, above it."""
-    given = float(value) if isinstance(value, Real) else math.nan
+    given = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(given) or given < least or given > most or (given == least and not or_more):
         upper = "on" if most == math.inf else f"to {most}"
         kind = f"from {least} {upper}" if or_more else f"above {least}"

@@ -1,7 +1,8 @@
 """Reversible networks, whose blocks compute their input from their output, and residual networks to compare with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,16 +44,21 @@ def reversible(
     With `coupled=False` the network is a chain of residual units with the same weights and arithmetic that cannot be
     reversed, to train by BP in comparison. Weights are He's; those of F and G are divided by the square root of the
     number of couplings, so that the output does not grow with depth. They depend on `seed`, not on the global
-    generator. Raises ValueError for an unknown activation, odd widths, and numbers below 1.
+    generator. Raises TypeError if widths is neither a number nor a list; ValueError for an unknown activation, no
+    widths, odd widths, and numbers below 1.
     """
-    widths = [widths] if isinstance(widths, int) else widths
+    given: Any = [widths] if isinstance(widths, Integral) else widths
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"widths must be an even whole number, or a list of them such as [8, 16], got {widths!r}")
+    if not (widths := list(given)):
+        raise ValueError("widths is an empty list: give an even width for each stage of the network, such as [8, 16]")
     images = not isinstance(input_shape, int)
     before = check_shape(input_shape)[0] if images else check_int("input_shape", input_shape)
     kind = lookup("activation", activation, ACTIVATIONS)
     for name, size in {"depth": depth, "classes": classes, **{f"width {w}": w for w in widths}}.items():
         check_int(name, size)
     if any(width % 2 for width in widths):
-        raise ValueError(f"a coupling splits its input into halves: give even widths, got {list(widths)}")
+        raise ValueError(f"a coupling splits its input into halves: give even widths, got {widths}")
 
     def layer(before: int, width: int, stride: int = 1, scale: float = 1.0) -> Any:
         made: Any = nn.Conv2d(before, width, 3, stride, 1) if images else nn.Linear(before, width)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from memdfa_lab.core.checks import check_type
 from memdfa_lab.core.compat import storage_id
 from memdfa_lab.core.devices import CPU, module_of
 from memdfa_lab.core.phases import label
@@ -25,15 +26,17 @@ class ActivationOffload(LeanBP):
     wait in the host's memory (not run on one yet).
 
     `written_bytes`: the bytes that the last step wrote; a memory profile does not count them. `feedback` is not used.
-    Raises ValueError if `folder` is no folder, and for clip_global_norm; OSError from a step if the disk is full.
+    Raises TypeError if `folder` is no path; ValueError if there is no such folder, and for clip_global_norm; OSError
+    from a step if the disk is full.
     """
 
     checkpoints, updates_in_backward = False, True
 
     def __init__(self, *given: Any, folder: str | Path | None = None, **options: Any):
         super().__init__(*given, **options)
+        check_type("folder", folder, str | Path | None, "the path of a folder on a disk, such as '/var/tmp'")
         if folder is not None and not Path(folder).is_dir():
-            raise ValueError(f"folder must be a folder for the activations of a step, got {str(folder)!r}")
+            raise ValueError(f"there is no folder {str(folder)!r} for the activations of a step: make it first")
         self.folder, self.written_bytes = folder, 0
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:

@@ -31,7 +31,11 @@ MOST_RUNS = 3  # by default no block is run again more often than this
 
 
 def runs_again(length: int, snapshots: int) -> int:
-    """Return r, the least number with length <= C(snapshots + r, snapshots); no block is run again more often."""
+    """Return r, the least number with length <= C(snapshots + r, snapshots); no block is run again more often.
+
+    Raises ValueError if a number is not a whole number from 1 on, as do the other functions of schedules.
+    """
+    length, snapshots = check_int("length", length), check_int("snapshots", snapshots)
     r, reach = 0, 1
     while reach < length:
         r += 1
@@ -47,16 +51,22 @@ def recomputations(length: int, snapshots: int) -> int:
 
 def fewest_snapshots(length: int, most: int = MOST_RUNS) -> int:
     """Return how many snapshots are needed for no block to be run again more than `most` times."""
+    check_int("length", length)
+    check_int("most", most)
     return next(s for s in range(1, length + 1) if runs_again(length, s) <= most)
 
 
 def schedule(length: int, snapshots: int) -> Way:
-    """Yield the actions of a step, each with the number of its block, in order.
+    """Return the actions of a step, each with the number of its block, in order.
 
     "keep": keep the block's input. "run": run the block for the next one's input. "teach": teach the block. "back":
     return to the input that was kept last, and keep it no longer. The network's input is kept before the first action.
     The blocks are taught from the last to the first.
     """
+    return _actions(check_int("length", length), check_int("snapshots", snapshots))
+
+
+def _actions(length: int, snapshots: int) -> Way:
     kept = [0]
     for end in range(length, 0, -1):
         start = kept.pop()
