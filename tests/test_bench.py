@@ -4,12 +4,13 @@ import math
 from functools import partial
 
 import pytest
+import torch
 import torch.nn.functional as F
 from reference import refuses
 
 import memdfa_lab as ml
 from memdfa_lab.lab import bench as module
-from memdfa_lab.lab.bench import Contender, bench, contenders, frontier
+from memdfa_lab.lab.bench import PLAIN, Contender, PlainLoop, bench, contenders, frontier
 from memdfa_lab.lab.example import example_step
 
 NETWORK = "784-[16]x8-10"
@@ -150,6 +151,27 @@ def test_first_passes_stand_beside_an_exact_one_and_bp_beside_its_own_precision(
     table = bench("fc_relu", 4, found[:4], rounds=1)
     seconds, alike = table["median_s"], table["ratio_alike"]
     assert alike.to_list() == pytest.approx([1, seconds[1] / seconds[0], 1, seconds[3] / seconds[2]])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "rmsprop"])
+def test_a_plain_loop_trains_as_bp(optimizer):
+    make = partial(ml.experiments.OPTIMIZERS[optimizer], lr=0.01)
+    (rule, x, y), (other, *_) = (example_step("bp", "mnist_conv", 4, make) for _ in range(2))
+    plain = PlainLoop(other)
+    for _ in range(3):
+        assert plain.step(x, y) == pytest.approx(rule.step(x, y).item())
+    for one, two in zip(rule.blocks.parameters(), plain.blocks.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+    assert all(group.get("fused", True) for group in plain.optimizer.param_groups)
+
+
+def test_a_plain_loop_stands_beside_bp_and_is_not_what_others_are_compared_with(monkeypatch):
+    by_clock(monkeypatch, {ml.BP: lambda i, x: 2, PlainLoop: lambda i, x: 1, ml.MemDFA: lambda i, x: 4})
+    table = bench(NETWORK, 4, [Contender("memdfa", "stored"), PLAIN], rounds=1, warm_up=1)
+    assert table["setting"].to_list() == ["", "", "plain loop"]
+    assert table["ratio"].to_list() == table["ratio_alike"].to_list() == [1, 2, 0.5]
+    step = ml.experiments.profile("bp", NETWORK, 4)
+    assert table["peak_bytes"][2] == pytest.approx(step.peak_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize(("network", "loss"), [("fc_sigmoid", "mse"), ("nokland_2x800", "bce")])

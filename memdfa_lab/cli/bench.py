@@ -23,7 +23,7 @@ from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.precision import PASS1
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
-from memdfa_lab.lab.bench import NETWORKS, bench, contenders, frontier, wait_until_quiet
+from memdfa_lab.lab.bench import NETWORKS, PLAIN, bench, contenders, frontier, wait_until_quiet
 from memdfa_lab.lab.files import write_text
 
 OPTIONS = ("precision", "clip_global_norm")
@@ -55,6 +55,10 @@ def add_to(commands: Any) -> None:
     add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help=kinds)
     others = "in place of --rules: MEM-DFA with five values of keep_bytes, checkpointing, and other ways to save memory"
     add("--frontier", action="store_true", help=others)
+    plain = (
+        "time BP also as a plain torch loop, with one fused optimizer for all weights and without the package's checks"
+    )
+    add("--plain", action="store_true", help=plain)
     add_settings(command, *OPTIONS, "device")
     formats = "time DFA and MEM-DFA also with their first pass in these number formats; default: only in the exact one"
     add("--pass1", nargs="+", choices=list(PASS1), default=[], help=formats)
@@ -86,6 +90,7 @@ def _bench(options: argparse.Namespace) -> None:
             against = frontier(network, batch, options.feedback[0], passes=options.pass1)
         else:
             against = contenders(rules, options.feedback, more, options.pass1)
+        against += [PLAIN] if options.plain else []
         if options.quiet and not wait_until_quiet():
             print("other processes still use the processors: timing anyway", file=sys.stderr)
         tables.append(bench(network, batch, against, rounds=options.rounds, threads=threads, device=options.device))

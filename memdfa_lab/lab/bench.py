@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.devices import CPU, module_of
+from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import ALL_RULES, find_rule
 from memdfa_lab.lab import models
 from memdfa_lab.lab.example import example_step
@@ -47,12 +49,37 @@ COUNTERS = Path("/proc/stat")  # where Linux reports how the processors spend th
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule with its options; `setting` describes the options in a table."""
+    """A rule with its options; `setting` describes the options in a table. `plain`: BP as a `PlainLoop`."""
 
     rule: str
     feedback: str = "none"
     setting: str = ""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    plain: bool = False
+
+
+PLAIN = Contender("bp", setting="plain loop", plain=True)
+
+
+class PlainLoop:
+    """BP as in a loop of one's own: loss.backward(), one optimizer for all weights, fused if it can be, and no checks.
+
+    It trains the network of `rule`, with the rule's loss and an optimizer of the rule's kind.
+    """
+
+    def __init__(self, rule: Rule):
+        self.blocks, self.loss_fn = rule.blocks, rule.loss_fn
+        self.optimizer = rule._make_optimizer(list(self.blocks.parameters()))
+        for group in self.optimizer.param_groups:
+            group.update({"fused": True, "foreach": False} if "fused" in group else {})
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Train the network on a batch, x (N, ...) and y (N,), and return the loss."""
+        loss = self.loss_fn(self.blocks(x), y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
 
 def contenders(
@@ -149,7 +176,8 @@ def bench(
     for one in every:
         kind = "stored" if one.feedback == "none" else one.feedback
         steps.append(example_step(one.rule, network, batch_size, optimizer, kind, seed, device=device, **one.options))
-    rules, (x, y) = [rule for rule, _, _ in steps], steps[0][1:]
+    rules: list[Any] = [PlainLoop(rule) if one.plain else rule for one, (rule, _, _) in zip(every, steps, strict=True)]
+    x, y = steps[0][1:]
     images = any(parameter.dim() == 4 for parameter in rules[0].blocks.parameters())
     inputs = {name: x.to(memory_format=layout) for name, layout in LAYOUTS.items() if images or name == "contiguous"}
     least = [dict.fromkeys(inputs, math.inf) for _ in every]
@@ -184,7 +212,7 @@ def bench(
         gc.unfreeze()
 
     rows = []
-    bps = {_alike(one): taken for one, taken in zip(every, seconds, strict=True) if one.rule == "bp"}
+    bps = {_alike(one): taken for one, taken in zip(every, seconds, strict=True) if one.rule == "bp" and not one.plain}
     for one, rule, layout, taken in zip(every, rules, layouts, seconds, strict=True):
         alike = bps.get(_alike(one), seconds[0])
         fastest, low, median, high, slowest = np.quantile(taken, (0.1, 0.25, 0.5, 0.75, 0.9))
