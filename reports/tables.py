@@ -136,6 +136,23 @@ def times() -> None:
     show(["step time / BP's", *(f"{network}, {batch}" for network, batch in networks)], rows)
 
 
+def plain() -> None:
+    """Step time over that of BP as a rule: a plain loop and MEM-DFA, and MEM-DFA over the plain loop, by threads."""
+    table = pd.read_csv(REPORTS / "bench" / "plain" / "bench.csv", keep_default_na=False)
+    rows = []
+    for (network, batch), of in table.groupby(["network", "batch_size"], sort=False):
+        row = [f"{network}, {batch}"]
+        for _, found in of.groupby("threads"):
+            loop = found[found["setting"] == "plain loop"].iloc[0]
+            memdfa = found[found["rule"] == "memdfa"].iloc[0]
+            mark = "*" * (str(loop["noisy"]) == "True")
+            over = memdfa["median_s"] / loop["median_s"]
+            row += [f"{loop['ratio']:.2f}{mark}", f"{memdfa['ratio']:.2f}{mark}", f"{over:.2f}{mark}"]
+        rows.append(row)
+    names = "plain loop / BP", "MEM-DFA / BP", "MEM-DFA / plain loop"
+    show(["network, batch", *(f"{name}, {threads}" for threads in ("1 thread", "2 threads") for name in names)], rows)
+
+
 def pass1() -> None:
     """Step time of MEM-DFA over BP's in one run: an exact pass 1, bfloat16 and int8, by threads; all in bfloat16; peaks."""
     folder = REPORTS / "bench" / "pass1"
