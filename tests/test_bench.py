@@ -10,6 +10,7 @@ from reference import refuses
 
 import memdfa_lab as ml
 from memdfa_lab.lab import bench as module
+from memdfa_lab.lab import quiet
 from memdfa_lab.lab.bench import PLAIN, Contender, PlainLoop, bench, contenders, frontier
 from memdfa_lab.lab.example import example_step
 
@@ -96,21 +97,21 @@ def test_a_run_in_which_bp_moves_by_more_than_a_tenth_is_noisy(monkeypatch, slow
 
 def test_a_quiet_machine_is_waited_for(monkeypatch, tmp_path, capsys):
     """By counters of two processors, of which others use 1.5, then none, or the 1.5 for ever."""
-    monkeypatch.setattr(module, "COUNTERS", tmp_path / "stat")
+    monkeypatch.setattr(quiet, "COUNTERS", tmp_path / "stat")
     with refuses(ValueError, "leave --quiet out"):
-        module.wait_until_quiet()
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+        quiet.wait_until_quiet()
+    monkeypatch.setattr(quiet.os, "cpu_count", lambda: 2)
     for quiet_after, waits in ((0, 1), (3, 4), (99, 7)):
         now = [0.0]
 
         def sleep(seconds, now=now, quiet_after=quiet_after):
             now[0] += seconds
             busy = 150 * min(now[0], quiet_after)
-            module.COUNTERS.write_text(f"cpu  {busy:.0f} 0 0 {200 * now[0] - busy:.0f} 0 0 0 0 0 0\ncpu0 1 2 3\n")
+            quiet.COUNTERS.write_text(f"cpu  {busy:.0f} 0 0 {200 * now[0] - busy:.0f} 0 0 0 0 0 0\ncpu0 1 2 3\n")
 
-        monkeypatch.setattr(module.time, "sleep", sleep)
+        monkeypatch.setattr(quiet.time, "sleep", sleep)
         sleep(0)
-        assert module.wait_until_quiet(longest_s=7, sample_s=1) == (quiet_after < 99)
+        assert quiet.wait_until_quiet(longest_s=7, sample_s=1) == (quiet_after < 99)
         assert now[0] == waits
         assert ("1.5 processors" in capsys.readouterr().err) == (quiet_after > 0)
 

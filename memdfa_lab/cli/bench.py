@@ -23,8 +23,9 @@ from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.precision import PASS1
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
-from memdfa_lab.lab.bench import NETWORKS, PLAIN, bench, contenders, frontier, wait_until_quiet
+from memdfa_lab.lab.bench import NETWORKS, PLAIN, bench, contenders, frontier
 from memdfa_lab.lab.files import write_text
+from memdfa_lab.lab.quiet import wait_until_quiet
 
 OPTIONS = ("precision", "clip_global_norm")
 SHOWN = ["rule", "feedback", "setting", "layout", "median_s", "us_a_block", "ratio", "ratio_low", "ratio_high"]

@@ -8,12 +8,9 @@ Images may be stored with the channels last or contiguously. Each contender trie
 
 import gc
 import math
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,8 +40,7 @@ NETWORKS = {
     "vgg_16": 32,
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NOISE = 0.1  # limit on the relative variation of BP's time, and on the part of a processor that others use
-COUNTERS = Path("/proc/stat")  # where Linux reports how the processors spend their time
+NOISE = 0.1  # limit on the relative variation of BP's time
 
 
 @dataclass(frozen=True)
@@ -246,29 +242,3 @@ def bench(
 def _alike(one: Contender) -> tuple[Any, ...]:
     """Return the options that BP also has: a contender is compared with BP under the same options."""
     return tuple(one.options.get(name) for name in ("precision", "clip_global_norm"))
-
-
-def wait_until_quiet(longest_s: float = 600, sample_s: float = 5) -> bool:
-    """Wait until other processes use less than a tenth of one processor; return whether they did in the end.
-
-    Raises ValueError on a system that does not report processor use in /proc/stat.
-    """
-    if not COUNTERS.exists():
-        raise ValueError(f"the load is read from {COUNTERS}, which this system does not have: leave --quiet out")
-    for i in range(round(longest_s / sample_s)):
-        before = _processor_ticks()
-        time.sleep(sample_s)
-        spent = _processor_ticks() - before
-        used = (os.cpu_count() or 1) * (1 - spent[3:5].sum() / spent.sum())  # columns 4 and 5 are idle time
-        if used < NOISE:
-            return True
-        if i == 0:
-            print(
-                f"{used:.1f} processors are in use: waiting up to {longest_s:.0f} s until they are idle",
-                file=sys.stderr,
-            )
-    return False
-
-
-def _processor_ticks() -> np.ndarray:
-    return np.array(COUNTERS.read_text("ascii").split()[1:9], float)
