@@ -136,6 +136,11 @@ def times() -> None:
     show(["step time / BP's", *(f"{network}, {batch}" for network, batch in networks)], rows)
 
 
+def ratio(row: pd.Series, name: str = "ratio") -> str:
+    """Return a ratio of a bench, with an asterisk if the run was noisy."""
+    return f"{row[name]:.2f}" + "*" * (str(row["noisy"]) == "True")
+
+
 def plain() -> None:
     """Step time over that of BP as a rule: a plain loop and MEM-DFA, and MEM-DFA over the plain loop, by threads."""
     table = pd.read_csv(REPORTS / "bench" / "plain" / "bench.csv", keep_default_na=False)
@@ -144,10 +149,9 @@ def plain() -> None:
         row = [f"{network}, {batch}"]
         for _, found in of.groupby("threads"):
             loop = found[found["setting"] == "plain loop"].iloc[0]
-            memdfa = found[found["rule"] == "memdfa"].iloc[0]
-            mark = "*" * (str(loop["noisy"]) == "True")
-            over = memdfa["median_s"] / loop["median_s"]
-            row += [f"{loop['ratio']:.2f}{mark}", f"{memdfa['ratio']:.2f}{mark}", f"{over:.2f}{mark}"]
+            memdfa = found[found["rule"] == "memdfa"].iloc[0].copy()
+            memdfa["over_loop"] = memdfa["median_s"] / loop["median_s"]
+            row += [ratio(loop), ratio(memdfa), ratio(memdfa, "over_loop")]
         rows.append(row)
     names = "plain loop / BP", "MEM-DFA / BP", "MEM-DFA / plain loop"
     show(["network, batch", *(f"{name}, {threads}" for threads in ("1 thread", "2 threads") for name in names)], rows)
@@ -159,10 +163,6 @@ def pass1() -> None:
     runs = pd.concat([pd.read_csv(folder / name / "bench.csv", keep_default_na=False) for name in ("float32", "wide")])
     alike = pd.read_csv(folder / "all_bfloat16" / "bench.csv", keep_default_na=False)
     passes = {"": "exact", "pass1=bfloat16": "bfloat16", "pass1=int8": "int8"}
-
-    def ratio(row: pd.Series, name: str = "ratio") -> str:
-        return f"{row[name]:.2f}" + "*" * (str(row["noisy"]) == "True")
-
     rows = []
     for (network, batch), of in runs[runs["rule"] == "memdfa"].groupby(["network", "batch_size"], sort=False):
         row = [f"{network}, {batch}"]

@@ -45,16 +45,15 @@ NOISE = 0.1  # limit on the relative variation of BP's time
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule with its options; `setting` describes the options in a table. `plain`: BP as a `PlainLoop`."""
+    """A rule with its options; `setting` describes the options in a table."""
 
     rule: str
     feedback: str = "none"
     setting: str = ""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    plain: bool = False
 
 
-PLAIN = Contender("bp", setting="plain loop", plain=True)
+PLAIN = Contender("bp", setting="plain loop")  # a `PlainLoop`
 
 
 class PlainLoop:
@@ -172,7 +171,9 @@ def bench(
     for one in every:
         kind = "stored" if one.feedback == "none" else one.feedback
         steps.append(example_step(one.rule, network, batch_size, optimizer, kind, seed, device=device, **one.options))
-    rules: list[Any] = [PlainLoop(rule) if one.plain else rule for one, (rule, _, _) in zip(every, steps, strict=True)]
+    rules: list[Any] = [
+        PlainLoop(rule) if one == PLAIN else rule for one, (rule, _, _) in zip(every, steps, strict=True)
+    ]
     x, y = steps[0][1:]
     images = any(parameter.dim() == 4 for parameter in rules[0].blocks.parameters())
     inputs = {name: x.to(memory_format=layout) for name, layout in LAYOUTS.items() if images or name == "contiguous"}
@@ -208,7 +209,7 @@ def bench(
         gc.unfreeze()
 
     rows = []
-    bps = {_alike(one): taken for one, taken in zip(every, seconds, strict=True) if one.rule == "bp" and not one.plain}
+    bps = {_alike(one): taken for one, taken in zip(every, seconds, strict=True) if one.rule == "bp" and one != PLAIN}
     for one, rule, layout, taken in zip(every, rules, layouts, seconds, strict=True):
         alike = bps.get(_alike(one), seconds[0])
         fastest, low, median, high, slowest = np.quantile(taken, (0.1, 0.25, 0.5, 0.75, 0.9))

@@ -6,7 +6,6 @@ on torch's meta device.
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -169,10 +168,7 @@ def _with_the_cpus_strides(operation: Any, args: Any, kwargs: Any, out: Any) -> 
     few = sum(tensor.numel() for tensor in tensors_in([args, kwargs])) <= FEW
     if not few or torch.Tag.nondeterministic_seeded in operation.tags:
         return out
-    zeros = partial(
-        tree_map_only, Tensor, lambda value: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
-    )
-    ran = iter(tensors_in(operation(*zeros(args), **zeros(kwargs))))
+    ran = iter(tensors_in(operation(*_zeros(args), **_zeros(kwargs))))
 
     def restrided(tensor: Tensor) -> Tensor:
         real = next(ran)
@@ -189,10 +185,14 @@ def _are_plain(given: list[Tensor], out: Any) -> bool:
     return shape is not None and all(one is not out and one.shape == shape and one.is_contiguous() for one in given)
 
 
+def _zeros(value: Any) -> Any:
+    """Return arguments with tensors of zeros, laid out as the tensors given, in their place."""
+    return tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).zero_(), value)
+
+
 def _onednns_workspace(args: Any) -> int:
     """Return the bytes that oneDNN keeps of a recurrent layer for its gradient, from a run on zeros."""
-    zeros = tree_map_only(Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), args)
-    workspace = aten.mkldnn_rnn_layer.default(*zeros)[3]
+    workspace = aten.mkldnn_rnn_layer.default(*_zeros(args))[3]
     return 0 if workspace is None else int(workspace.numel())
 
 
