@@ -369,6 +369,19 @@ def test_outputs_and_gradients_have_the_strides_of_the_cpu(name, shape):
             assert run(torch.empty, layout, of_error) == expected, (layout, of_error)
 
 
+@pytest.mark.parametrize("size", [8, 1])
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_whose_bias_alone_is_trained_is_predicted_event_for_event(layer, size):
+    first, second = nn.Conv2d(3, 4, 3, padding=1), layer(4, 5, 3, padding=1)
+    second.weight.requires_grad_(False)
+    net = nn.Sequential(first, nn.Sequential(second, nn.ReLU(), nn.Flatten()), nn.Linear(5 * size**2, 3))
+    x, y = torch.randn(6, 3, size, size), torch.arange(6) % 3
+    for rule in (ml.BP, ml.MemDFA):
+        learner = rule(copy.deepcopy(net), STEADY["sgd"], feedback=ml.feedback.Stored(1))
+        measured = measure(learner, x, y, warm_up=1)
+        assert_same_account(predict(rule, net, tuple(x.shape), STEADY["sgd"], ml.feedback.Stored(1)), measured)
+
+
 def test_a_model_whose_images_shrink_to_one_pixel_is_predicted_to_the_byte():
     model = torchvision.models.resnet18(num_classes=10)
     shape = (6, 3, 32, 32)

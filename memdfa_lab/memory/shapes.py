@@ -168,13 +168,13 @@ def _with_the_cpus_strides(operation: Any, args: Any, kwargs: Any, out: Any) -> 
     few = sum(tensor.numel() for tensor in tensors_in([args, kwargs])) <= FEW
     if not few or torch.Tag.nondeterministic_seeded in operation.tags:
         return out
-    ran = iter(tensors_in(operation(*_zeros(args), **_zeros(kwargs))))
+    ran = tensors_in(operation(*_zeros(args), **_zeros(kwargs)))
+    strides = {id(tensor): real.stride() for tensor, real in zip(tensors_in(out), ran, strict=True)}
 
     def restrided(tensor: Tensor) -> Tensor:
-        real = next(ran)
         if not _is_ambiguous(tensor):
             return tensor
-        return torch.empty_strided(real.shape, real.stride(), dtype=tensor.dtype, device=META)
+        return torch.empty_strided(tensor.shape, strides[id(tensor)], dtype=tensor.dtype, device=META)
 
     return tree_map_only(Tensor, restrided, out)
 
