@@ -450,14 +450,14 @@ def verdicts(tables):
 
 
 def test_a_claim_is_only_shown_by_tables_that_show_it(measured):
-    bench = pd.DataFrame({"network": "n", "rule": ["dfa", "memdfa"], "setting": None, "median_s": [1.0, 1.5]})
+    bench = pd.DataFrame({"network": "n", "rule": ["dfa", "memdfa"], "setting": None, "ratio": [1.0, 1.5]})
     assert paper.tables.extra_time(bench) == {"n": 1.5}
     assert verdicts(measured) == ["shown, with limits", "not shown", "not shown", "shown"]
     assert verdicts({**measured, "bench": bench})[1] == "shown, with limits"
     four = table_of(*[("a", rule, 0, 1, 0.9) for rule in ml.RULES])
     result = "with limits: MEM-DFA's test error is above BP's in 0 of 1 experiments"
     assert verdicts({**measured, "histories": four})[2] == result
-    assert verdicts({**measured, "bench": bench.assign(median_s=[1.0, 1.6])})[1] == "not shown"  # theory: 1.5
+    assert verdicts({**measured, "bench": bench.assign(ratio=[1.0, 1.6])})[1] == "not shown"  # theory: 1.5
     grows, differs = measured["depth"].copy(), measured["depth"].copy()
     grows.loc[grows.eval("rule == 'memdfa' and depth == 4"), "peak_bytes"] += 4
     differs["measured_bytes"] += 1

@@ -221,11 +221,11 @@ def _behind_bp(histories: pd.DataFrame) -> "pd.Series[float]":
 
 
 def extra_time(bench: pd.DataFrame) -> dict[str, float]:
-    """Return network -> step time of MEM-DFA over that of DFA; empty without a table of `memdfa bench`."""
+    """Return network -> MEM-DFA's step time over DFA's, from both ratios to BP; empty without a bench."""
     if not len(bench):
         return {}
     plain = bench[bench["setting"].isna() | (bench["setting"] == "")]
-    times = plain.pivot_table(index="network", columns="rule", values="median_s", aggfunc="first", sort=False)
+    times = plain.pivot_table(index="network", columns="rule", values="ratio", aggfunc="first", sort=False)
     if not {"dfa", "memdfa"} <= set(times):
         return {}
     return {str(name): float(ratio) for name, ratio in (times["memdfa"] / times["dfa"]).dropna().items()}
