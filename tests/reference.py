@@ -7,6 +7,7 @@ at each block's output). No torch computes anything in them; the model gives its
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from memdfa_lab.core.feedback import Feedback, Regenerated
 from memdfa_lab.core.rule import Rule
 
 Array = NDArray[np.float64]
+FAULTS = int(os.environ.get("MEMDFA_FAULTS", "2"))  # how many kills a test gets; some tests take multiples
 TOLERANCE = 1e-12  # relative to the larger of 1 and the tensor's largest value
 
 

@@ -26,7 +26,7 @@ import pytest
 import torch
 import torchvision
 from problems import BY_NAME, OPTIMIZERS, STORAGES, Problem, Record, make_rule, params, record, rotated
-from reference import assert_identical, assert_same_training, refuses
+from reference import FAULTS, assert_identical, assert_same_training, refuses
 from torch import Tensor, nn
 
 import memdfa_lab as ml
@@ -309,7 +309,7 @@ def test_files_are_the_same_where_the_system_has_neither_pwrite_nor_preadv(monke
 @pytest.mark.slow
 def test_after_a_kill_at_any_moment_the_last_commit_is_there(tmp_path):
     was, folder, moments = 0, tmp_path / "w", random.Random(20)
-    for kill in range(20):
+    for kill in range(4 * FAULTS):
         call = [sys.executable, "-c", ENDLESS, str(ROOT), str(folder), str(1 + kill % 2)]
         with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
