@@ -234,6 +234,7 @@ def proved(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, set[str]]]:
             yield problem.name, set()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_list_of_proved_operations_is_what_is_predicted_right(monkeypatch):
     listed = shapes.PROVED
