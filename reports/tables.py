@@ -315,7 +315,7 @@ def learned_by_rivals() -> None:
 def readouts_memory() -> None:
     """All that a step with Adam holds at its peak, in MiB: local readouts with and without the similarity loss."""
     rows = []
-    for network, batch in (("liao_cifar", 100), ("mnist_conv", 128), ("[800 tanh dropout0.2]x2 classes@1x28x28", 32)):
+    for network, batch in (("liao_cifar", 100), ("liao_cifar_bn", 100), ("mnist_conv", 128), ("[800 tanh dropout0.2]x2 classes@1x28x28", 32)):
         ways = {"BP": ("bp", {}), "MEM-DFA, B fixed": ("memdfa", {})}
         ways |= {f"local readouts, similarity {weight}": ("local_readout", {"similarity": weight}) for weight in (0.0, 0.9)}
         steps = [ml.experiments.profile(rule, network, batch, "adam", **options) for rule, options in ways.values()]

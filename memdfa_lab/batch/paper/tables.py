@@ -131,12 +131,12 @@ def goals(histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def missing(histories: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per unfinished experiment of the plan: epochs, and by rule the seeds still to be run."""
+    """Return one row per unfinished experiment of the plan: epochs, minutes, and by rule the seeds still to be run."""
     none: dict[str, list[int]] = {rule: [] for rule in RULES}
     rows = [
         {"experiment": one.name, "network": one.network, "dataset": one.dataset, "epochs": one.epochs}
+        | {"about (min)": round(one.seconds / 60)}  # then the rules, of which other rows may have more
         | {rule: ", ".join(map(str, seeds)) for rule, seeds in {**none, **one.seeds}.items()}
-        | {"about (min)": round(one.seconds / 60)}
         for one in plan.unfinished(plan.experiments(), histories)
     ]
     return pd.DataFrame(rows).fillna("")
