@@ -220,12 +220,12 @@ def _behind_bp(histories: pd.DataFrame) -> "pd.Series[float]":
     return found["memdfa"] - found["bp"]
 
 
-def extra_time(bench: pd.DataFrame) -> dict[str, float]:
-    """Return network -> MEM-DFA's step time over DFA's, from both ratios to BP; empty without a bench."""
+def extra_time(bench: pd.DataFrame, over: str = "dfa") -> dict[str, float]:
+    """Return network -> MEM-DFA's step time over that of a rule, from their ratios to BP; empty without a bench."""
     if not len(bench):
         return {}
     plain = bench[bench["setting"].isna() | (bench["setting"] == "")]
     times = plain.pivot_table(index="network", columns="rule", values="ratio", aggfunc="first", sort=False)
-    if not {"dfa", "memdfa"} <= set(times):
+    if not {over, "memdfa"} <= set(times):
         return {}
-    return {str(name): float(ratio) for name, ratio in (times["memdfa"] / times["dfa"]).dropna().items()}
+    return {str(name): float(ratio) for name, ratio in (times["memdfa"] / times[over]).dropna().items()}
