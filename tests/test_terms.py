@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from reference import assert_close, assert_identical, refuses_and_keeps, surroga
 from torch import Tensor, nn
 
 import memdfa_lab as ml
+from memdfa_lab.core.rules import find_rule
 from memdfa_lab.memory import measure
 
 BP_LIKE = ["bp", *AS_BP]
@@ -184,3 +186,24 @@ def test_a_penalty_without_a_finite_gradient_is_refused_before_any_weight_change
     learner = EVERY_RULE[rule](model, OPTIMIZERS["sgd"], loss)
     with refuses_and_keeps(learner, FloatingPointError, "penalty", "no weight was changed"):
         learner.step(BY_NAME["mlp_relu"].x, BY_NAME["mlp_relu"].y)
+
+
+@pytest.mark.parametrize("rule", ["dfa", "memdfa", "local_readout", "bp", "fa", "drtp"])
+@pytest.mark.parametrize(
+    ("last", "loss", "same"),
+    [
+        (nn.LogSoftmax(1), F.nll_loss, True),
+        (nn.LogSoftmax(1), lambda p, y: F.kl_div(p, F.one_hot(y, 3).float(), reduction="batchmean"), True),
+        (nn.Identity(), F.cross_entropy, False),
+        (nn.Identity(), F.multi_margin_loss, False),
+        (nn.Identity(), lambda out, y: F.l1_loss(out, 1e6 * F.one_hot(y, 3).float()), False),
+    ],
+)
+def test_a_gradient_that_ignores_the_outputs_is_told_where_blocks_learn_from_it(rule, last, loss, same):
+    network = [nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 3), last)]
+    learner = find_rule(rule)(network, partial(torch.optim.SGD, lr=0.01), loss)
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    told = same and rule in ("dfa", "memdfa", "local_readout")
+    with pytest.warns(UserWarning, match="leave that out and use F.cross_entropy") if told else nullcontext():
+        learner.step(x, y)
+    learner.step(x, y)  # told once

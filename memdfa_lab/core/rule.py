@@ -136,7 +136,7 @@ class Rule(Updates, Packs, precisions.InPrecision, ABC):
         contract.check_traced(self.chain, x)
         alone = self.group.size == 1  # with several ranks, one rank's part may give no loss
         with self.transport() as transport:
-            loss = partial(self._checked_error, self._loss_and_error, y=y) if alone else lambda h: None
+            loss = partial(self._try_error, y=y) if alone else lambda h: None
             settings = (self.loss_fn, self.teaches_blocks, transport and transport.check, self.store)
             outputs = contract.rehearse(self.chain, x, loss, *settings)
         if self.teaches_blocks and self.uses_feedback:
@@ -187,6 +187,11 @@ class Rule(Updates, Packs, precisions.InPrecision, ABC):
         if self._terms is not None:
             self._terms.check()
         return loss, e
+
+    def _try_error(self, logits: Tensor, y: Any) -> None:
+        self._checked_error(self._loss_and_error, logits, y)
+        if len(self.chain) > 1 and self.teaches_blocks and (self.teaches_feedback or not self.uses_feedback):
+            terms.warn_if_linear(self.loss_fn, logits, y)  # DRTP's blocks learn from labels, not from e
 
     def _loss_and_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
         loss, e, self._terms = terms.loss_and_error(self.loss_fn, logits, y, self._owners)

@@ -5,6 +5,7 @@ a term with respect to a block's weights is formed when the block is updated, so
 a time. This is correct because the term depends on no other block, whose weights may have changed by then.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from memdfa_lab.core.checks import check_finite, scalar_loss
 from memdfa_lab.core.compat import saved_by
 from memdfa_lab.core.phases import label
+from memdfa_lab.core.watcher import has_data
 
 LOGITS, OWN = -1, -2  # what a term may depend on, besides the number of a block
 
@@ -35,6 +37,29 @@ def loss_and_error(
         raise ValueError("the loss does not depend on the logits, so that the network would learn nothing from it")
     # contiguous: the gradient of a sum is one expanded number, which cannot be changed in place
     return loss.detach(), e.contiguous(), terms
+
+
+def warn_if_linear(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any) -> None:
+    """Warn if e = dloss/dlogits is the same for any logits (N, C), as in a negative log-likelihood of the outputs."""
+    if has_data(logits) and _is_linear(loss_fn, logits, y):
+        warnings.warn(
+            "the gradient of the loss does not depend on what the network puts out, so that blocks below the last learn "
+            "nothing from its errors: if it ends in LogSoftmax, for F.nll_loss, leave that out and use F.cross_entropy",
+            stacklevel=8,  # the call of step
+        )
+
+
+def _is_linear(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any) -> bool:
+    """Tell whether e is the same near these logits and at a great distance, where also the slope of an L1 loss turns."""
+    far = torch.linspace(-1, 1, logits.numel()).view_as(logits).to(logits) * (torch.finfo(logits.dtype).max / 4)
+    found: list[Tensor] = []
+    for at in (logits.detach(), far):
+        at.requires_grad_()
+        try:
+            found += torch.autograd.grad(scalar_loss(loss_fn, at, y), at)
+        except ValueError:  # it takes no such logits, as BCE takes probabilities alone
+            return False
+    return torch.equal(*found)
 
 
 class Terms:
