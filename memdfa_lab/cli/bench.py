@@ -98,7 +98,7 @@ def _bench(options: argparse.Namespace) -> None:
         first = tables[-1].iloc[0]
         if len(tables) == 1:
             print(f"torch {first['torch']} on {options.device}, {options.rounds} rounds")
-        title = f"{network}, batch {batch}, {first['threads']} threads"
+        title = f"{network}, batch {batch}, {_count(first['threads'])}"
         print(f"\n{title}: seconds per step and ratio to BP (median, quartiles), peak above rest")
         shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)[[*SHOWN, "peak_mib"]]
         print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
@@ -111,8 +111,12 @@ def _bench(options: argparse.Namespace) -> None:
             table = pd.concat(tables)
             write_text(options.out / "bench.csv", table.to_csv(index=False))
             if len(options.threads) > 1:
-                table["network"] += ", " + table["threads"].astype(str) + " threads"
+                table["network"] += ", " + table["threads"].map(_count)
             figures.save(figures.frontier(table), options.out / "bench")
+
+
+def _count(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def _threads(given: str) -> int:

@@ -43,14 +43,15 @@ def warn_if_linear(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, 
     """Warn if e = dloss/dlogits is the same for any logits (N, C), as in a negative log-likelihood of the outputs."""
     if has_data(logits) and _is_linear(loss_fn, logits, y):
         warnings.warn(
-            "the gradient of the loss does not depend on what the network puts out, so that blocks below the last learn "
-            "nothing from its errors: if it ends in LogSoftmax, for F.nll_loss, leave that out and use F.cross_entropy",
+            "the gradient of the loss does not depend on what the network puts out, so that blocks below the last "
+            "learn nothing from its errors: if it ends in LogSoftmax, for F.nll_loss, leave that out and use "
+            "F.cross_entropy",
             stacklevel=8,  # the call of step
         )
 
 
 def _is_linear(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Any) -> bool:
-    """Tell whether e is the same near these logits and at a great distance, where also the slope of an L1 loss turns."""
+    """Tell whether e is the same here and at a great distance, where also the slope of an L1 loss turns."""
     far = torch.linspace(-1, 1, logits.numel()).view_as(logits).to(logits) * (torch.finfo(logits.dtype).max / 4)
     found: list[Tensor] = []
     for at in (logits.detach(), far):

@@ -125,6 +125,6 @@ def frontier(table: pd.DataFrame) -> Figure:
         axes.set_title(f"{network}, batch {batch_size}", fontsize=10)
         axes.set(xlabel="peak above rest (MiB)", ylabel="step time / BP's")
         logarithmic(axes, "x")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * contenders["ratio_high"].max())
     legend(figure, handlelength=2)
     return figure

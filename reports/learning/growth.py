@@ -77,26 +77,27 @@ WEIGHTS = {
     "orthogonal": orthogonal,
     "normalised": normalised,
     "fixed lengths": fixed_lengths,
-    "standardised": standardised,
     "nearly orthogonal": nearly_orthogonal,
-    "projected": lambda model: None,
-    "all projected": lambda model: None,
+    "standardised, parametrisation": standardised,
+    "standardised, projection": lambda model: None,
+    "standardised, projection, last layer too": lambda model: None,
 }
+PROJECTED, IN_LAYERS = "standardised, projection", "standardised, parametrisation"
 ADAM = {"optimizer": "adam", "lr": 1e-3}
 UNIFORM = {**ADAM, "distribution": "uniform"}
 DECAYED = {"optimizer": "adamw", "lr": 1e-3, "distribution": "uniform"}
 # in order of value
 PLAN = [("bp", "he_normal", ADAM), ("dfa", "he_normal", UNIFORM), ("local_readout", "he_normal", ADAM)]
-PLAN += [("dfa", "projected", UNIFORM), ("local_readout", "projected", ADAM), ("bp", "projected", ADAM)]
-PLAN += [("dfa", "projected", {**UNIFORM, "feedback_lr": lr}) for lr in (1e-4, 1e-3, 1e-2)]
-PLAN += [("dfa", weights, UNIFORM) for weights in ("standardised", "all projected", "nearly orthogonal")]
-PLAN += [(rule, "standardised", ADAM) for rule in ("local_readout", "bp")]
+PLAN += [("dfa", PROJECTED, UNIFORM), ("local_readout", PROJECTED, ADAM), ("bp", PROJECTED, ADAM)]
+PLAN += [("dfa", PROJECTED, {**UNIFORM, "feedback_lr": lr}) for lr in (1e-4, 1e-3, 1e-2)]
+PLAN += [("dfa", weights, UNIFORM) for weights in (IN_LAYERS, f"{PROJECTED}, last layer too", "nearly orthogonal")]
+PLAN += [(rule, IN_LAYERS, ADAM) for rule in ("local_readout", "bp")]
 PLAN += [("dfa", weights, UNIFORM) for weights in ("fixed lengths", "normalised", "orthogonal")]
 PLAN += [("dfa", "he_normal", {**DECAYED, "weight_decay": decay}) for decay in (0.1, 1.0)]
 PLAN += [("dfa", "he_normal", {**UNIFORM, "lr": lr}) for lr in (3e-4, 1e-4)]
 PLAN += [("dfa", "he_normal", {**UNIFORM, "feedback_lr": lr}) for lr in (1e-4, 1e-3, 1e-2)]
 PLAN += [("dfa", "he_normal", {**UNIFORM, "scale": scale}) for scale in (0.55, 0.01, 1e-4)]
-PLAN += [("dfa", weights, {**ADAM, "distribution": "he_normal"}) for weights in ("he_normal", "projected")]
+PLAN += [("dfa", weights, {**ADAM, "distribution": "he_normal"}) for weights in ("he_normal", PROJECTED)]
 
 
 @cache
@@ -119,8 +120,8 @@ def train(rule: str, weights: str, settings: dict[str, object]) -> dict[str, obj
     WEIGHTS[weights](model)
     decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
     optimizer = partial(ml.experiments.OPTIMIZERS[run.optimizer], lr=run.lr, **decay)
-    if "projected" in weights:
-        optimizer = ml.standardised(optimizer, None if "all" in weights else data().classes)
+    if PROJECTED in weights:
+        optimizer = ml.standardised(optimizer, None if "last" in weights else data().classes)
     feedback = ml.experiments.feedback_of(run)
     learner = find_rule(rule)(model, optimizer, feedback=feedback)
     before = size(model)

@@ -25,6 +25,7 @@ TAUGHT_BY_B = [name for name, rule in ALL_RULES.items() if rule.uses_feedback]
 SEARCHED_FOR = {
     "distribution": TAUGHT_BY_B,
     "scale": TAUGHT_BY_B,
+    "initialisation": TAUGHT_BY_B,
     "feedback_lr": [name for name, rule in ALL_RULES.items() if rule.teaches_feedback],
     "readout_similarity": ["local_readout"],
 }

@@ -1,6 +1,7 @@
 """Results from the tables of the comparison, computed in seconds: test errors, goals, claims, and missing runs."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,11 @@ def errors(histories: pd.DataFrame) -> pd.DataFrame:
 def beside_published(histories: pd.DataFrame) -> pd.DataFrame:
     """Return test errors (%) as text, one column per rule: our mean ± deviation (seeds), and published ones."""
     found = errors(histories)
-    learned = set(histories.loc[histories["settings"].str.contains("feedback_lr"), "experiment"]) if len(found) else ()
     rules = _rules(found)
-    images = {one.name: f", {one.images:,} training images" for one in plan.experiments() if one.images is not None}
     rows = []
     for (name, network, dataset), group in found.groupby(["experiment", "network", "dataset"], sort=False):
-        source = f"here, {name}{images.get(str(name), '')}{', B learned' if name in learned else ''}"
+        apart = _apart(histories.loc[histories["experiment"] == name, "settings"])
+        source = ", ".join([f"here, {name}", *apart])
         row = {"dataset": dataset, "network": network, "source": source, **dict.fromkeys(rules, "")}
         for one in group.itertuples():
             spread = "" if one.seeds == 1 else f" ± {one.spread:.2f}"
@@ -88,6 +88,19 @@ def beside_published(histories: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("dataset", ascending=False, kind="stable", ignore_index=True)  # MNIST first
 
 
+def _apart(settings: Iterable[str]) -> list[str]:
+    """Return what sets an experiment's runs apart from others of the same network."""
+    stated = {name: value for text in settings for name, value in json.loads(text).items()}
+    weights = dict.fromkeys(json.loads(text).get("initialisation") for text in settings)
+    notes = {
+        "images": f"{stated.get('images', 0):,} training images",
+        "initialisation": f"{' or '.join(map(str, weights))} initial weights",
+        "standardise": "standardised weights",
+        "feedback_lr": "B learned",
+    }
+    return [note for name, note in notes.items() if stated.get(name)]
+
+
 def _rules(found: pd.DataFrame) -> list[str]:
     """Return the four rules, and after them the others that have runs."""
     return [*RULES, *(rule for rule in ALL_RULES if rule not in RULES and rule in set(found["rule"]))]
@@ -97,8 +110,9 @@ def against_memory(histories: pd.DataFrame) -> pd.DataFrame:
     """Return one row per network and learner: its test error (%), and the predicted bytes of its step.
 
     A `learner` is a rule, or MEM-DFA with a B that learns. FA and DFA are left out. If several experiments have the
-    same network and learner, the one with the longest search counts. `held_bytes` is all memory at the peak: what is
-    in memory between steps (weights, optimizer state, B and readouts), and `peak_bytes` above that.
+    same network and learner, the one with the longest search counts; so learners can differ in their optimizer and
+    `weights`, too. `held_bytes` is all memory at the peak: what is in memory between steps (weights, optimizer state, B
+    and readouts), and `peak_bytes` above that.
     """
     searched = {one.name: one.search_epochs for one in plan.experiments()}
     settings = longest(histories).groupby(["experiment", "rule"])["settings"].first()
@@ -113,6 +127,8 @@ def against_memory(histories: pd.DataFrame) -> pd.DataFrame:
         how = {"loss_fn": LOSSES[str(run.loss)], **experiments.options_of(run)}
         B = experiments.feedback_of(run)
         trace = experiments.profile(run.rule, run.network, int(run.batch_size or 0), str(run.optimizer), B, **how)
+        row["optimizer"] = run.optimizer
+        row["weights"] = f"{run.initialisation or ''}{', standardised' * run.standardise}"
         row["peak_bytes"] = trace.peak_bytes
         row["held_bytes"] = trace.resting_bytes + trace.peak_bytes
     return pd.DataFrame([row for row, _ in rows.values()])
@@ -170,7 +186,7 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     ratios = ", ".join(f"{ratio:.2f} on {name}" for name, ratio in times.items())
     behind = _behind_bp(histories)
     ranges = [
-        f"{rows.min():+.2f} to {rows.max():+.2f} points in {len(rows)} on {name}"
+        f"{rows.min():+.2f} to {rows.max():+.2f} points in {len(rows)} experiments on {name}"
         for name, rows in behind.groupby(level="dataset", sort=False)
     ]
     result = f"MEM-DFA's test error is above BP's in {(behind > 0).sum()} of {len(behind)} experiments"
@@ -196,7 +212,7 @@ def claims(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         "limits": [
             "weights need memory besides, and grow with depth",
             "on one machine; theory counts matrix products alone" if ratios else "",
-            "; ".join(lacking),
+            "; ".join(["errors where BP, FA and MEM-DFA were trained", *lacking]),
             "closed forms are for MLPs",
         ],
         "figure": ["depth", "time", "curves, profiles", "depth"],
