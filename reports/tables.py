@@ -462,7 +462,7 @@ def estimators() -> None:
 
 
 def course() -> None:
-    """The course: minutes to read (words / 200), time of a run, words, figures and exercises of each notebook."""
+    """The course: minutes to read and time of a run, as each notebook says, and its words, figures and exercises."""
     rows, totals = [], [0] * 4
     for path in sorted((REPORTS.parent / "notebooks").glob("[0-9]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -472,7 +472,8 @@ def course() -> None:
         outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
         pictures = sum("image/png" in data or "data:image/" in "".join(data.get("text/html", "")) for data in outputs)
         runs = re.search(r"runs\s+in\s+([^.,;]*?)(?:\s+on\s+two\s+cores)?[.,;]", texts[0])
-        numbers = [-(-len(text.split()) // 200), len(text.split()), pictures, sum("exercise" in tag for tag in tags)]
+        minutes = re.search(r"Reading time:\*\*\s+(\d+)\s+minutes", texts[0])
+        numbers = [int(minutes[1]) if minutes else 0, len(text.split()), pictures, sum("exercise" in tag for tag in tags)]
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
         title = texts[0].partition("\n")[0].removeprefix("# ")
         rows.append([f"[{title}](../{path.name})", numbers[0], " ".join(runs[1].split()) if runs else "", *(f"{n:,}" for n in numbers[1:])])

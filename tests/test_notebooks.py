@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def test_begins_with_goals_and_parameters_that_are_checked_and_write_nothing_by_
     first = read(path)[0].source
     assert first.startswith(f"# {path.name[:2]} · ")
     assert all(f"**{promise}:**" in first for promise in ("What you can do afterwards", "Before", "Reading time"))
+    texts = "\n".join(cell.source for cell in read(path) if cell.cell_type == "markdown")
+    words = len(re.sub(r"<details>.*?</details>", "", texts, flags=re.DOTALL).split())
+    assert int(re.search(r"Reading time:\*\*\s+(\d+)\s+minutes", first)[1]) == math.ceil(words / 200)
     cells = code(path)
     assert ["parameters" in cell.metadata.get("tags", []) for cell in cells] == [True] + [False] * (len(cells) - 1)
     assert re.search(r"^out = None", cells[0].source, re.MULTILINE)
