@@ -33,6 +33,7 @@ from reference import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from memdfa_lab.core.feedback import Learned
 from memdfa_lab.core.rule import Rule
 
 SGD = OPTIMIZERS["sgd"]
@@ -188,10 +189,14 @@ class Dropped(nn.Linear):
         return h
 
 
-@pytest.mark.parametrize("rule", RULE_NAMES)
-def test_a_unit_that_is_dropped_does_not_learn_and_the_others_do(rule):
+@pytest.mark.parametrize(
+    ("rule", "feedback"), [*((rule, "stored") for rule in RULE_NAMES), ("dfa", "learned"), ("memdfa", "learned")]
+)
+def test_a_unit_that_is_dropped_does_not_learn_and_the_others_do(rule, feedback):
     problem = with_unit(lambda: Dropped(8, 8))
-    before, learner = problem.build().state_dict(), make_rule(rule, problem, "momentum")
+    storage = Learned(lr=0.1) if feedback == "learned" else feedback
+    before, learner = problem.build().state_dict(), make_rule(rule, problem, "momentum", storage)
     learner.step(problem.x, problem.y)
+    assert rule not in ("dfa", "memdfa") or learner.feedback.matrices.keys() == {("block", 0)}
     learnt = {name for name, value in learner.blocks.state_dict().items() if not torch.equal(value, before[name])}
     assert learnt == {"0.weight", "0.bias", "2.weight", "2.bias"}
