@@ -207,6 +207,15 @@ def test_what_is_predicted_is_measured_to_the_byte(name):
         assert trace.resting_by_category["feedback"] == B + state
 
 
+def test_a_scheduler_is_of_the_weights_and_b_keeps_its_rate():
+    rule = MemDFA(MLP.build(), ADAMW, feedback=learned())
+    start = rule.optimizers[0].param_groups[0]["lr"]
+    decay = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.1)
+    ml.fit(rule, (MLP.x, MLP.y), 2, 6, scheduler=decay, progress=False)
+    assert rule.optimizers[0].param_groups[0]["lr"] == pytest.approx(start / 100)
+    assert {optimizer.param_groups[0]["lr"] for optimizer in rule.feedback.optimizers.values()} == {0.05}
+
+
 @pytest.mark.parametrize("where", ["file", "disk"])
 def test_a_run_goes_on_where_it_stopped(where, tmp_path):
     data = MLP.x.repeat(4, 1), MLP.y.repeat(4)

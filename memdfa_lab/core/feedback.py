@@ -40,8 +40,10 @@ class Learned(Stored):
 
     `distribution`: with "zero", B starts at 0, and all blocks but the last start to learn in the second step. `lr` is
     B's learning rate; `optimizer` makes an optimizer from (parameters, lr=, weight_decay=), Adam if not given; `decay`
-    is its weight decay. Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises;
-    TypeError if `optimizer` makes no optimizer; later, ValueError for a block whose output has changed its size.
+    is its weight decay. A scheduler of `ml.fit` changes the weights' learning rate; B keeps its own.
+
+    Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises; TypeError if `optimizer`
+    makes no optimizer; later, ValueError for a block whose output has changed its size.
     """
 
     learns = True
