@@ -88,6 +88,54 @@ def learn(group, rule, optimizer, net, sizes, dtype=torch.float64, sync=True, B_
     return outcome(trained, losses=losses, output=trained.blocks(x).detach())
 
 
+DROPPED = [(True, True), (False, True), (True, False), (False, False), (True, True)]  # by which half, in each step
+
+
+class Unit(nn.Linear):
+    """A residual unit that neither half, one or both halves of the batch skip."""
+
+    dropped = (False, False)
+
+    def forward(self, h):
+        if all(self.dropped):
+            return h
+        return h + kept_rows(self.dropped, h) * super().forward(h)
+
+
+def kept_rows(dropped, h):
+    return torch.tensor([float(not one) for one in dropped]).to(h).repeat_interleave(len(h) // 2)[:, None]
+
+
+class OfKeptRows(ml.feedback.Learned):
+    """What ranks learn of which one has not taught a block: without the examples of that rank."""
+
+    dropped = (False, False)
+
+    def learn(self, i, e, h, *others):
+        super().learn(i, kept_rows(self.dropped, e) * e if i == 1 else e, h, *others)
+
+
+def with_unit():
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(72, 12)), Unit(12, 12), nn.Linear(12, 5))
+
+
+def learn_dropped(group, rule, learns=False):
+    """Learn with a unit that ranks drop in different steps, as layer dropout does; alone, halves of the batch do."""
+    kind = ml.feedback.Learned if group.size > 1 else OfKeptRows
+    options = {"feedback": kind(lr=0.01)} if learns else {}
+    trained = learner(group, rule, with_unit, OPTIMIZERS["clipped"], **options)
+    losses = []
+    for step, dropped in enumerate(DROPPED):
+        x, y = examples(12, seed=step)
+        mine = group.part(torch.arange(12))
+        of_ranks = dropped if group.size == 1 else (dropped[group.rank],) * 2
+        trained.chain[1].dropped = trained.feedback.dropped = of_ranks
+        losses.append(trained.step(x[mine], y[mine]).item())
+    B = {f"B {k}": tensor.clone() for k, tensor in enumerate(trained.feedback.tensors())}
+    found = outcome(trained, losses=losses)
+    return {**found, "state": found["state"] | B}
+
+
 WEIGHTS = torch.tensor([0.3, 2.0, 0.0, 1.1, 5.0], dtype=torch.float64)
 LOSS_RULES = ("bp", "dfa", "memdfa")
 IGNORED = {"none": None, "torch's own": -100, "a class": 1, "weighs 0": 2}  # the label that is put in
@@ -282,6 +330,7 @@ def all_cases(group, folder):
     """Run everything that two ranks in good health do; `folder` has one.pt, a checkpoint that one process wrote."""
     found = {name: learn(group, **options) for name, options in EQUAL.items()}
     found |= {("peaks", rule): peaks(group, rule) for rule in ml.RULES}
+    found |= {("dropped", *case): learn_dropped(group, *case) for case in DROP}
     found["own statistics"] = learn(group, "bp", "sgd", "conv_batchnorm", [12], sync=False)
     found |= {("loss", name, rule): learn_loss(group, name, rule) for name in LOSSES for rule in LOSS_RULES}
     found["losses refused"] = losses_refused(group)
@@ -350,6 +399,9 @@ for (rule, net), optimizer in zip(LOCAL.items(), OPTIMIZERS, strict=True):
     one = {"rule": rule, "optimizer": optimizer, "net": net, "sizes": [12, 13, 1]}
     EQUAL[rule] = one | ({"rule": "local_readout", "similarity": 0.8} if rule == "similarity" else {})
 EQUAL["some kept"] = {"rule": "memdfa", "optimizer": "adamw", "net": "mlp", "sizes": [12, 13], "keep_bytes": 3000}
+
+
+DROP = [("bp", False), ("fa", False), ("dfa", False), ("memdfa", False), ("dfa", True), ("memdfa", True)]
 
 
 def threads():

@@ -25,6 +25,14 @@ def test_only_rules_that_use_feedback_run_once_a_kind():
     assert found == [("bp", "none"), ("drtp", "shared"), ("local_readout", "none")]
 
 
+def test_a_rule_that_cannot_teach_b_has_a_stored_one_in_place_of_a_learned_one():
+    found = [(one.rule, one.feedback) for one in contenders(["fa", "dfa", "memdfa"], ["stored", "learned"])]
+    wanted = [("fa", "stored"), ("dfa", "stored"), ("dfa", "learned"), ("memdfa", "stored"), ("memdfa", "learned")]
+    assert found == [("bp", "none"), *wanted]
+    table = bench("784-[8]x2-10", 4, contenders(["memdfa"], ["learned"]), rounds=1, warm_up=1)
+    assert table["feedback"].tolist() == ["none", "learned"]
+
+
 def test_the_frontier_goes_from_the_papers_memdfa_to_dfas_cost():
     found = frontier(NETWORK, 64)
     kept = [one.options["keep_bytes"] for one in found if one.rule == "memdfa"]

@@ -93,6 +93,22 @@ def test_ctrl_c_ends_with_130_and_one_line(capsys, monkeypatch):
     assert err.count("\n") == 1
 
 
+def test_profile_has_a_b_that_learns_where_a_rule_can_teach_it(capsys, tmp_path):
+    file = tmp_path / "table.csv"
+    call = ["profile", "--network", "784-[64]x3-10", "--batch", "16", "--budget", "8MiB", "--table", str(file)]
+    B = 4 * 10 * 64 * 3
+    rest = {}
+    for kind in ("stored", "learned"):
+        assert cli.main([*call, "--feedback", kind]) == 0
+        table = pd.read_csv(file, index_col="rule")
+        assert table.loc["memdfa", "B"] == B
+        rest[kind] = table["at rest"]
+    state = 2 * B + 4 * 3  # Adam's
+    assert (rest["learned"] - rest["stored"]).to_dict() == {"bp": 0, "fa": 0, "dfa": state, "memdfa": state}
+    assert cli.main([*call, "--feedback", "learned", "--grid", "2"]) == 2
+    assert "leave grid out" in capsys.readouterr().err
+
+
 def test_profile_predicts_what_it_measures(capsys, tmp_path):
     arguments = ["profile", "--network", "784-[64]x3-10", "--batch", "16", "--rules", "all"]
     status, measured, _ = run(capsys, *arguments, "--csv", tmp_path / "m.csv")

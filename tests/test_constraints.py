@@ -77,6 +77,24 @@ def test_what_it_holds_is_predicted_to_the_byte(problem, rule, optimizer):
     assert (measured.peak_bytes, measured.resting_bytes) == (predicted.peak_bytes, predicted.resting_bytes)
 
 
+@pytest.mark.parametrize("rule", ["bp", "memdfa", "local_readout"])
+@pytest.mark.parametrize(
+    "constrained",
+    [ml.standardised, lambda made: ml.projected(made, lambda weight: weight + 1)],
+    ids=["standardised", "projected"],
+)
+def test_a_weight_that_is_frozen_later_stays_as_it_is_and_its_bias_learns(rule, constrained):
+    problem = BY_NAME["mlp_relu"]
+    learner = make_rule(EVERY[rule], problem, constrained(OPTIMIZERS["momentum"]))
+    learner.step(problem.x, problem.y)
+    layer = learner.blocks[0][0]
+    layer.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    learner.step(problem.x, problem.y)
+    assert torch.equal(layer.weight, before["weight"])
+    assert not torch.equal(layer.bias, before["bias"])
+
+
 def test_runs_by_name_have_it_as_a_setting_and_each_filter_ends_as_it_says():
     data = ml.datasets.load("mnist5k").subset(40, 10)
     rule = ml.experiments.make_rule("memdfa", "[9 relu]x2 classes", data, standardise=True)

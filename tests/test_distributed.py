@@ -12,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from in_ranks import (
+    DROP,
     EQUAL,
     LOADED,
     LOSS_RULES,
@@ -22,6 +23,7 @@ from in_ranks import (
     examples,
     fitted,
     learn,
+    learn_dropped,
     learn_loss,
     peaks,
 )
@@ -125,6 +127,15 @@ def test_losses_that_ranks_cannot_share_are_refused_by_all_of_them(both, name, h
         assert hint in problem
         assert "\n" not in problem
         assert unchanged
+
+
+@pytest.mark.parametrize(("rule", "learns"), DROP)
+def test_a_unit_that_some_ranks_drop_learns_from_the_others(both, rule, learns):
+    expected = learn_dropped(ALONE, rule, learns)
+    for rank in (0, 1):
+        ours = both[rank]["dropped", rule, learns]
+        assert_same(ours, expected)
+        assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-12)
 
 
 def test_without_synchronising_each_rank_has_statistics_of_its_own(both):

@@ -109,6 +109,55 @@ def test_with_a_norm_over_all_gradients_b_learns_once_and_dfa_is_refused():
         DFA(problem.build(), SGD, feedback=learned(), clip_global_norm=1.0)
 
 
+class DroppedAtRandom(nn.Linear):
+    """A residual unit that returns its input in half the steps: layer dropout (Huang et al. 2016)."""
+
+    def forward(self, h):
+        return h if torch.rand(()) < 0.5 else h + super().forward(h)
+
+
+def with_dropped_units():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), DroppedAtRandom(8, 8), DroppedAtRandom(8, 8), nn.Linear(8, 5))
+
+
+def changes_with_dropped_units(rule):
+    """Return, for each of eight steps, which of the blocks but the last have learned, and which B."""
+    torch.manual_seed(1)
+    found = []
+    for x, y in MLP.batches(8):
+        before = [block.weight.detach().clone() for block in rule.chain[:-1]], dict(rule.feedback.matrices)
+        before[1].update({key: B.clone() for key, B in before[1].items()})
+        rule.step(x, y)
+        learnt = [not torch.equal(W, block.weight) for W, block in zip(before[0], rule.chain[:-1], strict=True)]
+        Bs = rule.feedback.matrices
+        moved = [
+            ("block", i) in Bs
+            and not (("block", i) in before[1] and torch.equal(before[1]["block", i], Bs["block", i]))
+            for i in range(3)
+        ]
+        found.append((learnt, moved))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [(DFA, {}), (DFA, {"clip_norm": 0.1}), (MemDFA, {}), (MemDFA, {"keep_bytes": 600}), (MemDFA, {"clip_norm": 0.1}),
+     (MemDFA, {"clip_global_norm": 0.1}), (MemDFA, {"pass1": "bfloat16"})],
+)  # fmt: skip
+def test_b_learns_in_the_steps_in_which_its_block_is_taught(rule, options):
+    dropping = rule(with_dropped_units(), SGD, feedback=learned(), **options)
+    changes = changes_with_dropped_units(dropping)
+    assert all(learnt == moved for learnt, moved in changes)
+    assert {tuple(learnt[1:]) for learnt, _ in changes} > {(False, True), (True, False)}
+    for other in (DFA, MemDFA) if "clip_global_norm" not in options else ():
+        same = {name: value for name, value in options.items() if name != "keep_bytes"}
+        twin = other(with_dropped_units(), SGD, feedback=learned(), **same)
+        changes_with_dropped_units(twin)
+        assert_identical(dict(twin.blocks.state_dict()), dict(dropping.blocks.state_dict()))
+        assert all(map(torch.equal, twin.feedback.tensors(), dropping.feedback.tensors()))
+
+
 @pytest.mark.parametrize(("weights", "kept"), [("float64", "float64"), ("bfloat16", "float32"), ("float16", "float32")])
 def test_b_and_its_state_are_in_the_weights_dtype_or_float32(weights, kept):
     dtype = getattr(torch, weights)
@@ -158,6 +207,15 @@ def test_what_is_predicted_is_measured_to_the_byte(name):
         assert trace.resting_by_category["feedback"] == B + state
 
 
+def test_a_scheduler_is_of_the_weights_and_b_keeps_its_rate():
+    rule = MemDFA(MLP.build(), ADAMW, feedback=learned())
+    start = rule.optimizers[0].param_groups[0]["lr"]
+    decay = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.1)
+    ml.fit(rule, (MLP.x, MLP.y), 2, 6, scheduler=decay, progress=False)
+    assert rule.optimizers[0].param_groups[0]["lr"] == pytest.approx(start / 100)
+    assert {optimizer.param_groups[0]["lr"] for optimizer in rule.feedback.optimizers.values()} == {0.05}
+
+
 @pytest.mark.parametrize("where", ["file", "disk"])
 def test_a_run_goes_on_where_it_stopped(where, tmp_path):
     data = MLP.x.repeat(4, 1), MLP.y.repeat(4)
@@ -184,6 +242,41 @@ def test_a_run_goes_on_where_it_stopped(where, tmp_path):
         assert sorted(whole.values()) == sorted(parts.values())
 
 
+def assert_rests_as_in_memory(rule, twin):
+    for i, block in enumerate(twin.chain):
+        with rule.store.block(i, "teach"):
+            assert_identical(dict(rule.chain[i].state_dict()), dict(block.state_dict()))
+            B = twin.feedback.matrices.get(("block", i))
+            assert B is None or torch.equal(rule.feedback.matrices["block", i], B)
+
+
+def vast(logits, y):
+    """A loss that is finite, and the norm of whose gradients is not."""
+    return 1e30 * nn.functional.cross_entropy(logits, y)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("where", ["disk", "host"])
+def test_offloaded_with_a_norm_over_all_gradients_it_is_as_in_memory(where, ahead, tmp_path):
+    store = ml.offload.Disk(tmp_path, ahead=ahead) if where == "disk" else ml.offload.Host("cpu", ahead=ahead)
+    how = {"clip_global_norm": 0.1}
+    rule, twin = (
+        MemDFA(with_dropped_units(), ADAMW, feedback=learned(), **how, **more) for more in ({"offload": store}, {})
+    )
+    losses = []
+    for one in (rule, twin):
+        torch.manual_seed(1)
+        losses.append([one.step(x, y).item() for x, y in MLP.batches(4)])
+    assert losses[0] == losses[1]
+    with refuses(FloatingPointError, "not finite"):  # B that a failing step has drawn does not rest, and is forgotten
+        broken = MemDFA(MLP.build(), ADAMW, vast, learned(), **how, offload=ml.offload.Host("cpu"))
+        broken.step(MLP.x, MLP.y)
+    assert not broken.feedback.matrices
+    assert_rests_as_in_memory(rule, twin)
+    if where == "disk":
+        store.close()
+
+
 @rotated("problem ahead", params(), (0, 1, 2))
 def test_offloaded_it_is_as_in_memory(problem, ahead, tmp_path):
     with ml.offload.Disk(tmp_path, ahead=ahead) as store:
@@ -192,12 +285,7 @@ def test_offloaded_it_is_as_in_memory(problem, ahead, tmp_path):
             torch.manual_seed(4)
             losses = list(rule.sweep(problem.batches(4)))
         wanted = trained(twin, problem)
-        for i, block in enumerate(twin.chain):
-            with store.block(i, "teach"):
-                assert_identical(dict(rule.chain[i].state_dict()), dict(block.state_dict()))
-                key = ("block", i)
-                if key in twin.feedback.matrices:
-                    assert torch.equal(rule.feedback.matrices[key], twin.feedback.matrices[key])
+        assert_rests_as_in_memory(rule, twin)
         assert all(map(torch.equal, losses, wanted[0].losses))
 
 

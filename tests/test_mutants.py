@@ -238,8 +238,8 @@ def test_the_same_checks_pass_the_right_rules(check):
 
 
 class GoesUp(Learned):
-    def learn(self, i: int, e: Tensor, h: Tensor, group: Any) -> None:
-        super().learn(i, -e, h, group)
+    def learn(self, i: int, e: Tensor, h: Tensor, *others: Any) -> None:
+        super().learn(i, -e, h, *others)
 
 
 class WithoutDecay(Learned):

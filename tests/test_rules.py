@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ from reference import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from memdfa_lab.core.feedback import KINDS, Learned, Stored
 from memdfa_lab.core.rule import Rule
+from memdfa_lab.core.rules import ALL_RULES
 
 SGD = OPTIMIZERS["sgd"]
 
@@ -150,6 +153,36 @@ def test_fa_with_the_weights_as_feedback_is_bp(problem):
     check_fa_with_the_weights_is_bp("fa", problem)
 
 
+class Column(nn.Linear):
+    """A block of one output, which puts out (N, 1), or (N,) if `flat`."""
+
+    flat = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h)[:, 0] if self.flat else super().forward(h)
+
+
+class FromColumn(nn.Linear):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.reshape(-1, 1))
+
+
+FIXED = [*(kind(3) for kind in KINDS.values()), Stored(3, grid=2)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "feedback"),
+    [*product(["dfa", "memdfa"], [*FIXED, Learned(3, lr=0.1)]), *product(["drtp"], FIXED)],
+    ids=lambda value: value if isinstance(value, str) else repr(value),
+)
+def test_a_block_that_puts_out_one_number_an_example_learns_as_one_that_puts_out_a_column(rule, feedback):
+    problem = Problem("column", lambda: nn.Sequential(nn.Linear(8, 8), Column(8, 1), FromColumn(1, 5)), (8,))
+    column, flat = (make_rule(ALL_RULES[rule], problem, "momentum", copy.deepcopy(feedback)) for _ in range(2))
+    flat.chain[1].flat = True
+    assert_same_training(train(column, problem), train(flat, problem))
+    assert all(map(torch.equal, column.feedback.tensors(), flat.feedback.tensors()))
+
+
 # ---------------------------------------------------------------------------- blocks without a graph of their own
 
 
@@ -188,10 +221,14 @@ class Dropped(nn.Linear):
         return h
 
 
-@pytest.mark.parametrize("rule", RULE_NAMES)
-def test_a_unit_that_is_dropped_does_not_learn_and_the_others_do(rule):
+@pytest.mark.parametrize(
+    ("rule", "feedback"), [*((rule, "stored") for rule in RULE_NAMES), ("dfa", "learned"), ("memdfa", "learned")]
+)
+def test_a_unit_that_is_dropped_does_not_learn_and_the_others_do(rule, feedback):
     problem = with_unit(lambda: Dropped(8, 8))
-    before, learner = problem.build().state_dict(), make_rule(rule, problem, "momentum")
+    storage = Learned(lr=0.1) if feedback == "learned" else feedback
+    before, learner = problem.build().state_dict(), make_rule(rule, problem, "momentum", storage)
     learner.step(problem.x, problem.y)
+    assert rule not in ("dfa", "memdfa") or learner.feedback.matrices.keys() == {("block", 0)}
     learnt = {name for name, value in learner.blocks.state_dict().items() if not torch.equal(value, before[name])}
     assert learnt == {"0.weight", "0.bias", "2.weight", "2.bias"}

@@ -1,13 +1,16 @@
 """The table of a run's settings: values are checked by name, the network's own come in place of None."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from reference import refuses
 
 import memdfa_lab as ml
 from memdfa_lab import cli
+from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import experiments
 from memdfa_lab.lab.settings import RunSettings
 
@@ -16,10 +19,12 @@ OTHERS = {
     "drop_last": True, "augment": True, "lr": 0.5, "optimizer": "adam", "weight_decay": 0.1, "loss": "bce",
     "feedback": "shared",
     "distribution": "normal", "initialisation": "zero", "scale": 2.0, "clip_norm": 3.0, "seed": 4, "device": "cpu",
-    "clip_global_norm": 2.0, "precision": "bfloat16", "pass1": "int8", "feedback_lr": 0.01, "standardise": True,
-    "pack": "int8",
+    "precision": "bfloat16", "pass1": "int8", "standardise": True,
 }  # fmt: skip
+LEARNED = {"clip_global_norm": 2.0, "feedback_lr": 0.01}
+PACKED = {"pack": "int8"}
 READOUTS = {"rule": "local_readout", "readout_positions": 2, "readout_similarity": 0.5}
+GIVEN = [OTHERS, LEARNED, PACKED, READOUTS]  # together, all settings; not all of them go together
 
 
 WRONG = {
@@ -61,6 +66,59 @@ def test_a_b_that_is_zero_must_learn():
 def test_what_a_readout_is_like_is_for_local_readout_alone(name):
     with refuses(ValueError, name, "local_readout", "not for memdfa"):
         RunSettings(**{name: 1})
+
+
+@pytest.mark.parametrize("kind", ["shared", "regenerated"])
+def test_a_b_that_learns_is_stored(kind):
+    assert RunSettings(feedback="stored", feedback_lr=0.1).feedback == "stored"
+    with refuses(ValueError, f"a B that learns is stored, not {kind}", "leave feedback out"):
+        RunSettings(feedback=kind, feedback_lr=0.1)
+
+
+TOGETHER = {
+    "feedback_lr": 0.01, "feedback": "shared", "distribution": "orthogonal", "clip_norm": 0.1, "clip_global_norm": 0.1,
+    "precision": "bfloat16", "pass1": "bfloat16", "pack": "int8", "standardise": True, "readout_positions": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_what_a_rule_refuses_its_settings_refuse_with_the_same_line(rule, data):
+    lines = set()
+    for names in combinations(TOGETHER, 2):
+        given = {name: TOGETHER[name] for name in names}
+        try:
+            RunSettings(rule=rule, **given)
+        except ValueError as problem:
+            lines.add(str(problem))
+        else:
+            experiments.make_rule(rule, "784-[8]x2-10", data, **given)
+    assert "a slice of an orthogonal matrix is not orthogonal: use Stored or Regenerated" in lines
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"pack": "int8", "feedback_lr": 0.1}, "leave feedback that learns out"),
+        ({"rule": "dfa", "clip_global_norm": 1.0, "feedback_lr": 0.1}, "take MemDFA, or clip_norm"),
+        ({"rule": "local_readout", "pass1": "int8"}, "goes through the blocks once: leave pass1 out"),
+        ({"rule": "drtp", "clip_global_norm": 1.0}, "goes through the blocks once: leave clip_global_norm out"),
+        ({"clip_norm": 1.0, "clip_global_norm": 1.0}, "give one of them"),
+        ({"precision": "float16"}, "float16 is for a GPU"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_as_the_rule_does(given, why):
+    with refuses(ValueError, why):
+        RunSettings(**given)
+
+
+def test_the_precision_of_another_device_is_left_to_the_rule_on_it_and_nothing_is_drawn():
+    torch.manual_seed(0)
+    assert RunSettings(precision="float16", device="cuda").precision == "float16"
+    for rule in ALL_RULES:
+        RunSettings(rule=rule)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest():
@@ -108,12 +166,12 @@ def test_every_setting_is_an_option_of_train(monkeypatch, capsys, data):
     loaded = []
     monkeypatch.setattr(experiments, "train", train)
     monkeypatch.setattr(experiments, "load_for", lambda *arguments: loaded.append(arguments) or data)
-    for given in (OTHERS, READOUTS, {}):
+    for given in (*GIVEN, {}):
         pairs = ((f"--{name.replace('_', '-')}", value) for name, value in given.items())
         options = [text for name, value in pairs for text in ([name] if value is True else [name, str(value)])]
         assert cli.main(["train", *options]) == 130
-    assert OTHERS.keys() | READOUTS.keys() == RunSettings.model_fields.keys()
-    both = [*OTHERS.items(), *READOUTS.items()]
-    assert not any(getattr(RunSettings(), name) == value for name, value in both if name != "device")
-    expected = [RunSettings(**given) for given in (OTHERS, READOUTS, {})]
+    every = [pair for given in GIVEN for pair in given.items()]
+    assert {name for name, _ in every} == RunSettings.model_fields.keys()
+    assert not any(getattr(RunSettings(), name) == value for name, value in every if name != "device")
+    expected = [RunSettings(**given) for given in (*GIVEN, {})]
     assert runs == [(run, (run.network, run.dataset, run.root)) for run in expected]

@@ -76,6 +76,23 @@ def test_the_bytes_of_b_are_those_that_are_kept():
     assert 0 < seconds_a_number("he_normal") < 1e-5
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_the_bytes_of_a_b_that_learns_are_those_of_b_alone(optimizer):
+    feedback = ml.feedback.Learned(lr=0.1, optimizer=optimizer)
+    make, shape, _ = NETS["mlp"]
+    ml.MemDFA(make(), ADAM, feedback=feedback).step(torch.randn(6, 20), torch.arange(6) % 4)
+    before = [tensor.clone() for tensor in feedback.tensors()]
+    stored, learned = (
+        ml.experiments.sizes("memdfa", "fc_relu", "1 GiB", feedback_kind=kind)
+        for kind in ("stored", ml.feedback.Learned(lr=0.1, optimizer=optimizer))
+    )
+    assert learned["B"] == stored["B"] > 0
+    assert learned["s to draw B"] == stored["s to draw B"]
+    assert sizing.feedback_bytes("memdfa", make, shape, feedback) == 4 * 4 * 30 * 5
+    assert feedback.learns
+    assert all(map(torch.equal, before, feedback.tensors()))  # one that has learned stays as it is
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     text = "from torch.nn import *\ndef small():\n    return Sequential(Flatten(), Linear(12, 7), Linear(7, 3))\n"

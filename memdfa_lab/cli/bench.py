@@ -19,11 +19,11 @@ from memdfa_lab.cli.command import (
     named_network,
 )
 from memdfa_lab.core.devices import check_device
-from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.precision import PASS1
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
 from memdfa_lab.lab.bench import NETWORKS, PLAIN, bench, contenders, frontier
+from memdfa_lab.lab.example import FEEDBACK
 from memdfa_lab.lab.files import write_text
 from memdfa_lab.lab.quiet import wait_until_quiet
 
@@ -52,8 +52,9 @@ def add_to(commands: Any) -> None:
     add_model(command)
     batches = f"examples per step; default: {', '.join(map(str, NETWORKS.values()))} for the default networks, else 128"
     add("--batch", type=int, metavar="N", help=batches)
-    kinds = "how the random matrices B are kept between steps; one kind or more; default: regenerated"
-    add("--feedback", nargs="+", choices=list(KINDS), default=["regenerated"], help=kinds)
+    kinds = "how the matrices B are kept between steps, one kind or more; learned is for DFA and MEM-DFA, and the "
+    kinds += "other rules then store theirs; default: regenerated"
+    add("--feedback", nargs="+", choices=list(FEEDBACK), default=["regenerated"], help=kinds)
     others = "in place of --rules: MEM-DFA with five values of keep_bytes, checkpointing, and other ways to save memory"
     add("--frontier", action="store_true", help=others)
     plain = (

@@ -16,9 +16,9 @@ from memdfa_lab.cli.command import (
     given,
     named_network,
 )
-from memdfa_lab.core.feedback import KINDS
 from memdfa_lab.core.rules import ALL_RULES, RULES
 from memdfa_lab.lab import experiments
+from memdfa_lab.lab.example import FEEDBACK, kind_for
 from memdfa_lab.lab.files import write_text
 
 RULE_OPTIONS = ("precision", "pass1", "clip_global_norm")
@@ -34,13 +34,14 @@ def add_to(commands: Any) -> None:
         "  memdfa profile --network '784-[800]x32-10' --batch 10000 --predict --plot profile.svg\n"
         "  memdfa profile --model torchvision.models:alexnet --input 3x224x224 --batch 64 --budget 8GiB\n",
     )
-    add_settings(
-        command, "network", "optimizer", "feedback", network="long_fc", optimizer="sgd", feedback="regenerated"
-    )
+    add_settings(command, "network", "optimizer", network="long_fc", optimizer="sgd")
     add_model(command)
     add_rules(command, "--rules", list(RULES), "the four rules, the baselines and the one-pass rules")
     add_settings(command, *RULE_OPTIONS, "device")
     add = command.add_argument
+    kinds = "matrices B between steps: stored, drawn again at each use, one shared by all blocks, or learned, by DFA "
+    kinds += "and MEM-DFA; the other rules then store theirs; default: regenerated"
+    add("--feedback", choices=list(FEEDBACK), default="regenerated", help=kinds)
     add("--batch", type=int, default=128, metavar="N", help="examples per step; default: 128")
     add("--predict", action="store_true", help="predict without running the step: takes seconds, whatever the size")
     budget = "predict, and find the largest batch whose peak, with what is at rest, fits in SIZE, such as 8GiB or 500MB"
@@ -54,11 +55,11 @@ def add_to(commands: Any) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     network, set_to = named_network(options), given(options, RULE_OPTIONS)
-    how = (options.optimizer, KINDS[options.feedback](grid=options.grid))
     budget = None if options.budget is None else memory.bytes_of(options.budget)
     rules, measured = chosen_rules(options.rules, list(ALL_RULES)), not options.predict and budget is None
+    how = {rule: (options.optimizer, FEEDBACK[kind_for(rule, options.feedback)](grid=options.grid)) for rule in rules}
     traces = {
-        rule: experiments.profile(rule, network, options.batch, *how, measured, device=options.device, **set_to)
+        rule: experiments.profile(rule, network, options.batch, *how[rule], measured, device=options.device, **set_to)
         for rule in rules
     }
     rows = [
@@ -73,7 +74,7 @@ def _profile(options: argparse.Namespace) -> None:
     print(table.to_string(index=False, float_format="{:.0f}".format))
     if budget is not None:
         fits = pd.DataFrame(
-            [{"rule": rule, **experiments.sizes(rule, network, budget, *how, **set_to)} for rule in rules]
+            [{"rule": rule, **experiments.sizes(rule, network, budget, *how[rule], **set_to)} for rule in rules]
         )
         print(
             f"\nlargest batch: peak and rest together fit in {options.budget}; B: bytes of all matrices B, kept or not"

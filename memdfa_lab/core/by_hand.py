@@ -64,7 +64,7 @@ class ByHand:
         if not self.kept:
             self.kept.append(self._run(self.parts[0]))
 
-    def learn(self, signal: Signal, in_place_sgd: Optimizer = None) -> None:
+    def learn(self, signal: Signal, in_place_sgd: Optimizer = None) -> bool:
         self.begin()
         signal = signal.cast(self.weight.weight.dtype)
         for part in self.parts:
@@ -73,6 +73,7 @@ class ByHand:
                 signal = signal.reusable(self.out)
             self._learn(*ran, signal if len(self.parts) == 1 else signal.of(part), in_place_sgd)
             del ran  # before the next part runs
+        return True
 
     def output(self) -> Tensor:
         if not hasattr(self, "out"):

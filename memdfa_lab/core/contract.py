@@ -76,8 +76,8 @@ def rehearse(
         stack.enter_context(generators_restored(x.device))
         h, shapes = x.detach().clone(), []
         for i, block in enumerate(chain):
-            made.used.clear()
             with store.block(i), ExitStack() as here:
+                made.used.clear()  # of what brought the block in
                 (here if store.offloads else stack).enter_context(buffers_restored(block))
                 stack.enter_context(attributes_restored(block))  # which the loss may read
                 h = _run(i, block, h, teaches_blocks, check_graph, made.used)

@@ -40,8 +40,10 @@ class Learned(Stored):
 
     `distribution`: with "zero", B starts at 0, and all blocks but the last start to learn in the second step. `lr` is
     B's learning rate; `optimizer` makes an optimizer from (parameters, lr=, weight_decay=), Adam if not given; `decay`
-    is its weight decay. Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises;
-    TypeError if `optimizer` makes no optimizer; later, ValueError for a block whose output has changed its size.
+    is its weight decay. A scheduler of `ml.fit` changes the weights' learning rate; B keeps its own.
+
+    Raises ValueError for a grid, whose signal is interpolated, and what `Feedback` raises; TypeError if `optimizer`
+    makes no optimizer; later, ValueError for a block whose output has changed its size.
     """
 
     learns = True
@@ -74,23 +76,21 @@ class Learned(Stored):
         for i, shape in enumerate(self.matrix_shapes(logits, *outputs)):
             self._check_shape(("block", i), shape[::-1])
 
-    def learn(self, i: int, e: Tensor, h: Tensor, group: Group) -> None:
-        """Move B_i along e^T h_i, from the error e (N, C) and block i's output h (N, ...), over all ranks."""
+    def learn(self, i: int, e: Tensor, h: Tensor, group: Group, taught: bool = True) -> None:
+        """Move B_i along e^T h_i, from the error e (N, C) and block i's output h (N, ...), over all ranks.
+
+        The sum is over the ranks that have taught the block; if none has, B_i stays as it is.
+        """
         key = ("block", i)
-        B = self.matrices[key]
-        optimizer = self.optimizer_of(key)
         with phase("learn B", i), torch.no_grad():
-            B.grad = label("feedback", torch.empty_like(B))
-            dim = self.class_dim(e.shape, h.shape)
-            if dim is not None:  # each position is an example
-                e, h = e.movedim(dim, -1).flatten(0, -2), h.movedim(dim, -1).flatten(0, -2)
-            e = e.reshape(len(e), -1).to(B.dtype)
-            units = B.grad.view(h.shape[1] if h.dim() > 1 else 1, -1, B.shape[1])  # the rest are positions
-            for start in range(0, len(units), max(1, len(units) // 4)):
-                part = slice(start, start + max(1, len(units) // 4))
-                some = h[:, part].reshape(len(h), -1).to(B.dtype) if h.dim() > 1 else h[:, None].to(B.dtype)
-                torch.mm(some.t(), e, out=units[part].view(-1, B.shape[1]))
-                del some
+            if not taught:
+                if group.size == 1:
+                    return
+                self.dense(i, *self.matrix_shapes(e.shape, h.shape)[0], like=h)  # another rank may have taught it
+            B = self.matrices[key]
+            optimizer = self.optimizer_of(key)
+            if taught:
+                self._leave_gradient(B, e, h)
             group.sum([B])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -135,6 +135,19 @@ class Learned(Stored):
 
     def _made(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return self._make(parameters, lr=self.lr, weight_decay=self.decay)
+
+    def _leave_gradient(self, B: Tensor, e: Tensor, h: Tensor) -> None:
+        B.grad = label("feedback", torch.empty_like(B))
+        dim = self.class_dim(e.shape, h.shape)
+        if dim is not None:  # each position is an example
+            e, h = e.movedim(dim, -1).flatten(0, -2), h.movedim(dim, -1).flatten(0, -2)
+        e = e.reshape(len(e), -1).to(B.dtype)
+        units = B.grad.view(h.shape[1] if h.dim() > 1 else 1, -1, B.shape[1])  # the rest are positions
+        for start in range(0, len(units), max(1, len(units) // 4)):
+            part = slice(start, start + max(1, len(units) // 4))
+            some = h[:, part].reshape(len(h), -1).to(B.dtype) if h.dim() > 1 else h[:, None].to(B.dtype)
+            torch.mm(some.t(), e, out=units[part].view(-1, B.shape[1]))
+            del some
 
     def _check_shape(self, key: Key, shape: tuple[int, ...]) -> None:
         B = self.matrices.get(key)

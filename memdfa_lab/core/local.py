@@ -30,8 +30,11 @@ class BlockGradient(Protocol):
     def begin(self) -> None:
         """Run the part of the batch that is learned first, unless the block has run."""
 
-    def learn(self, signal: Signal, in_place_sgd: torch.optim.Optimizer | None = None) -> None:
-        """Leave the gradient in the weights. Where `in_place_sgd` would only add -lr dW, it may be added at once."""
+    def learn(self, signal: Signal, in_place_sgd: torch.optim.Optimizer | None = None) -> bool:
+        """Leave the gradient in the weights, and return True; return False if the block has not used its weights.
+
+        Where `in_place_sgd` would only add -lr dW, it may be added at once.
+        """
 
     def output(self) -> Tensor:
         """Return the block's output; a block that has not run is run, and keeps nothing."""
@@ -68,11 +71,13 @@ class ByAutograd:
         if self.graph is None:
             self.forward()
 
-    def learn(self, signal: Signal, in_place_sgd: torch.optim.Optimizer | None = None) -> None:
+    def learn(self, signal: Signal, in_place_sgd: torch.optim.Optimizer | None = None) -> bool:
         self.begin()
         graph, self.graph = self.graph, None
-        if graph is not None and graph.requires_grad:  # else the block is not taught in this step, as in layer dropout
-            graph.backward(signal.cast(self.out.dtype).shaped_like(self.out))
+        if graph is None or not graph.requires_grad:  # the block is not taught in this step, as in layer dropout
+            return False
+        graph.backward(signal.cast(self.out.dtype).shaped_like(self.out))
+        return True
 
     def output(self) -> Tensor:
         if not hasattr(self, "out"):

@@ -177,8 +177,11 @@ class Feedback(ABC):
         settings = f"seed={self.seed}, distribution={self.distribution!r}, scale={self.scale}{positions}"
         return f"{type(self).__name__}({settings})"
 
-    def learn(self, i: int, e: Tensor, h: Tensor, group: Group) -> None:
-        """Let B_i learn from the error e (N, C) and block i's output h (N, ...), if `learns`."""
+    def learn(self, i: int, e: Tensor, h: Tensor, group: Group, taught: bool = True) -> None:
+        """Let B_i learn from the error e (N, C) and block i's output h (N, ...), if `learns`.
+
+        `taught`: whether this process has taught the block in this step.
+        """
         raise NotImplementedError
 
     def tensors(self) -> list[Tensor]:

@@ -221,14 +221,14 @@ class Rule(Updates, Packs, precisions.InPrecision, ABC):
             penalised = self._terms is not None and i in self._terms.leaves
             alone = not (self.clip_norm or self.clip_global_norm or self.group.size > 1 or penalised)
             with phase("local gradient", i):
-                block.learn(self.signal(i, e), self.optimizers[i] if alone else None)
+                taught = block.learn(self.signal(i, e), self.optimizers[i] if alone else None)
                 self._unscale(i)
                 self._add_penalties(i)
             if self.clip_global_norm is None or self._norm is not None:
                 self.group.start_sum(self.parameters[i], partial(self.update, i))
             if self.feedback.learns and i < len(self.chain) - 1:
                 self.group.finish_sum()
-                self.feedback.learn(i, e, block.output(), self.group)
+                self.feedback.learn(i, e, block.output(), self.group, taught)
         if i == len(self.chain) - 1:
             self.group.finish_sum()
         return block.output()

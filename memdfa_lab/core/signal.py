@@ -64,6 +64,9 @@ class Signal:
         return type(self)(self.i, whole, None)
 
     def _write_into(self, signal: Tensor, feedback: Feedback) -> Tensor:
+        if signal.dim() == 1:  # a block that puts out one number an example, (N,)
+            self._write_into(signal[:, None], feedback)
+            return signal
         dim = feedback.class_dim(self.e.shape, signal.shape)
         if dim is not None:  # each position counts as an example, with the same B_i
             e, at = self.e.movedim(dim, -1), signal.movedim(dim, -1)  # (N, ..., C) and (N, ..., units)

@@ -18,13 +18,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.devices import CPU, module_of
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import ALL_RULES, find_rule
 from memdfa_lab.lab import models
-from memdfa_lab.lab.example import example_step
+from memdfa_lab.lab.example import FEEDBACK, example_step, kind_for
 from memdfa_lab.memory import measure
 from memdfa_lab.memory.predict import kept_bytes
 from memdfa_lab.rivals.binomial import fewest_snapshots
@@ -82,14 +81,16 @@ def contenders(
 ) -> list[Contender]:
     """Return BP and the rules as contenders; a rule that uses feedback appears once with each kind.
 
+    "learned" is a kind, too; a rule that cannot teach B appears with a stored one in its place.
     If `options` are given, each contender appears again with them; DFA and MEM-DFA also appear with each of `passes` as
     their `pass1`. Raises ValueError for unknown names.
     """
     found = [Contender("bp")]
     for kind in kinds:
-        lookup("feedback", kind, feedback.KINDS)
+        lookup("feedback", kind, FEEDBACK)
     for rule in dict.fromkeys(rules):
-        found += [Contender(rule, kind) for kind in (kinds if find_rule(rule).uses_feedback else ["none"])]
+        own = [kind_for(rule, kind) for kind in kinds] if find_rule(rule).uses_feedback else ["none"]
+        found += [Contender(rule, kind) for kind in own]
     found = list(dict.fromkeys(found))
     for one in list(found):
         for pass1 in [None, *(passes if find_rule(one.rule).teaches_feedback else ())]:

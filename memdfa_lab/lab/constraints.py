@@ -19,9 +19,10 @@ def standardised(
 
     A filter gives one output: it is a row of a dense layer's weight (out, in), or one slice of a convolution's
     (out, ...). The length is the norm of its weights; the default is that of He's initialisation, with which ReLU
-    layers keep the size of their inputs. Three kinds of parameters do not change: vectors, such as biases; filters of
-    one input; and layers with `classes` outputs, which are the last layer and the classifier of a readout. A readout's
-    second layer, which gives the similarities, does change.
+    layers keep the size of their inputs. Four kinds of parameters do not change: vectors, such as biases; filters of
+    one input; frozen weights; and layers with `classes` outputs, which are the last layer and the classifier of a
+    readout. A readout's second layer, which gives the similarities, does change. An optimizer sees no layers: the
+    weight of a transposed convolution, (in, out / groups, ...), is taken for one of `in` filters, which is wrong.
 
     ReLUs without BatchNorm have positive outputs only. Under DFA filters turn towards the mean of these outputs, which
     then grow from block to block and from step to step. A filter of mean zero does not see that mean. This is the
@@ -90,7 +91,7 @@ def _restored(kind: type[Optimizer], state: dict[str, Any], *constraint: Any) ->
 def _project(optimizer: Optimizer, project: Callable[[Tensor], Tensor], last: int | None) -> None:
     weights: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
     for weight in weights:
-        if weight.dim() > 1 and weight[0].numel() > 1 and len(weight) != last:
+        if weight.requires_grad and weight.dim() > 1 and weight[0].numel() > 1 and len(weight) != last:
             new = project(weight)
             if new is not weight:
                 weight.copy_(new)

@@ -81,8 +81,10 @@ class Group(group.Group):
             return
         if self._begun is not parameters:
             self._begin(parameters)
-        for work in self._works:
+        for work, alike, counts in self._works:
             self.call("a block's gradients", work.wait)
+            for parameter, count in zip(alike, counts.tolist(), strict=True):
+                parameter.grad = parameter.grad if count else None
         self._begun, self._works = None, []
 
     @property
@@ -90,18 +92,24 @@ class Group(group.Group):
         return list(self._buffers.values())
 
     def _begin(self, parameters: Sequence[Tensor]) -> None:
-        """Move the gradients into the send buffer, and begin to sum them over ranks."""
+        """Move the gradients into the send buffer, and begin to sum them over ranks.
+
+        A parameter may have a gradient on some ranks only, as in layer dropout. The others then send zeros, and all
+        send for each parameter whether they have one: 1 or 0.
+        """
         self._begun, self._works = parameters, []
-        learned = [parameter for parameter in parameters if parameter.grad is not None]
-        for dtype in dict.fromkeys(parameter.dtype for parameter in learned):
-            alike = [parameter for parameter in learned if parameter.dtype == dtype]
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            alike = [parameter for parameter in parameters if parameter.dtype == dtype]
             sizes = [parameter.numel() for parameter in alike]
-            buffer = self._buffer("gradients", dtype, sum(sizes))
-            for parameter, part in zip(alike, buffer.split(sizes), strict=True):
+            buffer = self._buffer("gradients", dtype, sum(sizes) + len(alike))
+            *parts, counts = buffer.split([*sizes, len(alike)])
+            counts.copy_(torch.tensor([float(parameter.grad is not None) for parameter in alike]))
+            for parameter, part in zip(alike, parts, strict=True):
                 # In logical order: the layout of a convolution's gradient depends on how many images a rank has.
                 part = part.view(parameter.shape)
-                parameter.grad = part.copy_(parameter.grad)
-            self._works.append(self.call("a block's gradients", dist.all_reduce, buffer, async_op=True))
+                parameter.grad = part.zero_() if parameter.grad is None else part.copy_(parameter.grad)
+            work = self.call("a block's gradients", dist.all_reduce, buffer, async_op=True)
+            self._works.append((work, alike, counts))
 
     def _buffer(self, use: str, dtype: torch.dtype, n: int) -> Tensor:
         """Return a buffer of n numbers, kept for this use: gloo frees its send buffers a moment late."""

@@ -136,7 +136,8 @@ class Elsewhere(Store):
         with self.errors_named():
             self._bring_in(i, use)
         try:
-            yield
+            with self._new_B_forgotten(i) if use == NORM else nullcontext():
+                yield
         except BaseException:
             if use == TEACH:
                 self._broken = (
@@ -225,6 +226,17 @@ class Elsewhere(Store):
         if B is not None and self._stored.get(i) is not B:
             self.write(i, {FEEDBACK: B.detach()})
             self._stored[i] = B
+
+    @contextmanager
+    def _new_B_forgotten(self, i: int) -> Iterator[None]:
+        """Forget a B that learns and is drawn here: it does not rest yet, and is drawn again to teach its block."""
+        feedback, key = self.rule.feedback, ("block", i)
+        is_new = feedback.learns and key not in feedback.matrices
+        try:
+            yield
+        finally:
+            if is_new:
+                feedback.matrices.pop(key, None)
 
     def _resting(self, i: int) -> dict[str, Tensor]:
         """Return the tensors of block i that rest, by name."""

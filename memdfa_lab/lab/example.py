@@ -9,13 +9,16 @@ from torch import Tensor
 
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.devices import CPU, check_device
-from memdfa_lab.core.feedback import KINDS, Feedback
+from memdfa_lab.core.feedback import KINDS, Feedback, Learned
 from memdfa_lab.core.recompute import forward_without_trace
 from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import find_rule
 from memdfa_lab.lab import models
 from memdfa_lab.lab.losses import LOSSES
 from memdfa_lab.lab.settings import OPTIMIZERS
+
+LEARNED_LR = 0.01  # of a B that learns; neither time nor memory depends on it
+FEEDBACK: dict[str, Any] = {**KINDS, "learned": partial(Learned, lr=LEARNED_LR)}
 
 
 def example_step(
@@ -57,4 +60,12 @@ def example_step(
 
 def named_feedback(feedback: str | Feedback, seed: int = 0) -> Feedback:
     """Return feedback with this seed, by the name of its kind; a Feedback object is returned as it is."""
-    return feedback if isinstance(feedback, Feedback) else lookup("feedback", feedback, KINDS)(seed)
+    return feedback if isinstance(feedback, Feedback) else lookup("feedback", feedback, FEEDBACK)(seed)
+
+
+def kind_for(rule: str, kind: str) -> str:
+    """Return the kind of feedback for a rule: in place of a B that learns, a rule that cannot teach B has a stored one.
+
+    A B that learns begins as a stored one.
+    """
+    return "stored" if kind == "learned" and not find_rule(rule).teaches_feedback else kind

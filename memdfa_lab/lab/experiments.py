@@ -9,7 +9,6 @@ import pandas as pd
 from torch import nn
 
 from memdfa_lab import memory
-from memdfa_lab.core import feedback
 from memdfa_lab.core.checks import check_int, lookup
 from memdfa_lab.core.devices import CPU, check_device
 from memdfa_lab.core.distributions import seconds_a_number
@@ -26,6 +25,8 @@ from memdfa_lab.lab.example import example_step, named_feedback
 from memdfa_lab.lab.fit import fit
 from memdfa_lab.lab.history import History
 from memdfa_lab.lab.losses import LOSSES
+from memdfa_lab.lab.of_run import feedback_of as feedback_of
+from memdfa_lab.lab.of_run import options_of as options_of
 from memdfa_lab.lab.offload import Disk
 from memdfa_lab.lab.resident import resident_peak as resident_peak
 from memdfa_lab.lab.settings import OPTIMIZERS as OPTIMIZERS
@@ -75,20 +76,6 @@ def make_rule(
         offload=offload,
         **options_of(run),
     )
-
-
-def options_of(run: RunSettings) -> dict[str, Any]:
-    """Return the run's options for its rule, other than network, optimizer, loss and feedback."""
-    names = {name: name for name in ("clip_norm", "clip_global_norm", "precision", "pass1", "pack")}
-    names |= {"positions": "readout_positions", "similarity": "readout_similarity"}
-    names |= {"seed": "seed"} if run.rule in ("local_readout", "mezo") else {}
-    return {to: getattr(run, name) for to, name in names.items() if getattr(run, name) is not None}
-
-
-def feedback_of(run: RunSettings) -> Feedback:
-    """Return the feedback of a run, whose settings must be complete."""
-    kind = partial(feedback.Learned, lr=run.feedback_lr) if run.feedback_lr else feedback.KINDS[run.feedback]
-    return kind(run.seed, str(run.distribution), run.scale)
 
 
 def train(

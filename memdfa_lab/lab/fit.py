@@ -61,7 +61,8 @@ def fit(
     mean over the batch, such as F.cross_entropy. Each adds the columns train_NAME and test_NAME to the history.
 
     `scheduler` makes a learning-rate scheduler for an optimizer. It steps after each epoch, ReduceLROnPlateau by the
-    epoch's loss, or with `scheduler_each="batch"` after each batch, as OneCycleLR and a warm-up do.
+    epoch's loss, or with `scheduler_each="batch"` after each batch, as OneCycleLR and a warm-up do. A B that learns
+    keeps its own learning rate.
 
     `stop_after`: end after this many epochs without a better value of `monitor`, a test column of the history. For
     test_loss the loss becomes a metric; any other metric needs an attribute `higher_is_better`. At the end, the weights

@@ -20,6 +20,7 @@ from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import models
 from memdfa_lab.lab.losses import LOSSES
+from memdfa_lab.lab.of_run import check_together
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
@@ -198,6 +199,9 @@ class RunSettings(Checked):
         for name, why in (("feedback_lr", "whose B can learn"), ("pack", "which keep activations")):
             if getattr(self, name) is not None and not ALL_RULES[self.rule].teaches_feedback:
                 raise ValueError(f"{name} is for DFA and MEM-DFA, {why}, not for {self.rule}: leave it out")
+        if self.feedback_lr is not None and self.feedback != "stored":
+            raise ValueError(f"a B that learns is stored, not {self.feedback}: leave feedback out, or feedback_lr")
+        check_together(self)
         return self
 
     def completed(self) -> Self:

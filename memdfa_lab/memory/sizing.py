@@ -1,5 +1,6 @@
 """The largest batch or depth that fits a budget of memory, and the size of all B, before anything runs."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -108,6 +109,12 @@ def largest(size: Callable[[int], int], budget: int, least: int = 1, most: int |
 
 
 def feedback_bytes(rule: Any, network: Network, shape: tuple[int, ...], feedback: Feedback, **options: Any) -> int:
-    """Return the bytes of all matrices B of a rule, as if all were kept; 0 for a rule without B."""
-    kept = predict(rule, network, (2, *shape), feedback=feedback.reusable(), steps=0, **options)
+    """Return the bytes of all matrices B of a rule, as if all were kept; 0 for a rule without B.
+
+    The state of the optimizers of a B that learns is not counted.
+    """
+    fixed: Any = copy.copy(feedback.reusable())
+    if feedback.learns:
+        fixed.learns, fixed.matrices, fixed.optimizers = False, {}, {}
+    kept = predict(rule, network, (2, *shape), feedback=fixed, steps=0, **options)
     return kept.resting_by_category.get("feedback", 0)

@@ -1,6 +1,6 @@
 """The limits of the values that a user can choose, and the setting of a predicted step."""
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Annotated, Any, Self
 
 import torch
@@ -8,20 +8,18 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from memdfa_lab import figures, memory
-from memdfa_lab.core import feedback
 from memdfa_lab.core.local_losses import LOCAL_RULES
 from memdfa_lab.core.rules import RULES
 from memdfa_lab.core.seeds import LARGEST_SEED
 from memdfa_lab.lab import models
 from memdfa_lab.lab.architectures import ACTIVATIONS
+from memdfa_lab.lab.example import FEEDBACK, LEARNED_LR, kind_for
 from memdfa_lab.lab.settings import OPTIMIZERS, Checked, NameOf, OptimizerName
 from memdfa_lab.memory.predict import without_data
 from memdfa_lab.memory.trace import Trace, bytes_of
 from memdfa_lab.rivals import BASELINES
 
 ALL_RULES = {rule: figures.label(rule) for rule in (*RULES, *BASELINES, *LOCAL_RULES)}  # name -> label
-LEARNED_LR = 0.01
-KINDS: dict[str, Any] = {**feedback.KINDS, "learned": partial(feedback.Learned, lr=LEARNED_LR)}
 EQUAL = {"mlp": "MLP", "convnet": "3x3 convolutions"}  # families of equal hidden layers
 FAMILIES = {**EQUAL, "model": "a model by name"}
 IMAGES = {784: (1, 28, 28), 3072: (3, 32, 32), 150_528: (3, 224, 224)}  # number of inputs -> (C, H, W)
@@ -31,11 +29,6 @@ MOST_LAYERS = 1000
 
 # Rules whose B can learn; other rules get a stored B, which is what a learned B starts from.
 LEARNERS = tuple(name for name, rule in RULES.items() if rule.teaches_feedback)
-
-
-def kind_for(rule: str, kind: str) -> Any:
-    """Return the function that makes a rule's feedback of this kind."""
-    return KINDS["stored" if kind == "learned" and rule not in LEARNERS else kind]
 
 
 def _size(text: str) -> str:
@@ -55,7 +48,7 @@ Width = Annotated[int, Field(ge=1, le=16_384)]
 Batch = Annotated[int, Field(ge=1, le=100_000)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Activation = Annotated[str, NameOf("activation", ACTIVATIONS)]
-KindName = Annotated[str, NameOf("feedback", KINDS)]
+KindName = Annotated[str, NameOf("feedback", FEEDBACK)]
 RuleName = Annotated[str, NameOf("rule", ALL_RULES)]
 RuleNames = Annotated[tuple[RuleName, ...], Field(strict=False), AfterValidator(_each_once)]
 
@@ -163,5 +156,5 @@ def _model(name: str, precision: str) -> nn.Module:
 
 @lru_cache(maxsize=1500)  # about 100 MB
 def _predict(s: Setting) -> Trace:
-    optimizer, B = OPTIMIZERS[s.optimizer], kind_for(s.rules[0], s.feedback)()
+    optimizer, B = OPTIMIZERS[s.optimizer], FEEDBACK[kind_for(s.rules[0], s.feedback)]()
     return memory.predict(s.rules[0], s.network, s.x_shape, optimizer, B)

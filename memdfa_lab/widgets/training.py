@@ -19,10 +19,11 @@ from memdfa_lab.core.rule import Rule
 from memdfa_lab.core.rules import RULES, find_rule
 from memdfa_lab.lab import alignment, datasets, models
 from memdfa_lab.lab.evaluation import accuracy, predict
+from memdfa_lab.lab.example import FEEDBACK, kind_for
 from memdfa_lab.lab.settings import Checked, Count, DistributionName, NotNegative, Positive
 from memdfa_lab.widgets import base
 from memdfa_lab.widgets.pictures import image
-from memdfa_lab.widgets.setting import ALL_RULES, Activation, Batch, KindName, Layers, RuleNames, Seed, Width, kind_for
+from memdfa_lab.widgets.setting import ALL_RULES, Activation, Batch, KindName, Layers, RuleNames, Seed, Width
 
 MOST_STEPS = 3000  # after which training stops by itself
 TESTED = 1000  # test images for the accuracy
@@ -72,7 +73,7 @@ class Race:
             rule: find_rule(rule)(
                 models.mlp(inputs, [s.width] * s.layers, data.classes, s.activation, seed=s.seed),
                 partial(torch.optim.SGD, lr=s.lr),
-                feedback=kind_for(rule, s.storage)(s.seed, s.distribution, s.scale),
+                feedback=FEEDBACK[kind_for(rule, s.storage)](s.seed, s.distribution, s.scale),
             )
             for rule in s.rules
         }
