@@ -73,7 +73,8 @@ class Signal:
                 del s
             return signal
         units, grid = feedback.on_grid(signal.shape)
-        at, pixels = signal.movedim(units, 1), math.prod(grid)
+        at = signal.movedim(units, 1) if signal.dim() > 1 else signal[:, None]
+        pixels = math.prod(grid)
         for part, s in self.slices(at.shape[1] * pixels, pixels if pixels > 1 else 16):
             channels = slice(part.start // pixels, part.stop // pixels)
             s = s.view(len(s), -1, *grid)
