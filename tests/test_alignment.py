@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from problems import AS_BP, BY_NAME, RULE_NAMES, Words, make_rule, params, rotated, train
-from reference import Twin, assert_identical, assert_same_training, refuses
+from reference import Twin, assert_identical, assert_same_training, refuses, refuses_and_keeps
 from torch import nn
 
 import memdfa_lab as ml
@@ -305,3 +305,11 @@ def test_a_response_is_what_a_small_step_does(name):
 def test_a_block_that_trains_nothing_does_nothing():
     problem = BY_NAME["partly_frozen"]
     assert is_nan(responses(make_rule("memdfa", problem), problem.x, problem.y)) == [False, True, False]
+
+
+@pytest.mark.parametrize("rule", ml.LOCAL_RULES)
+def test_responses_of_rules_with_other_signals_are_refused(rule):
+    problem = BY_NAME["mlp_relu"]
+    learner = ml.LOCAL_RULES[rule](problem.build(), partial(torch.optim.SGD, lr=0.1))
+    with refuses_and_keeps(learner, ValueError, type(learner).__name__, "DFA's signals", "MemDFA"):
+        responses(learner, problem.x, problem.y)

@@ -178,7 +178,15 @@ def test_a_batch_that_gives_a_readout_other_inputs_is_refused_in_a_line():
     pooled = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
     rule = LocalReadout(nn.Sequential(nn.Conv2d(1, 2, 3), pooled, nn.Linear(2, 3)), SGD)
     rule.step(torch.randn(4, 1, 8, 8), torch.arange(4) % 3)
-    with refuses(ValueError, "made for 32 inputs", "now gives 2;", "MemDFA"):
+    hints = (
+        "block 0's readout",
+        "made for 32 inputs",
+        "3 logits",
+        "now gives 2 and 3;",
+        "no weight was changed",
+        "MemDFA",
+    )
+    with refuses_and_keeps(rule, ValueError, *hints):
         rule.step(torch.randn(4, 1, 3, 3), torch.arange(4) % 3)
 
 
@@ -189,11 +197,6 @@ def test_what_is_not_finite_in_a_readout_is_refused():
         rule.readouts[1].weight.fill_(torch.inf)
     with refuses(FloatingPointError, "block 1's readout", "earlier blocks have learned"):
         rule.step(MLP.x, MLP.y)
-
-
-def test_shapes_that_matter_to_b_alone_do_not_to_readouts():
-    net = nn.Sequential(nn.Conv1d(5, 5, 1), nn.ReLU(), nn.Conv1d(5, 5, 1))
-    LocalReadout(net, SGD, F.mse_loss).step(torch.randn(4, 5, 5), torch.randn(4, 5, 5))
 
 
 @pytest.mark.parametrize("rule", RULES)

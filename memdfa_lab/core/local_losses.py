@@ -10,7 +10,7 @@ direct random target projection, Frenkel, Lefebvre and Bol 2021.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -20,101 +20,48 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from memdfa_lab.core.checks import check_finite, check_int, check_labels, check_number
-from memdfa_lab.core.contract import check_lengths, rows
 from memdfa_lab.core.feedback import Feedback
 from memdfa_lab.core.local import BlockGradient, block_gradient
+from memdfa_lab.core.one_pass import OnePass, Shapes
 from memdfa_lab.core.phases import label, phase
-from memdfa_lab.core.readout import Readout
-from memdfa_lab.core.recompute import forward_without_trace, generators_restored
+from memdfa_lab.core.readout import Readout, View, check_fit, view_of, warn_of
+from memdfa_lab.core.recompute import generators_restored
 from memdfa_lab.core.rule import Loss, Rule
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.core.seeds import LARGEST_SEED, mix
 from memdfa_lab.core.signal import Signal
-from memdfa_lab.core.state import OptimizerFactory, optimizer_tensors
-from memdfa_lab.core.terms import OWN, loss_and_error
+from memdfa_lab.core.state import OptimizerFactory, follow_settings, optimizer_tensors
+from memdfa_lab.core.watcher import has_data
 
-
-class OnePass(Rule):
-    """What the rules of one pass have in common.
-
-    A block has learned before the next one runs. An error in the loss of a batch, such as labels out of range, is
-    therefore noticed only after all blocks but the last have learned from it; the first batch of a shape is tried
-    before. Penalties on weights in the loss are refused: they become known only after those weights have learned.
-    """
-
-    teaches_blocks = True
-    so_far = "earlier blocks have learned"
-    prepares = True  # the first step does what later ones do not
-    shapes: tuple[tuple[int, ...], ...] = ()  # of each block's output for one example, once they are known
-
-    def check(self) -> None:
-        given = {"clip_global_norm": self.clip_global_norm, "pass1": self.pass1, "pack": self.pack}
-        given |= {"float16": self.precision == "float16", "feedback that learns": self.feedback.learns}
-        if needless := [name for name, value in given.items() if value]:
-            raise ValueError(f"{type(self).__name__} goes through the blocks once: leave {needless[0]} out")
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        h, last, lengths = self.begin(x, y), len(self.chain) - 1, []
-        self.prepare(h, y)
-        for i in range(last):
-            block = self.run(i, h)
-            h = self.teach(i, block, self.local_error(i, block, y)) if self.parameters[i] else block.output()
-            lengths.append(rows(h))
-            del block  # with its input
-        block = self.keep(last, h)
-        check_lengths(self.chain, [*lengths, rows(block.output())])
-        loss, e = self.error(block.output(), y)
-        self.teach(last, block, e)
-        return loss
-
-    def prepare(self, x: Tensor, y: Tensor) -> None:
-        """Find the shapes of the blocks' outputs on x (N, ...), and make what depends on them, unless that is done."""
-        if not self.shapes:
-            shapes: list[tuple[int, ...]] = []
-            forward_without_trace(self.chain, x, see=lambda way, h: shapes.append(tuple(h.shape[1:])))
-            self.shapes = tuple(shapes)
-
-    def run(self, i: int, h: Tensor) -> BlockGradient:
-        """Return block i on h (N, ...)."""
-        return self.keep(i, h)
-
-    def local_error(self, i: int, block: BlockGradient, y: Tensor) -> Tensor:
-        """Return the tensor from which block i's signal is made, in place of DFA's e."""
-        raise NotImplementedError
-
-    def whole_gradient(self, what: str, loss_fn: Loss, out: Tensor, y: Tensor) -> Tensor:
-        """Return the gradient of the whole batch's loss, `what`, with respect to this process's `out` (n, ...)."""
-
-        def compute(out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return loss_and_error(loss_fn, out, y, self._owners)[:2]
-
-        loss, e = self.group.error(loss_fn, compute, out.detach(), y)
-        check_finite(f"{what} is not finite", loss, e, so_far=self.so_far)
-        return e
-
-    def _loss_and_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
-        loss, e = super()._loss_and_error(logits, y)
-        if self._terms is not None and self._terms.leaves.keys() - {OWN}:
-            raise ValueError(
-                f"the loss has a penalty on weights, which have learned by then: {type(self).__name__} leaves it out; "
-                "set the optimizer's weight_decay, or take MemDFA"
-            )
-        return loss, e
+Sizes = tuple[int, int, Sequence[int] | None]  # of a readout: inputs, classes, the shape of the second layer's weights
 
 
 class LocalReadout(OnePass):
-    """Each block learns from the loss of a readout of its own: h_i, averaged to few positions, then one linear layer.
+    """Each block learns from the loss of a readout of its own, a linear classifier of the block's output h_i.
 
-    `positions`: how many positions a readout sees along each spatial dimension. `similarity`: the weight, from 0 to 1,
-    of a second loss, for labels (N,); the first loss has the weight 1 - similarity (0.99 is "predsim" of Nøkland and
-    Eidnes 2019). The second loss compares two similarities of each pair of examples, of features and of one-hot labels:
-    both are cosines of centred vectors, and the loss is their mean squared difference. A second layer of the readout
-    makes the features from h_i: a dense one or, on images, a 3 x 3 convolution and each channel's standard deviation.
+    Logits without positions, (N, C): h_i is averaged to `positions` along each spatial dimension, then one linear layer
+    sees it whole. Logits with positions, such as words (N, T, V) and (N, T, d) or pixels (N, V, H, W) and (N, d, H, W):
+    the same linear layer, (V, d), classifies each position by itself, from h_i at this position alone. Images of
+    another size than the logits are classified at their own positions, and the result is interpolated. Any other h_i is
+    seen whole; there is a warning if it has as many dimensions as the logits, since a causal network's position would
+    see later ones. A batch of another length or size is taken if no layer would be of another size.
+
+    `similarity`: the weight, from 0 to 1, of a second loss, for labels (N,); the first loss has the weight
+    1 - similarity (0.99 is "predsim" of Nøkland and Eidnes 2019). The second loss compares two similarities of each
+    pair of examples, of features and of one-hot labels: both are cosines of centred vectors, and the loss is their mean
+    squared difference. A second layer of the readout makes the features from h_i: a dense one, of each word's units
+    where h_i is (N, T, d), or on images a 3 x 3 convolution. The feature of a unit is its standard deviation over
+    positions, where there are any.
 
     `seed`: of the readouts' weights. They are made in the first step, initialised as torch's layers, and learn with the
-    block, by an optimizer of the same kind and learning rate. `clip_norm` limits the gradient of a block, and that of a
-    readout. `feedback` is not used. Raises ValueError for clip_global_norm, pass1, pack, float16, offload, and
-    penalties on weights in the loss; TypeError for a y other than labels with similarity.
+    block, by an optimizer of the same kind; each group of its parameters has the settings of the block's group of that
+    number, such as the scheduled learning rate. `clip_norm` limits the gradient of a block, and that of a readout. Of
+    `feedback` only `positions` is used, which says where units and classes are. With "shared" the units of (N, T, d)
+    are last, but of a block whose last layer is nn.Conv1d they are first; with "dense" all readouts see h_i whole.
+
+    Raises ValueError for clip_global_norm, pass1, pack, float16, offload, and penalties on weights in the loss; if the
+    classes may be in either dimension; and if `optimizer` makes other numbers of groups for a readout and its block.
+    Raises TypeError for a y other than labels with similarity.
     """
 
     own_settings = ("positions", "similarity")
@@ -136,6 +83,7 @@ class LocalReadout(OnePass):
         check_number("similarity", similarity, most=1)
         self.similarity = similarity
         self.readouts: list[Readout] = []
+        self.views: Mapping[Shapes, list[View]] = {}  # for the shapes of the blocks' outputs
         self.readout_optimizers: list[torch.optim.Optimizer] = []
         super().__init__(blocks, optimizer, loss_fn, feedback, clip_norm, **options)
 
@@ -143,9 +91,30 @@ class LocalReadout(OnePass):
         if self.similarity:
             check_labels("similarity compares", y, "leave it out")
         super().prepare(x, y)
-        if not self.readouts:
-            classes, found = prod(self.shapes[-1]), (Readout.sizes(shape, self.positions) for shape in self.shapes[:-1])
-            self._make((inputs, classes, mixed if self.similarity else None) for inputs, mixed in found)
+        if self.shapes not in self.views:
+            *outputs, logits = self.shapes
+            self.feedback.class_dim((0, *logits), *((0, *shape) for shape in outputs))  # one answer for all blocks
+            how = logits, self.positions, self.feedback
+            views = [view_of(block, shape, *how) for block, shape in zip(self.chain, outputs, strict=False)]
+            if self.readouts:
+                check_fit(self.readouts, views, x)
+            else:
+                if has_data(x):
+                    warn_of(views, self.similarity > 0, self.feedback.positions != "dense")
+                self._make((*view.sizes(), view.mixed() if self.similarity else None) for view in views)
+            self.views = {**self.views, self.shapes: views}
+        for i, optimizer in enumerate(self.readout_optimizers):  # a block may have been unfrozen
+            self._check_groups(i, optimizer)
+
+    def _check_groups(self, i: int, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ValueError if a readout's optimizer cannot follow its block's, group by group."""
+        of_block = self.optimizers[i]
+        if of_block is not None and len(of_block.param_groups) != len(optimizer.param_groups):
+            raise ValueError(
+                f"groups of parameters: block {i}'s optimizer has {len(of_block.param_groups)}, its readout's has "
+                f"{len(optimizer.param_groups)}, and they are to learn alike, one by one; let optimizer make as many "
+                "of any parameters, empty ones too; no weight was changed"
+            )
 
     def signal(self, i: int, e: Tensor) -> Signal:
         """Return the signal of block i: e itself, which is already of h_i's shape."""
@@ -166,22 +135,22 @@ class LocalReadout(OnePass):
                 self.group.sum(parameters)
                 if self.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-                optimizer.param_groups[0].update({**of_block.param_groups[0], "params": parameters})  # as scheduled
+                follow_settings(optimizer, of_block)  # as scheduled
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         return label("error", signal)
 
     def _gradients(self, i: int, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of readout i's loss with respect to h (N, ...) and to each of its parameters."""
-        readout, what = self.readouts[i], f"the loss of block {i}'s readout"
+        readout, what, view = self.readouts[i], f"the loss of block {i}'s readout", self.views[self.shapes][i]
 
         def part(weight: float, loss_fn: Loss, out: Tensor) -> tuple[Any, Tensor]:
             """Return where `out` is in the graph, and its gradient; its numbers are not needed after that."""
             return get_gradient_edge(out), self.whole_gradient(what, loss_fn, out, y).mul_(weight)
 
-        parts = [part(1 - self.similarity, self.loss_fn, readout(h).view(len(h), *self.shapes[-1]))]
+        parts = [part(1 - self.similarity, self.loss_fn, readout.classify(h, view))]
         if self.similarity:
-            parts.append(part(self.similarity, readout.dissimilarity, readout.features(h)))
+            parts.append(part(self.similarity, readout.dissimilarity, readout.features(h, view)))
         edges, errors = zip(*parts, strict=True)
         return torch.autograd.grad(edges, [h, *readout.parameters()], errors)
 
@@ -205,8 +174,8 @@ class LocalReadout(OnePass):
         for name in self.own_settings:
             if saved[name] != getattr(self, name):
                 raise ValueError(f"this state's readouts have {name}={saved[name]}, not {getattr(self, name)}")
+        self.views = {}
         super().load_state_dict({name: saved[name] for name in saved if name not in (*self.own_settings, "readouts")})
-        self.readouts, self.readout_optimizers = [], []
         shapes = [{name: tuple(value.shape) for name, value in state.items()} for state, _ in saved["readouts"]]
         self._make((*reversed(of["weight"]), of.get("mix.weight")) for of in shapes)
         own = zip(saved["readouts"], self.readouts, self.readout_optimizers, strict=True)
@@ -214,15 +183,17 @@ class LocalReadout(OnePass):
             readout.load_state_dict(state)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(kept)})
 
-    def _make(self, sizes: Iterable[tuple[int, int, Sequence[int] | None]]) -> None:
-        """Make the readouts of these inputs, classes and second layers, in the weights' dtype and on their device."""
+    def _make(self, sizes: Iterable[Sizes]) -> None:
+        """Make the readouts of these sizes anew, in the weights' dtype and on their device."""
         like = next(self.blocks.parameters())
+        readouts, optimizers = [], []
         with generators_restored(like.device):
             for i, (inputs, classes, mixed) in enumerate(sizes):
                 torch.manual_seed(mix(self.seed, i))
-                readout = Readout(inputs, classes, self.positions, mixed).to(like)
-                self.readouts.append(readout)
-                self.readout_optimizers.append(self._make_optimizer(list(readout.parameters())))
+                readouts.append(Readout(inputs, classes, mixed).to(like))
+                optimizers.append(self._make_optimizer(list(readouts[-1].parameters())))
+                self._check_groups(i, optimizers[-1])
+        self.readouts, self.readout_optimizers = readouts, optimizers
 
 
 class DRTP(OnePass):

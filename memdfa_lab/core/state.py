@@ -67,6 +67,12 @@ def follow_freezing(
         first[:] = [p for p in block.parameters() if id(p) in here]
 
 
+def follow_settings(optimizer: Optimizer, other: Optimizer) -> None:
+    """Give each group of an optimizer the settings of the other's group of the same number, but not its parameters."""
+    for group, followed in zip(optimizer.param_groups, other.param_groups, strict=True):
+        group.update({name: value for name, value in followed.items() if name not in ("params", "param_names")})
+
+
 class Watched:
     """The modules and parameters of models, to notice when one has been replaced, frozen or unfrozen."""
 

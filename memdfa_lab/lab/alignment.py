@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from memdfa_lab.core.blocks import run_block
 from memdfa_lab.core.checks import check_batch, check_int, check_type, lookup
 from memdfa_lab.core.feedback import Feedback
+from memdfa_lab.core.one_pass import OnePass
 from memdfa_lab.core.precision import first_pass
 from memdfa_lab.core.recompute import buffers_restored, forward_without_trace, generators_restored
 from memdfa_lab.core.rule import Rule
@@ -222,10 +223,12 @@ def responses(rule: Rule, x: Tensor, y: Tensor) -> list[float]:
     The desired change is -s, with s the block's signal under DFA and MEM-DFA (e for the last block). A small step of
     plain SGD changes the output, over all examples of the batch x (N, ...), by -lr J J^T s, where J is the Jacobian of
     the output with respect to the weights. Few weights with many outputs cannot make every desired change. NaN for a
-    block that trains nothing. The rule is left as it is. Raises TypeError if `rule` is no rule, and what `rule.step`
-    raises for a batch.
+    block that trains nothing. The rule is left as it is. Raises TypeError if `rule` is no rule, ValueError for
+    LocalReadout and DRTP, whose blocks have other signals, and what `rule.step` raises for a batch.
     """
     check_type("rule", rule, Rule, RULE)
+    if isinstance(rule, OnePass):
+        raise ValueError(f"responses are to DFA's signals, and {type(rule).__name__} has others: give a MemDFA rule")
     check_batch(x)
     found, h = [], x
     with torch.enable_grad(), generators_restored(x.device), buffers_restored(rule.blocks):
