@@ -137,5 +137,6 @@ def test_bench_times_each_rule_beside_bp_and_keeps_what_it_has(capsys, tmp_path,
     ]
     assert table["ratio"][0] == 1.0
     assert table["peak_bytes"][1] < table["peak_bytes"][0]
-    assert "batch 8, 2 threads" in out
+    assert "batch 8, 1 thread:" in out
+    assert "batch 8, 2 threads:" in out
     assert (tmp_path / "bench.svg").exists()

@@ -22,7 +22,7 @@ from memdfa_lab.core.devices import check_device
 from memdfa_lab.core.precision import PASS1
 from memdfa_lab.core.rules import ALL_RULES
 from memdfa_lab.lab import models
-from memdfa_lab.lab.bench import NETWORKS, PLAIN, bench, contenders, frontier
+from memdfa_lab.lab.bench import NETWORKS, PLAIN, bench, contenders, counted, frontier
 from memdfa_lab.lab.example import FEEDBACK
 from memdfa_lab.lab.files import write_text
 from memdfa_lab.lab.quiet import wait_until_quiet
@@ -99,7 +99,7 @@ def _bench(options: argparse.Namespace) -> None:
         first = tables[-1].iloc[0]
         if len(tables) == 1:
             print(f"torch {first['torch']} on {options.device}, {options.rounds} rounds")
-        title = f"{network}, batch {batch}, {_count(first['threads'])}"
+        title = f"{network}, batch {batch}, {counted(first['threads'], 'thread')}"
         print(f"\n{title}: seconds per step and ratio to BP (median, quartiles), peak above rest")
         shown = tables[-1].assign(peak_mib=tables[-1]["peak_bytes"] / 2**20)[[*SHOWN, "peak_mib"]]
         print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
@@ -112,12 +112,8 @@ def _bench(options: argparse.Namespace) -> None:
             table = pd.concat(tables)
             write_text(options.out / "bench.csv", table.to_csv(index=False))
             if len(options.threads) > 1:
-                table["network"] += ", " + table["threads"].map(_count)
+                table["network"] += ", " + table["threads"].map(lambda n: counted(n, "thread"))
             figures.save(figures.frontier(table), options.out / "bench")
-
-
-def _count(threads: int) -> str:
-    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def _threads(given: str) -> int:

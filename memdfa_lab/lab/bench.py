@@ -126,15 +126,16 @@ def frontier(
     root = round(math.sqrt(len(blocks)))
     for segments in sorted({min(2, len(blocks)), max(1, root // 2), root, min(2 * root, len(blocks)), len(blocks)}):
         for rule in ("checkpoint", "checkpoint_step_in_backward"):
-            found.append(Contender(rule, "none", _count(segments, "segment"), {"segments": segments}))
+            found.append(Contender(rule, "none", counted(segments, "segment"), {"segments": segments}))
     for snapshots in sorted({fewest_snapshots(len(blocks), most) for most in range(1, 6)}):
-        found.append(Contender("binomial", "none", _count(snapshots, "snapshot"), {"snapshots": snapshots}))
+        found.append(Contender("binomial", "none", counted(snapshots, "snapshot"), {"snapshots": snapshots}))
     coupled = any(isinstance(block, Coupling) and block.reversible for block in blocks)
     return found + [Contender(rule) for rule in (*(["reversible"] if coupled else []), "activation_offload", "mezo")]
 
 
-def _count(number: int, of: str) -> str:
-    return f"{number} {of}{'s' * (number != 1)}"
+def counted(number: int, of: str) -> str:
+    """Return a number with what it counts: "1 thread", "2 threads"."""
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"
 
 
 def bench(
